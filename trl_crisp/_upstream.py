@@ -1,0 +1,12 @@
+"""The one file that imports TRL's private names; tests/test_upstream_contract.py pins what we rely on.
+
+Tried with TRL 1.16.0 (pyproject.toml admits 1.16 only). Besides the names below, `CRISPTrainer` overrides or calls these
+private members of `DistillationTrainer`: `_compute_loss`, `_generate_and_score_completions`, `_prepare_inputs`,
+`_get_last_hidden_state`, `_tokenize_prompts`, `_forward_redirection`, `_metrics`, `_step`, `_tokenizer`, `_is_vlm`.
+"""
+
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import pad
+
+__all__ = ["ChunkedDivergenceFunction", "pad", "prepare_deepspeed", "prepare_fsdp"]

@@ -1,0 +1,227 @@
+"""The fields of a CRISP run, where each default comes from, and which combinations make sense."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from transformers import SchedulerType
+from trl import DistillationConfig
+
+InstructionRole = Literal["user", "system"]
+TeacherModelKind = Literal["periodic", "base", "ema", "live"]
+LossNormalization = Literal["sequence", "token"]
+
+# The first sentence of the prompt that DAPO-Math-17k gives the student; the teacher's prompt has the instruction in its
+# place (paper, Figure 2)
+DAPO_OPENING_SENTENCE = "Solve the following math problem step by step."
+PAPER_GLOBAL_BATCH_SIZE = 32
+PAPER_TEACHER_SYNC_STEPS = 50
+PAPER_LEARNING_RATE = 1e-6
+
+
+@dataclass
+class CRISPConfig(DistillationConfig):
+    r"""
+    Configuration of [`CRISPTrainer`]: TRL's `DistillationConfig` with the paper's defaults (arXiv 2603.05433) and the
+    fields that CRISP adds.
+
+    What differs from `DistillationConfig`:
+
+    - `temperature` is the rollout's alone. TRL also divides the logits of the loss by it; here that is
+      `loss_temperature`.
+    - `teacher_model_init_kwargs` takes one key, `dtype`: the teacher is a copy of the student, not loaded.
+      `teacher_model_name_or_path` and `teacher_model_revision` are refused.
+
+    Parameters with the paper's default (Table "Hyperparameters" unless told):
+        learning_rate (`float`, defaults to `1e-6`):
+            For full fine-tuning. A LoRA adapter hardly moves at it and needs its own, about 10x to 100x as much.
+        lr_scheduler_type (`str`, defaults to `"constant"`), weight_decay (`float`, defaults to `0.01`), max_grad_norm
+        (`float`, defaults to `1.0`), num_train_epochs (`float`, defaults to `1`):
+            As in the paper.
+        per_device_train_batch_size (`int`, defaults to `2`), gradient_accumulation_steps (`int`, defaults to `16`):
+            The paper's micro-batch and, on one process, its global batch of 32 rollouts. Another global batch warns.
+        temperature (`float`, defaults to `1.0`), top_p (`float`, defaults to `1.0`), max_completion_length (`int`,
+        defaults to `8192`, in tokens):
+            Of the rollouts. Truncated rollouts stay in the loss (Sec. 4.5.5).
+        beta (`float`, defaults to `1.0`):
+            TRL's: 1 is the reverse KL (Eq. 1), 0 the forward KL, between them the generalized JSD.
+
+    Parameters that CRISP adds:
+        instruction (`str`, defaults to `"v2"`, the paper's default):
+            What the teacher is told. A name of the catalogue ([`~trl_crisp.INSTRUCTIONS`]: v1 to v5, general, or
+            percent:N, words:N), the text itself, or the path of a .txt file. `""` gives both sides the same prompt.
+        instruction_replaces (`str` or `None`, defaults to the opening sentence of DAPO-Math-17k's prompts, Figure 2):
+            The student's own instruction, taken out of the user's text where it starts with it. `None` or `""` takes
+            nothing out.
+        instruction_role (`str`, defaults to `"user"`, as in the paper):
+            Where the instruction goes: the first `"user"` message, or the `"system"` message.
+        teacher_model_kind (`str`, defaults to `"periodic"`, Eq. 2):
+            Which weights the teacher has, in the words of TRL's SDFT: `"periodic"` (refreshed from the student every
+            `teacher_sync_steps`), `"base"` (the student's of step 0), `"ema"` (a moving average of the student's,
+            kept in float32), `"live"` (the student's own, always).
+        teacher_sync_steps (`int`, *optional*):
+            Optimizer steps between two updates of the teacher. Unset, 50 for `"periodic"` (the paper's M) and 1 for
+            `"ema"` (the paper's appendix). The update happens at the start of step k, counted from 1, when k is a
+            multiple of it (Algorithm 1).
+        teacher_update_rate (`float`, *optional*):
+            Share of the student's weights that goes into the moving average at each update of `"ema"`. Unset, 0.005
+            (the paper's appendix: decay 0.99 to 0.999).
+        loss_normalization (`str`, defaults to `"sequence"`, Algorithm 1):
+            `"sequence"`: the mean over each rollout's tokens, then over the global batch of rollouts. `"token"`: TRL's
+            one mean over all tokens of the global batch.
+        loss_temperature (`float`, defaults to `1.0`, as in the authors' code):
+            Softmax temperature of both distributions in the divergence and in the logged entropies.
+        max_prompt_length (`int` or `None`, defaults to `1024`, in tokens):
+            Rows whose student or teacher prompt is longer are dropped before training, counted and reported. Never
+            truncated. `None` keeps all.
+    """
+
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant", metadata={"help": "The learning rate's schedule. The paper's is constant."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW. The paper's is 0.01."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs. The paper's is 1."})
+    per_device_train_batch_size: int = field(
+        default=2, metadata={"help": "Rollouts in a micro-batch on each process. The paper's is 2."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=16,
+        metadata={"help": "Micro-batches in an optimizer step; 16 of 2 make the paper's 32 on one process."},
+    )
+    max_completion_length: int | None = field(
+        default=8192, metadata={"help": "Tokens that a rollout may have at most. The paper's is 8192."}
+    )
+    instruction: str = field(
+        default="v2",
+        metadata={
+            "help": "What the teacher is told: v1, v2, v3, v4, v5, general, percent:N, words:N, the text itself, or the "
+            "path of a .txt file. '' gives both sides the same prompt."
+        },
+    )
+    instruction_replaces: str | None = field(
+        default=DAPO_OPENING_SENTENCE,
+        metadata={"help": "The student's own instruction, taken out of the user's text where it starts with it."},
+    )
+    instruction_role: str = field(
+        default="user",
+        metadata={
+            "help": "The message that the instruction goes into.",
+            "choices": list(get_args(InstructionRole)),
+        },
+    )
+    teacher_model_kind: str = field(
+        default="periodic",
+        metadata={"help": "Which weights the teacher has.", "choices": list(get_args(TeacherModelKind))},
+    )
+    teacher_sync_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between two updates of the teacher: 50 for periodic, 1 for ema if unset."},
+    )
+    teacher_update_rate: float | None = field(
+        default=None,
+        metadata={"help": "Share of the student in the moving average at each update of ema: 0.005 if unset."},
+    )
+    loss_normalization: str = field(
+        default="sequence",
+        metadata={
+            "help": "What the loss is averaged over: each rollout's tokens, then rollouts; or all tokens at once.",
+            "choices": list(get_args(LossNormalization)),
+        },
+    )
+    loss_temperature: float = field(
+        default=1.0, metadata={"help": "Softmax temperature of both distributions in the divergence."}
+    )
+    max_prompt_length: int | None = field(
+        default=1024,
+        metadata={"help": "Rows with a longer student or teacher prompt, in tokens, are dropped before training."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choices()
+        self._check_teacher_source()
+        self.instruction_replaces = self.instruction_replaces or None
+        self._resolve_schedule()
+        self._warn_off_paper()
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("instruction_role", get_args(InstructionRole)),
+            ("teacher_model_kind", get_args(TeacherModelKind)),
+            ("loss_normalization", get_args(LossNormalization)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")
+        if self.loss_temperature <= 0:
+            raise ValueError(
+                f"loss_temperature={self.loss_temperature} must be above 0: the logits of the loss are divided by it. "
+                "The paper's is 1."
+            )
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} would drop every row. Give a number of tokens of at least "
+                "1, or None to keep all."
+            )
+
+    def _check_teacher_source(self) -> None:
+        for name in ("teacher_model_name_or_path", "teacher_model_revision"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value!r}: CRISP's teacher is the student itself under an instruction, so none is loaded. "
+                    "Leave it unset, or use trl.DistillationTrainer to learn from another model."
+                )
+        init_kwargs: dict[str, Any] = self.teacher_model_init_kwargs or {}  # type: ignore[assignment]
+        if unknown := sorted(set(init_kwargs) - {"dtype"}):
+            raise ValueError(
+                f"teacher_model_init_kwargs has {', '.join(unknown)}: the teacher is a copy of the student, not loaded, "
+                "so only 'dtype' has an effect. Remove the rest."
+            )
+
+    def _resolve_schedule(self) -> None:
+        kind = self.teacher_model_kind
+        if self.teacher_sync_steps is not None:
+            if self.teacher_sync_steps < 1:
+                raise ValueError(
+                    f"teacher_sync_steps={self.teacher_sync_steps} must be at least 1. For a teacher that is never "
+                    "refreshed use teacher_model_kind='base'."
+                )
+            if kind in ("base", "live"):
+                self._warn(f"teacher_sync_steps has no effect with teacher_model_kind={kind!r}.")
+        elif kind in ("periodic", "ema"):
+            self.teacher_sync_steps = PAPER_TEACHER_SYNC_STEPS if kind == "periodic" else 1
+
+        if self.teacher_update_rate is not None:
+            if not 0 < self.teacher_update_rate <= 1:
+                raise ValueError(
+                    f"teacher_update_rate={self.teacher_update_rate} must be above 0 and at most 1: it is the student's "
+                    "share in the moving average."
+                )
+            if kind != "ema":
+                self._warn(f"teacher_update_rate has no effect with teacher_model_kind={kind!r}, only with 'ema'.")
+        elif kind == "ema":
+            self.teacher_update_rate = 0.005
+
+    def _warn_off_paper(self) -> None:
+        global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if global_batch_size != PAPER_GLOBAL_BATCH_SIZE:
+            self._warn(
+                f"The global batch is {global_batch_size} rollouts ({self.per_device_train_batch_size} a device x "
+                f"{self.gradient_accumulation_steps} accumulation steps x {self.world_size} processes); the paper's is "
+                f"{PAPER_GLOBAL_BATCH_SIZE}, and its learning rate and teacher_sync_steps belong to that."
+            )
+        kind, sync_steps = self.teacher_model_kind, self.teacher_sync_steps
+        if kind == "live" or (kind == "periodic" and sync_steps == 1):
+            self._warn(
+                "The teacher follows the student at every step. In the paper this collapses (M = 1, Qwen3-8B: MATH-500 "
+                "60.8 instead of 95.7, AIME 2024 6.7 instead of 76.2, and the responses grow)."
+            )
+        elif kind == "periodic" and sync_steps is not None and sync_steps < 10:
+            self._warn(
+                f"teacher_sync_steps={sync_steps} refreshes the teacher more often than the paper found safe (Qwen3-8B, "
+                "AIME 2024: 76.2 before training, 49.6 with M = 10, 6.7 with M = 1)."
+            )
+
+    def _warn(self, message: str) -> None:
+        if self.process_index == 0:
+            # The caller of the dataclass's __init__
+            warnings.warn(message, UserWarning, stacklevel=5)

@@ -1,0 +1,159 @@
+"""Divergences between student and teacher: hidden states and output heads in, one number per token out.
+
+Shape suffixes: B rollouts of a micro-batch, T completion positions, N tokens in the loss, H hidden width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from trl_crisp._upstream import ChunkedDivergenceFunction
+
+
+class OutputHead(NamedTuple):
+    """How a model turns hidden states into logits: `softcap * tanh(scale * (h @ weight.T + bias) / softcap)`."""
+
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class Diagnostics(NamedTuple):
+    """Sums over a sample of a micro-batch's tokens, to be divided by `num_tokens` after summing over processes."""
+
+    teacher_entropy_nats: torch.Tensor
+    reverse_kl_nats: torch.Tensor
+    num_tokens: torch.Tensor
+
+
+def output_head(model: torch.nn.Module, dtype: torch.dtype) -> OutputHead:
+    """
+    Read a causal language model's output head, with the logit scale and soft-capping of its config as TRL reads them.
+
+    Args:
+        model: An unwrapped transformers model, or a PEFT model without an adapter on the head.
+        dtype: Dtype of the hidden states. A head sharded by FSDP2 is gathered once and cast to it.
+
+    Returns:
+        The head. Under ZeRO-3 its tensors may be empty: the kernel gathers them.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    weight_VH, bias_V = head.weight, getattr(head, "bias", None)
+    if isinstance(weight_VH, DTensor):
+        weight_VH = weight_VH.full_tensor().to(dtype)
+        bias_V = bias_V.full_tensor() if isinstance(bias_V, DTensor) else bias_V
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    return OutputHead(weight_VH, bias_V, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _logit_scale(config) -> float:
+    # Cohere; Muse Glimmer; Falcon-H1: the models that multiply, each under its own name
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(config, name, None)) is not None:
+            return scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
+        return scaling if config.model_type == "hyperclovax" else 1 / scaling
+    return 1.0
+
+
+def per_token_divergence(
+    student_hidden_BTH: torch.Tensor,
+    student_head: OutputHead,
+    teacher_hidden_BTH: torch.Tensor,
+    teacher_head: OutputHead,
+    loss_mask_BT: torch.Tensor,
+    beta: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Full-vocabulary divergence at each token, and the student's entropy there.
+
+    TRL's chunked kernel projects the tokens in tiles, so no [tokens, vocabulary] tensor of the whole batch exists.
+    Gradients flow to the student's hidden states and head only.
+
+    Args:
+        student_hidden_BTH, teacher_hidden_BTH: Last hidden states that predict the completion's tokens. Both models see
+            the same completion, so the positions align although the prompts differ.
+        student_head, teacher_head: See [`output_head`].
+        loss_mask_BT: 1 where a token is in the loss, else 0.
+        beta: 1 for the reverse KL(student || teacher), 0 for the forward KL(teacher || student), between them the
+            generalized JSD with mixture (1 - beta) * student + beta * teacher.
+        temperature: Softmax temperature of both distributions.
+
+    Returns:
+        The divergence and the student's entropy, both [B, T] in nats, float32, zero where the mask is zero.
+    """
+    in_loss_BT = loss_mask_BT != 0
+    divergence_N, entropy_N = _divergence(
+        student_hidden_BTH[in_loss_BT], student_head, teacher_hidden_BTH[in_loss_BT], teacher_head, beta, temperature
+    )
+    zeros_BT = torch.zeros(in_loss_BT.shape, device=divergence_N.device)
+    # masked_scatter keeps a micro-batch without any token in the loss connected to the model's parameters
+    return zeros_BT.masked_scatter(in_loss_BT, divergence_N), zeros_BT.masked_scatter(in_loss_BT, entropy_N)
+
+
+@torch.no_grad()
+def sampled_diagnostics(
+    student_hidden_BTH: torch.Tensor,
+    student_head: OutputHead,
+    teacher_hidden_BTH: torch.Tensor,
+    teacher_head: OutputHead,
+    loss_mask_BT: torch.Tensor,
+    temperature: float,
+    max_tokens: int = 256,
+) -> Diagnostics:
+    """
+    Teacher's entropy and reverse KL over at most `max_tokens` tokens of the loss, evenly spaced.
+
+    Args:
+        student_hidden_BTH, student_head, teacher_hidden_BTH, teacher_head, loss_mask_BT, temperature: As in
+            [`per_token_divergence`].
+        max_tokens: Ours, because two [256, V] tiles cost little beside the pass itself and bound the error of the mean.
+
+    Returns:
+        Sums in nats (float32) and the number of tokens they are over.
+    """
+    tokens_N = (loss_mask_BT != 0).flatten().nonzero().squeeze(1)
+    if len(tokens_N) > max_tokens:
+        picks = torch.linspace(0, len(tokens_N) - 1, max_tokens, device=tokens_N.device).round().long()
+        tokens_N = tokens_N[picks]
+    # With the roles swapped, the kernel's forward KL(second || first) is KL(student || teacher), and its entropy is the
+    # teacher's
+    reverse_kl_N, teacher_entropy_N = _divergence(
+        teacher_hidden_BTH.flatten(0, 1)[tokens_N],
+        teacher_head,
+        student_hidden_BTH.flatten(0, 1)[tokens_N],
+        student_head,
+        beta=0.0,
+        temperature=temperature,
+    )
+    return Diagnostics(
+        teacher_entropy_N.sum(), reverse_kl_N.sum(), torch.tensor(len(tokens_N), device=tokens_N.device)
+    )
+
+
+def _divergence(
+    student_hidden_NH: torch.Tensor,
+    student_head: OutputHead,
+    teacher_hidden_NH: torch.Tensor,
+    teacher_head: OutputHead,
+    beta: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return ChunkedDivergenceFunction.apply(
+        student_hidden_NH,
+        student_head.weight_VH,
+        student_head.bias_V,
+        teacher_hidden_NH,
+        teacher_head.weight_VH,
+        teacher_head.bias_V,
+        beta,
+        temperature,
+        student_head.logit_scale,
+        student_head.softcap,
+        teacher_head.logit_scale,
+        teacher_head.softcap,
+    )

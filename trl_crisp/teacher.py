@@ -1,0 +1,399 @@
+"""Who the teacher is, when it is refreshed from the student, and what its state is.
+
+Three places that the teacher's weights can live in, behind one interface:
+
+| teacher | full fine-tuning | LoRA |
+|---|---|---|
+| periodic, base, ema | [`CopyTeacher`]: a frozen copy of the student | [`AdapterTeacher`]: a second adapter on one base model |
+| live | [`LiveTeacher`]: the student itself | [`LiveTeacher`] |
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, is_peft_model
+from torch import nn
+
+from trl_crisp._upstream import prepare_deepspeed, prepare_fsdp
+from trl_crisp.config import CRISPConfig
+
+ADAPTER_NAME = "teacher"
+
+
+def make_teacher(student: nn.Module, args: CRISPConfig, accelerator: Accelerator) -> "Teacher":
+    """
+    Make the teacher of a student, from the student's weights as they are now.
+
+    Args:
+        student: The model before it is wrapped for distributed training. Under LoRA a second adapter is added to it.
+        args: The run's config.
+        accelerator: The run's accelerator; a copied teacher is placed and sharded as it says.
+
+    Raises:
+        ValueError: Where the student's adapter cannot be shared, or the backend cannot hold this teacher.
+    """
+    if is_peft_model(student):
+        _check_adapter(student, accelerator)
+        return LiveTeacher(student, args) if args.teacher_model_kind == "live" else AdapterTeacher(student, args)
+    if args.teacher_model_kind == "live":
+        return LiveTeacher(student, args)
+    return CopyTeacher(student, args, accelerator)
+
+
+class Teacher(ABC):
+    """
+    The frozen side of the divergence: its weights' schedule, and how to run it.
+
+    Args:
+        student: The student's module, unwrapped.
+        args: Gives `teacher_model_kind`, `teacher_sync_steps` and `teacher_update_rate`.
+
+    Attributes:
+        wrapped_model: The teacher's module as the distributed backend wrapped it, `None` where it is the student's.
+        refreshes: How many times the weights were taken over from the student since the start.
+    """
+
+    wrapped_model: nn.Module | None = None
+
+    def __init__(self, student: nn.Module, args: CRISPConfig) -> None:
+        self.student = student
+        self.kind = args.teacher_model_kind
+        self.sync_steps = args.teacher_sync_steps
+        self.update_rate = args.teacher_update_rate if self.kind == "ema" else 1.0
+        self.refreshes = 0
+        self._completed_steps = 0
+        self._refreshed_at_step = 0
+        # float32 moving averages by parameter name, where the teacher's own weights are of a lower precision
+        self._averages: dict[str, torch.Tensor] = {}
+
+    @property
+    def age_steps(self) -> int:
+        """Optimizer steps that the student made since its weights were last taken over."""
+        return 0 if self.kind == "live" else self._completed_steps - self._refreshed_at_step
+
+    def is_due(self, step: int) -> bool:
+        """Whether the start of optimizer step `step`, counted from 1, refreshes the teacher (Algorithm 1)."""
+        return self.kind in ("periodic", "ema") and step % self.sync_steps == 0  # type: ignore[operator]
+
+    def begin_step(self, step: int) -> None:
+        """Tell the teacher that optimizer step `step`, counted from 1, begins; refreshes it if that is due."""
+        self._completed_steps = step - 1
+        if self.is_due(step):
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """
+        Take the student's weights over now: a copy, or for `"ema"` its share in the moving average.
+
+        Raises:
+            ValueError: For `"base"`, whose weights are those of step 0.
+        """
+        if self.kind == "base":
+            raise ValueError(
+                "teacher_model_kind='base' keeps the weights of step 0, so it cannot be refreshed. Use 'periodic'."
+            )
+        for name, source, target in self._weight_pairs():
+            with self._gathered(source, target):
+                self._blend(name, source, target)
+        self.refreshes += 1
+        self._refreshed_at_step = self._completed_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What the teacher is made of: the schedule's counters and, under `"weights"`, tensors by parameter name (those of
+        this process; the float32 averages for `"ema"`). The tensors are not copies.
+        """
+        weights = {name: target.detach() for name, _, target in self._weight_pairs()} | self._averages
+        return {
+            "kind": self.kind,
+            "refreshes": self.refreshes,
+            "completed_steps": self._completed_steps,
+            "refreshed_at_step": self._refreshed_at_step,
+            "weights": weights,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Restore what [`state_dict`] returned.
+
+        Raises:
+            ValueError: For the state of another kind of teacher, or of another model.
+        """
+        if state["kind"] != self.kind:
+            raise ValueError(
+                f"the saved teacher is of kind {state['kind']!r} and this run's teacher_model_kind is {self.kind!r}. Set "
+                f"teacher_model_kind={state['kind']!r}."
+            )
+        targets = {name: target for name, _, target in self._weight_pairs()}
+        if differing := sorted(targets.keys() ^ state["weights"].keys()):
+            raise ValueError(
+                f"the saved teacher is of another model: {len(differing)} parameters are in one of them only, such as "
+                f"{differing[0]}. Resume with the model, and the LoRA modules, that the state was saved with."
+            )
+        for name, target in targets.items():
+            saved = state["weights"][name]
+            target.copy_(saved)
+            if name in self._averages:
+                self._averages[name].copy_(saved)
+        self.refreshes = state["refreshes"]
+        self._completed_steps = state["completed_steps"]
+        self._refreshed_at_step = state["refreshed_at_step"]
+
+    @contextmanager
+    def serving(self) -> Iterator[nn.Module]:
+        """
+        Yield the unwrapped module to run as the teacher: without dropout, with the teacher's weights.
+
+        Where that module is the student's, everything about the student is as before on leaving: the training mode of
+        each module, the active adapter, the requires_grad flags. Run it under `torch.no_grad()`.
+        """
+        with _without_dropout(self.student):
+            yield self.student
+
+    @abstractmethod
+    def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Yield each of the teacher's parameters: its name, the student's it is taken from, and itself."""
+
+    def _gathered(self, source: nn.Parameter, target: nn.Parameter):
+        return nullcontext()
+
+    def _blend(self, name: str, source: nn.Parameter, target: nn.Parameter) -> None:
+        average = self._averages.get(name, target)
+        if self.update_rate == 1.0:
+            average.copy_(source)
+        else:
+            average.lerp_(source.to(average.dtype), self.update_rate)
+        if average is not target:
+            target.copy_(average)
+
+    def _start_averages(self) -> None:
+        # A float16 or bfloat16 average would round an update of 0.005 of a small difference to nothing
+        if self.kind == "ema":
+            self._averages = {
+                name: source.detach().float().clone()
+                for name, source, target in self._weight_pairs()
+                if target.dtype != torch.float32
+            }
+
+
+class LiveTeacher(Teacher):
+    """The student itself, seen through the teacher's prompt; its weights are the student's at every step."""
+
+    def refresh(self) -> None:
+        """Do nothing: the weights are the student's already."""
+
+    def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        return iter(())
+
+
+class AdapterTeacher(Teacher):
+    """
+    A second, frozen LoRA adapter on the student's base model; a copy of the student's adapter at the start.
+
+    The adapter lives in the layers but is not registered with the PEFT model, so saving or pushing that model never
+    includes it. Every kind but `"live"` has one: that is right also where the student's adapter is no identity at step 0.
+    """
+
+    def __init__(self, student: nn.Module, args: CRISPConfig) -> None:
+        super().__init__(student, args)
+        self._student_adapter: str = student.active_adapters[0]  # type: ignore[index, union-attr, assignment]
+        self._add_adapter()
+        self._start_averages()
+
+    def _add_adapter(self) -> None:
+        model: Any = self.student
+        if ADAPTER_NAME not in _adapters_in(model):
+            config = copy.deepcopy(model.peft_config[self._student_adapter])
+            # Some initialisations (PiSSA, OLoRA, LoftQ) subtract the adapter from the base weights, which the student's
+            # adapter has done already; these values are overwritten below
+            config.init_lora_weights = True
+            config.inference_mode = True
+            model.add_adapter(ADAPTER_NAME, config)
+            del model.peft_config[ADAPTER_NAME]
+        for _, source, target in self._weight_pairs():
+            # The student's dtype and device too, which may have been changed after its adapter was made
+            target.data = source.data.clone()
+            target.requires_grad_(False)
+        for layer in _lora_layers(model):
+            layer.scaling[ADAPTER_NAME] = layer.scaling[self._student_adapter]
+
+    def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        parameters = dict(self.student.named_parameters())
+        for name, source in parameters.items():
+            parts = name.split(".")
+            for i in range(1, len(parts)):
+                if parts[i - 1].startswith("lora_") and parts[i] == self._student_adapter:
+                    parts[i] = ADAPTER_NAME
+                    target_name = ".".join(parts)
+                    yield target_name, source, parameters[target_name]
+                    break
+
+    @contextmanager
+    def serving(self) -> Iterator[nn.Module]:
+        with super().serving(), _active_adapter(self.student, ADAPTER_NAME):
+            yield self.student
+
+
+class CopyTeacher(Teacher):
+    """A frozen copy of the student's module, in evaluation mode, with the student's dtype unless the config gives one."""
+
+    def __init__(self, student: nn.Module, args: CRISPConfig, accelerator: Accelerator) -> None:
+        super().__init__(student, args)
+        fsdp_plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if fsdp_plugin is not None and fsdp_plugin.fsdp_version == 1:
+            raise ValueError(
+                "a teacher cannot be refreshed under FSDP version 1, which flattens the parameters. Set fsdp_version: 2 in "
+                "the accelerate config (examples/accelerate/fsdp2.yaml), or use DeepSpeed."
+            )
+        self._model = _frozen_copy(student, (args.teacher_model_init_kwargs or {}).get("dtype"))  # type: ignore[union-attr]
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.wrapped_model = prepare_deepspeed(self._model, accelerator)
+        elif fsdp_plugin is not None:
+            self.wrapped_model = prepare_fsdp(self._model, accelerator)
+        else:
+            self.wrapped_model = self._model
+            if getattr(self._model, "hf_device_map", None) is None:
+                self._model.to(accelerator.device)
+        if self.kind == "ema" and _is_partitioned(self._model) and self._model.dtype != torch.float32:
+            raise ValueError(
+                "teacher_model_kind='ema' needs a float32 moving average, which ZeRO-3 has no place for beside "
+                f"{self._model.dtype} parameters. Use ZeRO-2 or FSDP2, or teacher_model_kind='periodic'."
+            )
+        self._start_averages()
+
+    def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        sources = {_plain_name(name): parameter for name, parameter in self.student.named_parameters()}
+        for name, target in self._model.named_parameters():
+            yield _plain_name(name), sources[_plain_name(name)], target
+
+    def _gathered(self, source: nn.Parameter, target: nn.Parameter):
+        partitioned = [parameter for parameter in (source, target) if hasattr(parameter, "ds_id")]
+        if not partitioned:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
+
+    @contextmanager
+    def serving(self) -> Iterator[nn.Module]:
+        yield self._model
+
+
+def _frozen_copy(student: nn.Module, dtype: str | torch.dtype | None) -> nn.Module:
+    if _is_partitioned(student):
+        teacher = _zero3_copy(student)
+    else:
+        teacher = copy.deepcopy(student)
+    if dtype not in (None, "auto"):
+        teacher = teacher.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return teacher.requires_grad_(False).eval()
+
+
+def _zero3_copy(student: nn.Module) -> nn.Module:
+    # A module whose parameters ZeRO-3 partitioned while loading cannot be deep-copied: its tensors are empty
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(), dtype=student.dtype):
+        teacher = type(student)(copy.deepcopy(student.config))  # type: ignore[arg-type]
+    pairs = zip(student.named_parameters(), teacher.named_parameters(), strict=True)
+    for (source_name, source), (target_name, target) in pairs:
+        assert source_name == target_name, (source_name, target_name)
+        with deepspeed.zero.GatheredParameters([source, target], modifier_rank=0), torch.no_grad():
+            target.copy_(source)
+    return teacher
+
+
+def _is_partitioned(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _plain_name(name: str) -> str:
+    # What activation checkpointing and torch.compile wrap around a module shows in its parameters' names
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _check_adapter(model: Any, accelerator: Accelerator) -> None:
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "LoRA with a shared teacher does not work under DeepSpeed ZeRO-3: the teacher's pass over the same modules "
+            "breaks its parameter trace. Use ZeRO-2 or FSDP2 (examples/accelerate/zero2.yaml, fsdp2.yaml)."
+        )
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"the model has {len(active)} active adapters ({', '.join(active)}); one is trained and shared with the "
+            "teacher. Activate one with `model.set_adapter(name)`."
+        )
+    name = active[0]
+    config = model.peft_config[name]
+    if name == ADAPTER_NAME:
+        raise ValueError(
+            f"the student's adapter is called {ADAPTER_NAME!r}, which is the name of the teacher's. Load it under another "
+            "name, such as 'default'."
+        )
+    if getattr(config.peft_type, "value", config.peft_type) != "LORA":
+        raise ValueError(
+            f"the adapter {name!r} is of type {config.peft_type}; a teacher can share the base model with LoRA adapters "
+            "only. Use peft.LoraConfig, or merge the adapter and train the full model."
+        )
+    for setting, why in (
+        ("modules_to_save", "trains whole modules"),
+        ("trainable_token_indices", "trains rows of the embedding"),
+        ("target_parameters", "holds one adapter for each parameter, not two"),
+    ):
+        if value := getattr(config, setting, None):
+            raise ValueError(
+                f"the LoRA config's {setting}={value!r} {why}, which student and teacher would share, so the teacher "
+                f"would change with the student. Remove {setting}, or train the full model."
+            )
+    if config.bias != "none":
+        raise ValueError(
+            f"the LoRA config's bias={config.bias!r} trains biases of the base model, which student and teacher share, so "
+            "the teacher would change with the student. Use bias='none', or train the full model."
+        )
+
+
+def _lora_layers(model: nn.Module) -> Iterator[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _adapters_in(model: nn.Module) -> set[str]:
+    return {name for layer in _lora_layers(model) for name in layer.scaling}
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _active_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    # PEFT's own set_adapter flips requires_grad, which distributed wrappers and the optimizer must not see
+    layers = list(_lora_layers(model))
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        # A merged layer answers with the student's weights, whatever adapter is active
+        assert not layer.merged, "the student's adapter is merged into the base model during the teacher's pass"
+        layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active

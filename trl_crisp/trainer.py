@@ -1,0 +1,366 @@
+"""CRISPTrainer: rollouts -> teacher's inputs -> loss. What is not here is TRL's `DistillationTrainer`."""
+
+import math
+import textwrap
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import DistillationTrainer
+
+from trl_crisp._upstream import pad
+from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
+from trl_crisp.instructions import Prompt, resolve_instruction
+from trl_crisp.losses import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
+from trl_crisp.precision import unchanged_weight_share
+from trl_crisp.prompt_pairs import PromptPairs, PromptReport, check_columns
+from trl_crisp.teacher import Teacher, make_teacher
+from trl_crisp.thinking import count_thinking_tokens
+from trl_crisp.weighting import count_loss_items, loss_token_weights
+
+# Steps whose mean completion length is the baseline of `completions/relative_length`. Ours: 5 steps are 160 rollouts at
+# the paper's batch, enough for a mean and early enough for a model that has hardly moved.
+BASELINE_STEPS = 5
+
+DatasetLike = Dataset | IterableDataset
+
+
+class CRISPTrainer(DistillationTrainer):
+    """
+    Trains a model to reason as concisely as it does under a conciseness instruction (CRISP, arXiv 2603.05433).
+
+    What differs from [`~trl.DistillationTrainer`]:
+
+    - The teacher is the model itself with the instruction in its prompt ([`~trl_crisp.teacher.Teacher`]), its weights
+      refreshed from the student every `teacher_sync_steps`. With LoRA both share one base model.
+    - Student and teacher see the same completion token ids after different prompts, so each has its own inputs.
+    - The loss is averaged over each rollout's tokens and then over rollouts (`loss_normalization`), and its softmax has a
+      temperature of its own (`loss_temperature`).
+
+    Logged beside the parent's: `reverse_kl` and `teacher_entropy` (nats a token; at `loss_temperature`, like `entropy`),
+    `teacher/age_steps`, `teacher/refreshes`, `completions/relative_length` (to the mean of the first 5 steps), and
+    `completions/mean_thinking_length`, `completions/mean_answer_length` (tokens) where the chat template thinks.
+
+    Args:
+        model: A model, a PEFT model with a LoRA adapter, or the id or path of a model.
+        args: A [`CRISPConfig`]; one with the defaults if `None`.
+        train_dataset: Rows with `prompt`, a string or a list of messages. A column `teacher_prompt` of the same type, where
+            a row has one, wins over the instruction.
+        eval_dataset: Rows for the evaluation loss; one dataset or a dict of them.
+        processing_class: The tokenizer; the model's own if `None`.
+        callbacks, optimizers, quantization_config, peft_config, tools: As in the parent.
+
+    Raises:
+        ValueError: For rows, adapters, precisions or inputs (vision) that would train something else than what was asked
+            for; each message says what to do.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_crisp import CRISPConfig, CRISPTrainer
+
+    trainer = CRISPTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=CRISPConfig(output_dir="Qwen3-0.6B-CRISP", instruction="v2"),
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "crisp"]  # noqa: RUF012 (the parent's attribute)
+    _name = "CRISP"
+    _paper = {  # noqa: RUF012 (the parent's attribute)
+        "title": "CRISP: Compressed Reasoning via Iterative Self-Policy Distillation",
+        "id": "2603.05433",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{sang2026crisp,
+                title   = {{CRISP: Compressed Reasoning via Iterative Self-Policy Distillation}},
+                author  = {Sang and Xu and Zhou and He and Wang and Sun},
+                year    = 2026,
+                journal = {arXiv preprint arXiv:2603.05433},
+            }"""),
+    }
+
+    args: CRISPConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: CRISPConfig | None = None,
+        train_dataset: DatasetLike | None = None,
+        eval_dataset: DatasetLike | dict[str, DatasetLike] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = CRISPConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-CRISP")
+        instruction = resolve_instruction(args.instruction)
+        if train_dataset is None:
+            raise ValueError("CRISPTrainer needs a `train_dataset` with a column 'prompt'. Pass the rows to train on.")
+        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        for name, dataset in {"train": train_dataset, **eval_datasets}.items():
+            if dataset is not None:
+                check_columns(dataset, name)
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        if self._is_vlm:
+            raise ValueError(
+                "the processing class is a vision processor: vision inputs are not supported, because the teacher's prompt "
+                "would need its own image tokens and nobody has tried that. To train a model on text, pass its tokenizer "
+                "as `processing_class`."
+            )
+        self._check_learning_rate()
+        self.prompt_pairs = PromptPairs(
+            instruction,
+            args.instruction_replaces,
+            args.instruction_role,  # type: ignore[arg-type]
+            lambda prompts: self._tokenize_prompts(prompts)[0],
+            args.max_prompt_length,
+        )
+        self._select_rows()
+        self.teacher: Teacher = make_teacher(self.model, args, self.accelerator)
+
+        self._baseline_lengths_tokens: list[float] = []
+        # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
+        self._step_entropies_nats: list[tuple[float, float]] = []
+        # Filled inside the wrapped forward, where no collective may run, and read after it
+        self._diagnostics: Diagnostics | None = None
+        self._think_ids = self._find_think_ids()
+
+    def _check_learning_rate(self) -> None:
+        if is_peft_model(self.model):
+            if self.args.learning_rate <= PAPER_LEARNING_RATE:
+                warnings.warn(
+                    f"learning_rate={self.args.learning_rate} is the paper's for full fine-tuning; a LoRA adapter hardly "
+                    "moves at it. Set one for LoRA, such as 1e-5 to 1e-4.",
+                    stacklevel=3,
+                )
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return  # both keep float32 master weights for parameters of a lower precision
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        unchanged = unchanged_weight_share(trainable, self.args.learning_rate)
+        if unchanged > 0.5:
+            raise ValueError(
+                f"learning_rate={self.args.learning_rate} is too small for {trainable[0].dtype} weights: {unchanged:.0%} "
+                "of them would round back to what they were at each step. Load the model in float32 "
+                "(model_init_kwargs={'dtype': 'float32'}, TRL's default) and keep bf16=True, which computes in bfloat16 on "
+                "float32 weights; or train with DeepSpeed or FSDP2, which keep float32 masters; or use LoRA."
+            )
+
+    def _select_rows(self) -> None:
+        args = self.args
+        first = next(iter(self.train_dataset), None)
+        tail_tokens = 0 if first is None else self._count_generation_prompt_tokens(first["prompt"])
+        self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, tail_tokens)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: self.prompt_pairs.select(dataset, tail_tokens, name)[0]
+                for name, dataset in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset, _ = self.prompt_pairs.select(self.eval_dataset, tail_tokens, "eval")
+
+        self.accelerator.print(self._describe_rows(report))
+        if first is not None:
+            teacher_prompt, _ = self.prompt_pairs.teacher_prompt(first)
+            student_ids, teacher_ids = (self._tokenize_prompts([p])[0][0] for p in (first["prompt"], teacher_prompt))
+            self.accelerator.print(
+                "The first row as the two models read it.\n"
+                f"--- student ---\n{self._tokenizer.decode(student_ids)}\n"
+                f"--- teacher ---\n{self._tokenizer.decode(teacher_ids)}\n---"
+            )
+        if report.rows and args.instruction_replaces and self.prompt_pairs.instruction and not report.replaced:
+            # The default is for DAPO's rows; only a text that the user gave is expected somewhere
+            if args.instruction_replaces != CRISPConfig.instruction_replaces:
+                warnings.warn(
+                    f"instruction_replaces={args.instruction_replaces!r} has no effect: no user text starts with it.",
+                    stacklevel=3,
+                )
+
+    def _describe_rows(self, report: PromptReport) -> str:
+        if not report.rows:
+            return "CRISP: the prompts of the stream are checked as they are read."
+        return (
+            f"CRISP: {report.rows - report.dropped} of {report.rows} rows kept; {report.dropped} dropped for a prompt of more "
+            f"than {self.args.max_prompt_length} tokens (the longest has {report.longest_tokens}). The instruction replaces "
+            f"the student's own in {report.replaced} rows."
+        )
+
+    def _count_generation_prompt_tokens(self, prompt: Prompt) -> int:
+        if isinstance(prompt, str):
+            return 0
+        with_prompt = self._tokenize_prompts([prompt])[0][0]
+        without = self.processing_class.apply_chat_template(  # type: ignore[union-attr]
+            prompt,
+            tools=self.tools or None,
+            chat_template=self.chat_template,
+            add_generation_prompt=False,
+            tokenize=True,
+            return_dict=False,
+            **self.chat_template_kwargs,
+        )
+        return len(with_prompt) - len(without) if with_prompt[: len(without)] == without else 0
+
+    def _find_think_ids(self) -> tuple[int, int] | None:
+        template = self.chat_template or getattr(self._tokenizer, "chat_template", None) or ""
+        ids = self._tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        known = all(token_id is not None and token_id != self._tokenizer.unk_token_id for token_id in ids)
+        return (ids[0], ids[1]) if "think>" in str(template) and known else None
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
+            # Before the rollout: Algorithm 1 refreshes at the start of a step
+            self.teacher.begin_step(self.state.global_step + 1)
+            self._step_entropies_nats.clear()
+        return super()._prepare_inputs(generation_batch)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        teacher_ids = [torch.tensor(ids) for ids in self.prompt_pairs.tokenize_teacher(inputs)]
+        for key, rows, value in (
+            ("teacher_prompt_ids", teacher_ids, self._tokenizer.pad_token_id),
+            ("teacher_prompt_mask", [torch.ones_like(ids) for ids in teacher_ids], 0),
+        ):
+            output[key] = pad(
+                rows, padding_value=value, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of
+            ).to(self.accelerator.device)
+        num_items = count_loss_items(_loss_mask(output), self.args.loss_normalization)  # type: ignore[arg-type]
+        output["num_items_in_batch"] = self.accelerator.gather(num_items).sum()
+        self._record_rollouts(output)
+        return output
+
+    def _record_rollouts(self, output: dict[str, Any]) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        if mode == "train":
+            metrics["teacher/age_steps"] = [self.teacher.age_steps]
+            metrics["teacher/refreshes"] = [self.teacher.refreshes]
+            mean_length = metrics["completions/mean_length"][-1]
+            if len(self._baseline_lengths_tokens) < BASELINE_STEPS:
+                self._baseline_lengths_tokens.append(mean_length)
+            baseline = sum(self._baseline_lengths_tokens) / len(self._baseline_lengths_tokens)
+            metrics["completions/relative_length"].append(mean_length / baseline)
+        if self._think_ids is None:
+            return
+        open_id, close_id = self._think_ids
+        thinking, answer = [], []
+        for prompt_ids, completion_ids, mask in zip(
+            output["prompt_ids"].tolist(), output["completion_ids"].tolist(), _loss_mask(output).tolist(), strict=True
+        ):
+            ids = [token_id for token_id, in_loss in zip(completion_ids, mask, strict=True) if in_loss]
+            last_think = next((i for i in reversed(prompt_ids) if i in self._think_ids), close_id)
+            thinking.append(count_thinking_tokens(ids, open_id, close_id, starts_open=last_think == open_id))
+            answer.append(len(ids) - thinking[-1])
+        for name, lengths in (("thinking", thinking), ("answer", answer)):
+            lengths_B = torch.tensor(lengths, device=self.accelerator.device, dtype=torch.float32)
+            metrics[f"completions/mean_{name}_length"].append(self.accelerator.gather(lengths_B).mean().item())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert self._diagnostics is not None
+        teacher_entropy, reverse_kl, num_tokens = (
+            self.accelerator.gather_for_metrics(x).sum().item() for x in self._diagnostics
+        )
+        self._diagnostics = None
+        if num_tokens:
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            metrics["teacher_entropy"].append(teacher_entropy / num_tokens)
+            metrics["reverse_kl"].append(reverse_kl / num_tokens)
+            if self.model.training:
+                self._step_entropies_nats.append((metrics["entropy"][-1], teacher_entropy / num_tokens))
+                self._check_teacher_is_not_uniform()
+        return loss
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        args = self.args
+        loss_mask_BT = _loss_mask(inputs)
+        # The forward redirection steps around the autocast that accelerate puts on the model's own forward
+        with self.accelerator.autocast():
+            student_hidden_BTH = self._get_last_hidden_state(unwrapped_student, *_model_inputs(inputs, "prompt"))
+            student_head = output_head(unwrapped_student, student_hidden_BTH.dtype)
+            with torch.no_grad(), self.teacher.serving() as teacher:
+                teacher_inputs = _model_inputs(inputs, "teacher_prompt")
+                if self.teacher.wrapped_model is None:
+                    teacher_hidden_BTH = self._get_last_hidden_state(teacher, *teacher_inputs)
+                else:
+                    teacher_hidden_BTH = self._forward_redirection(
+                        self.teacher.wrapped_model, teacher, self._get_last_hidden_state, teacher, *teacher_inputs
+                    )
+                teacher_head = output_head(teacher, teacher_hidden_BTH.dtype)
+
+            # With a model split across devices, the backbone can end on another one than the head
+            device = student_head.weight_VH.device
+            sides = (student_hidden_BTH.to(device), student_head, teacher_hidden_BTH.to(device), teacher_head)
+            loss_mask_BT = loss_mask_BT.to(device)
+            divergence_BT, entropy_BT = per_token_divergence(*sides, loss_mask_BT, args.beta, args.loss_temperature)
+            self._diagnostics = sampled_diagnostics(*sides, loss_mask_BT, args.loss_temperature)
+
+        num_tokens = (loss_mask_BT != 0).sum()
+        if args.beta == 1.0:
+            # The loss's own divergence is the reverse KL, of all tokens
+            share = self._diagnostics.num_tokens / num_tokens.clamp(min=1)
+            self._diagnostics = self._diagnostics._replace(reverse_kl_nats=divergence_BT.detach().sum() * share)
+        if num_items_in_batch is None:
+            num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
+        weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
+        loss = (weights_BT * divergence_BT).sum()
+        return loss, entropy_BT.sum(), num_tokens
+
+    def _check_teacher_is_not_uniform(self) -> None:
+        if len(self._step_entropies_nats) < self.args.gradient_accumulation_steps:
+            return
+        uniform_nats = math.log(self.model.config.get_text_config().vocab_size)
+        students, teachers = (
+            [entropy >= 0.99 * uniform_nats for entropy in side] for side in zip(*self._step_entropies_nats, strict=True)
+        )
+        if all(teachers) and not all(students):
+            raise RuntimeError(
+                f"the teacher's entropy was within 1% of that of a uniform distribution (ln V = {uniform_nats:.2f} nats) for "
+                f"the whole of step {self.state.global_step + 1}, and the student's was not: the teacher's weights were not "
+                "loaded, or were moved away. Nothing can be learned from it. Check what else handles the model's weights "
+                "(sleep mode, offload), and start again from the last checkpoint."
+            )
+
+
+def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
+    # Tokens that a tool wrote are context for both models and in the loss of none
+    return inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
+
+
+def _model_inputs(inputs: dict[str, Any], prompt: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    return (
+        torch.cat([inputs[f"{prompt}_ids"], inputs["completion_ids"]], dim=1),
+        torch.cat([inputs[f"{prompt}_mask"], inputs["completion_mask"]], dim=1),
+        inputs["completion_ids"].size(1),
+    )
