@@ -1,0 +1,184 @@
+"""Per-token divergences against float64 loops over the vocabulary, values and gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.oracles import divergence_nats, entropy_nats
+from tests.tiny_models import tiny_model
+from trl_crisp.losses import OutputHead, output_head, per_token_divergence, sampled_diagnostics
+
+B, T, H, V = 2, 4, 5, 11
+MASK_BT = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0]])
+
+
+def problem(dtype=torch.float32, bias: bool = False, **head):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    student_hidden, teacher_hidden = draw(B, T, H).requires_grad_(), draw(B, T, H)
+    student = OutputHead(draw(V, H).requires_grad_(), draw(V).requires_grad_() if bias else None, **head)
+    teacher = OutputHead(draw(V, H), draw(V) if bias else None, **head)
+    return student_hidden, student, teacher_hidden, teacher
+
+
+def loop_logits(hidden_H, weight_VH, bias_V, scale, softcap):
+    logits = []
+    for v in range(len(weight_VH)):
+        logit = sum(hidden_H[h] * weight_VH[v][h] for h in range(len(hidden_H)))
+        logit = (logit + (bias_V[v] if bias_V is not None else 0)) * scale
+        logits.append(softcap * torch.tanh(logit / softcap) if softcap else logit)
+    return logits
+
+
+def oracle(problem, beta, temperature):
+    leaves = [x.detach().double().requires_grad_() if x is not None else None for x in (problem[0], *problem[1][:2])]
+    student_hidden, weight, bias = leaves
+    teacher_hidden, teacher = problem[2].double(), problem[3]
+    scale, softcap = problem[1].logit_scale, problem[1].softcap
+    divergences, entropies = torch.zeros(B, T, dtype=torch.float64), torch.zeros(B, T, dtype=torch.float64)
+    for b in range(B):
+        for t in range(T):
+            if MASK_BT[b, t]:
+                q = loop_logits(student_hidden[b, t], weight, bias, scale, softcap)
+                teacher_bias = None if teacher.bias_V is None else teacher.bias_V.double()
+                p = loop_logits(teacher_hidden[b, t], teacher.weight_VH.double(), teacher_bias, scale, softcap)
+                divergences[b, t] = divergence_nats(q, p, beta, temperature)
+                entropies[b, t] = entropy_nats(q, temperature)
+    return divergences, entropies, [leaf for leaf in leaves if leaf is not None]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 0.1])
+@pytest.mark.parametrize(
+    ("head", "temperature"),
+    [
+        ({}, 1.0),
+        ({}, 2.5),
+        ({"bias": True}, 1.0),
+        ({"logit_scale": 0.25}, 1.0),
+        ({"softcap": 1.5, "logit_scale": 2.0, "bias": True}, 0.7),
+    ],
+)
+def test_divergence_and_gradients_equal_the_oracle(beta, head, temperature):
+    """Values and gradients agree to float32 precision, masked positions are zero."""
+    given = problem(**head)
+    divergence, entropy = per_token_divergence(*given, MASK_BT, beta, temperature)
+    expected, expected_entropy, expected_leaves = oracle(given, beta, temperature)
+    torch.testing.assert_close(divergence.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-6)
+
+    weights = torch.rand(B, T)
+    (weights * divergence).sum().backward()
+    (weights.double() * expected).sum().backward()
+    leaves = [x for x in (given[0], *given[1][:2]) if x is not None]
+    for leaf, expected_leaf in zip(leaves, expected_leaves, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), expected_leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_bfloat16_is_no_worse_than_plain_bfloat16(beta):
+    """Against the float64 truth, the error is at most that of materialised bfloat16 logits."""
+    given = problem(torch.bfloat16)
+    truth, *_ = oracle(given, beta, 1.0)
+    divergence, _ = per_token_divergence(*given, MASK_BT, beta, 1.0)
+    q = torch.log_softmax(given[0] @ given[1].weight_VH.T, -1)
+    p = torch.log_softmax(given[2] @ given[3].weight_VH.T, -1)
+    m = torch.logsumexp(torch.stack([q.float() + torch.tensor(1 - beta).log(), p.float() + torch.tensor(beta).log()]), 0)
+    plain = {
+        0.0: p.exp() * (p - q),
+        1.0: q.exp() * (q - p),
+        0.5: 0.5 * p.exp() * (p - m) + 0.5 * q.exp() * (q - m),
+    }[beta].sum(-1)
+    mask = MASK_BT != 0
+    error = (divergence.double() - truth)[mask].abs().max()
+    plain_error = (plain.double() - truth)[mask].abs().max()
+    assert error <= plain_error + 1e-6, (error, plain_error)
+
+
+def test_a_fully_masked_micro_batch_gives_zero_gradients():
+    """No token in the loss: zero, and connected to the parameters, so that backward works."""
+    given = problem()
+    divergence, entropy = per_token_divergence(*given, torch.zeros(B, T), 1.0, 1.0)
+    assert divergence.sum() == 0
+    assert entropy.sum() == 0
+    divergence.sum().backward()
+    assert torch.count_nonzero(given[0].grad) == 0
+    assert torch.count_nonzero(given[1].weight_VH.grad) == 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_equal_sides_give_zero_loss_and_zero_gradient(beta):
+    """An identity of any divergence."""
+    student_hidden, student, _, _ = problem()
+    same = OutputHead(student.weight_VH.detach())
+    divergence, _ = per_token_divergence(student_hidden, student, student_hidden.detach(), same, MASK_BT, beta, 1.0)
+    divergence.sum().backward()
+    torch.testing.assert_close(divergence, torch.zeros(B, T), atol=1e-6, rtol=0)
+    torch.testing.assert_close(student_hidden.grad, torch.zeros(B, T, H), atol=1e-6, rtol=0)
+
+
+def test_diagnostics_equal_the_oracle_on_all_tokens_and_bound_the_sample():
+    """With room for all tokens the sums are exact; with less, as many tokens as allowed, first and last among them."""
+    given = problem()
+    truth, *_ = oracle(given, 1.0, 1.0)
+    teacher_entropy = sum(
+        float(entropy_nats(loop_logits(given[2][b, t], given[3].weight_VH, None, 1.0, None)))
+        for b in range(B)
+        for t in range(T)
+        if MASK_BT[b, t]
+    )
+    whole = sampled_diagnostics(*given, MASK_BT, 1.0)
+    assert whole.num_tokens == 4
+    assert whole.reverse_kl_nats.item() == pytest.approx(float(truth.sum()), rel=1e-5)
+    assert whole.teacher_entropy_nats.item() == pytest.approx(teacher_entropy, rel=1e-5)
+
+    two = sampled_diagnostics(*given, MASK_BT, 1.0, max_tokens=2)
+    assert two.num_tokens == 2
+    assert two.reverse_kl_nats.item() == pytest.approx(float(truth[0, 0] + truth[1, 1]), rel=1e-5)
+    assert not whole.reverse_kl_nats.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+def test_output_head_gives_the_models_own_logits(kind):
+    """Head, logit scale and soft-capping together are what the model's forward does."""
+    model = tiny_model(kind)
+    ids = torch.arange(7)[None]
+    head = output_head(model, torch.float32)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+        logits = torch.stack([torch.stack(loop_logits(h, *head)) for h in hidden])
+        torch.testing.assert_close(logits, model(input_ids=ids).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [
+        ({"logit_scale": 0.0625}, 0.0625),
+        ({"logit_scale": None}, 1.0),
+        ({"output_multiplier": 3.0}, 3.0),
+        ({"lm_head_multiplier": 0.5}, 0.5),
+        ({"logits_scaling": 8.0}, 1 / 8),
+        ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
+    ],
+)
+def test_logit_scale_is_read_under_each_familys_name(fields, scale):
+    """Cohere, Muse Glimmer, Falcon-H1, Granite, HyperCLOVA X."""
+    model = tiny_model("llama")
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    assert output_head(model, torch.float32).logit_scale == scale
+
+
+def test_a_head_without_bias_attribute_is_read():
+    """Some heads are no nn.Linear."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 2))
+
+    model = tiny_model("llama")
+    model.set_output_embeddings(Head())
+    assert output_head(model, torch.float32).bias_V is None
