@@ -1,5 +1,7 @@
 """Token weights against plain loops."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_weights_over_any_split_equal_the_oracle(normalization, split):
     """The same loss however the global batch is cut; a rollout without a token in the loss does not count."""
     values = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor(MASKS)
-    pieces = [slice(a, b) for a, b in zip(split, split[1:], strict=False)]
+    pieces = [slice(a, b) for a, b in itertools.pairwise(split)]
     num_items = sum(count_loss_items(mask[piece], normalization) for piece in pieces)
     assert num_items == {"sequence": 3, "token": 7}[normalization]
     loss = sum(

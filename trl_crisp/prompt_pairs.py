@@ -93,7 +93,9 @@ class PromptPairs:
         report = PromptReport()
         if isinstance(dataset, IterableDataset):
             # Counted from 0 like the rows of a Dataset; a stream's own index is that of its shard
-            return dataset.filter(lambda row: self._check([row], report.rows, generation_prompt_tokens, report)[0]), report
+            return dataset.filter(
+                lambda row: self._check([row], report.rows, generation_prompt_tokens, report)[0]
+            ), report
 
         kept = []
         with tqdm(total=len(dataset), desc=f"Checking {name} prompts", unit="row", disable=len(dataset) < 2000) as bar:

@@ -64,7 +64,7 @@ class Teacher(ABC):
         self.student = student
         self.kind = args.teacher_model_kind
         self.sync_steps = args.teacher_sync_steps
-        self.update_rate = args.teacher_update_rate if self.kind == "ema" else 1.0
+        self.update_rate = (args.teacher_update_rate or 1.0) if self.kind == "ema" else 1.0
         self.refreshes = 0
         self._completed_steps = 0
         self._refreshed_at_step = 0
@@ -215,7 +215,9 @@ class AdapterTeacher(Teacher):
             # adapter has done already; these values are overwritten below
             config.init_lora_weights = True
             config.inference_mode = True
-            model.add_adapter(ADAPTER_NAME, config)
+            # The draw of its first values must not move the random stream of the rollouts
+            with torch.random.fork_rng(devices=[]):
+                model.add_adapter(ADAPTER_NAME, config)
             del model.peft_config[ADAPTER_NAME]
         for _, source, target in self._weight_pairs():
             # The student's dtype and device too, which may have been changed after its adapter was made
@@ -256,7 +258,7 @@ class CopyTeacher(Teacher):
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.wrapped_model = prepare_deepspeed(self._model, accelerator)
         elif fsdp_plugin is not None:
-            self.wrapped_model = prepare_fsdp(self._model, accelerator)
+            self.wrapped_model = prepare_fsdp(self._model, accelerator)  # type: ignore[assignment]
         else:
             self.wrapped_model = self._model
             if getattr(self._model, "hf_device_map", None) is None:
@@ -287,10 +289,7 @@ class CopyTeacher(Teacher):
 
 
 def _frozen_copy(student: nn.Module, dtype: str | torch.dtype | None) -> nn.Module:
-    if _is_partitioned(student):
-        teacher = _zero3_copy(student)
-    else:
-        teacher = copy.deepcopy(student)
+    teacher = _zero3_copy(student) if _is_partitioned(student) else copy.deepcopy(student)
     if dtype not in (None, "auto"):
         teacher = teacher.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return teacher.requires_grad_(False).eval()

@@ -4,7 +4,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import is_peft_model
@@ -33,7 +33,7 @@ from trl_crisp.weighting import count_loss_items, loss_token_weights
 # the paper's batch, enough for a mean and early enough for a model that has hardly moved.
 BASELINE_STEPS = 5
 
-DatasetLike = Dataset | IterableDataset
+DatasetLike: TypeAlias = Dataset | IterableDataset
 
 
 class CRISPTrainer(DistillationTrainer):
@@ -96,6 +96,8 @@ class CRISPTrainer(DistillationTrainer):
     }
 
     args: CRISPConfig
+    prompt_pairs: PromptPairs
+    teacher: Teacher
 
     def __init__(
         self,
@@ -148,14 +150,15 @@ class CRISPTrainer(DistillationTrainer):
             args.max_prompt_length,
         )
         self._select_rows()
-        self.teacher: Teacher = make_teacher(self.model, args, self.accelerator)
+        self.teacher = make_teacher(self.model, args, self.accelerator)
 
         self._baseline_lengths_tokens: list[float] = []
         # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
         self._step_entropies_nats: list[tuple[float, float]] = []
         # Filled inside the wrapped forward, where no collective may run, and read after it
         self._diagnostics: Diagnostics | None = None
-        self._think_ids = self._find_think_ids()
+        # Ids of <think> and </think>, where the chat template thinks
+        self._think_ids: tuple[int, int] | None = self._find_think_ids()
 
     def _check_learning_rate(self) -> None:
         if is_peft_model(self.model):
@@ -200,13 +203,13 @@ class CRISPTrainer(DistillationTrainer):
                 f"--- student ---\n{self._tokenizer.decode(student_ids)}\n"
                 f"--- teacher ---\n{self._tokenizer.decode(teacher_ids)}\n---"
             )
-        if report.rows and args.instruction_replaces and self.prompt_pairs.instruction and not report.replaced:
-            # The default is for DAPO's rows; only a text that the user gave is expected somewhere
-            if args.instruction_replaces != CRISPConfig.instruction_replaces:
-                warnings.warn(
-                    f"instruction_replaces={args.instruction_replaces!r} has no effect: no user text starts with it.",
-                    stacklevel=3,
-                )
+        # The default is for DAPO's rows; only a text that the user gave is expected somewhere
+        is_users = args.instruction_replaces not in (None, CRISPConfig.instruction_replaces)
+        if report.rows and is_users and self.prompt_pairs.instruction and not report.replaced:
+            warnings.warn(
+                f"instruction_replaces={args.instruction_replaces!r} has no effect: no user text starts with it.",
+                stacklevel=3,
+            )
 
     def _describe_rows(self, report: PromptReport) -> str:
         if not report.rows:
@@ -342,7 +345,8 @@ class CRISPTrainer(DistillationTrainer):
             return
         uniform_nats = math.log(self.model.config.get_text_config().vocab_size)
         students, teachers = (
-            [entropy >= 0.99 * uniform_nats for entropy in side] for side in zip(*self._step_entropies_nats, strict=True)
+            [entropy >= 0.99 * uniform_nats for entropy in side]
+            for side in zip(*self._step_entropies_nats, strict=True)
         )
         if all(teachers) and not all(students):
             raise RuntimeError(
