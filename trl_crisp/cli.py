@@ -1,0 +1,141 @@
+"""The command `trl-crisp`: arguments only. `trl-crisp train` is `accelerate launch -m trl_crisp.train`."""
+
+import argparse
+import importlib.resources
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from trl_crisp import __version__
+
+TRAIN_DESCRIPTION = """\
+Train a model to reason in fewer tokens, through `accelerate launch`.
+
+  --config FILE.yaml             values for the options below; flags win over them
+  --accelerate_config NAME|FILE  how to launch: a name ({names})
+                                 or a file that `accelerate config` wrote
+  --num_processes N, ...         any option of `accelerate launch`
+
+example:
+  trl-crisp train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name reasoning-gym:gsm_symbolic --instruction v1 \\
+      --max_completion_length 1024 --output_dir qwen3-0.6b-crisp
+  trl-crisp train --config qwen3-8b-v2.yaml --accelerate_config zero3 --num_processes 8
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="trl-crisp",
+        usage="trl-crisp COMMAND [options]",
+        description="CRISP for TRL: a model learns from itself, told to be concise, to reason in fewer tokens.",
+        epilog="example:\n  trl-crisp train --config qwen3-8b-v2.yaml "
+        "--accelerate_config zero3\n\n`trl-crisp COMMAND --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"trl-crisp {__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), nargs="?", help="what to do")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return COMMANDS[args.command](args.arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"trl-crisp {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(argv: list[str]) -> int:
+    """
+    Launch the training script.
+
+    Args:
+        argv: Options of training and of `accelerate launch`, in any order.
+
+    Raises:
+        ValueError: For an option of neither, or a launch config that there is not.
+        FileNotFoundError: Where there is no such `--config` file.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    from trl_crisp.train import check_config, did_you_mean, make_parser
+
+    parser = make_parser(prog="trl-crisp train")
+    parser.usage = "trl-crisp train [--config FILE.yaml] [--accelerate_config NAME|FILE.yaml] [options]"
+    parser.description = TRAIN_DESCRIPTION.format(names=", ".join(launch_config_names()))
+    parser.epilog = None
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return 0
+    argv = check_config(parser, argv)
+    training_argv, launch_argv = split_arguments(parser, argv)
+    launch_parser = launch_command_parser()
+    launch_argv = resolve_accelerate_config(launch_argv)
+    options = {**parser._option_string_actions, **launch_parser._option_string_actions}
+    for flag in (item.split("=")[0] for item in launch_argv):
+        if flag.startswith("--") and flag not in launch_parser._option_string_actions:
+            raise ValueError(
+                f"{flag} is an option neither of training nor of accelerate launch.{did_you_mean(flag, options)}"
+            )
+    # As a module: launched as a file it would put the package's directory on the import path. Quiet, so that an error
+    # of the training is not followed by one of the launcher.
+    launch_command(launch_parser.parse_args([*launch_argv, "--quiet", "-m", "trl_crisp.train", *training_argv]))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train}
+
+
+def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments that the training's parser knows (and `--config FILE`), and the others, each in order."""
+    config: list[str] = []
+    if "--config" in argv:
+        position = argv.index("--config")
+        config, argv = argv[position : position + 2], argv[:position] + argv[position + 2 :]
+    _, others = parser.parse_known_args(argv)
+    known = []
+    rest = iter(others)
+    other = next(rest, None)
+    for item in argv:
+        if item == other:
+            other = next(rest, None)
+        else:
+            known.append(item)
+    return config + known, others
+
+
+def resolve_accelerate_config(launch_argv: list[str]) -> list[str]:
+    """
+    Replace `--accelerate_config NAME|FILE` by accelerate's `--config_file FILE`.
+
+    Raises:
+        ValueError: For a name that is neither a file nor a config that TRL carries.
+    """
+    from trl_crisp.train import separate_value
+
+    argv = separate_value(launch_argv, "--accelerate_config")
+    if "--accelerate_config" not in argv:
+        return argv
+    position = argv.index("--accelerate_config")
+    names = ", ".join(launch_config_names())
+    if position + 1 == len(argv):
+        raise ValueError(f"--accelerate_config needs a file or a name: {names}.")
+    name = argv[position + 1]
+    path = Path(name)
+    if not path.is_file():
+        if name not in launch_config_names():
+            raise ValueError(f"--accelerate_config {name}: there is no such file, and the names are {names}.")
+        path = Path(str(importlib.resources.files("trl.accelerate_configs") / f"{name}.yaml"))
+    return ["--config_file", str(path), *argv[:position], *argv[position + 2 :]]
+
+
+def launch_config_names() -> list[str]:
+    """Return the names of the launch configs that TRL carries."""
+    files = importlib.resources.files("trl.accelerate_configs").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

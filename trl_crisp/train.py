@@ -1,0 +1,254 @@
+"""The training script: `accelerate launch -m trl_crisp.train --config CONFIG.yaml`, or `trl-crisp train`.
+
+Like TRL's own scripts: every field is a flag, a YAML file gives them new defaults, flags win over the file.
+"""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, TrlParser
+
+    from trl_crisp.config import CRISPConfig
+    from trl_crisp.data import CRISPScriptArguments
+
+EXAMPLE = """\
+example:
+  {prog} --model_name_or_path Qwen/Qwen3-0.6B --dataset_name reasoning-gym:gsm_symbolic --instruction v1 \\
+      --max_completion_length 1024 --output_dir qwen3-0.6b-crisp
+  {prog} --config config.yaml --learning_rate 2e-6
+"""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def make_parser(prog: str | None = None) -> "TrlParser":
+    """Return the parser of the script's arguments: the rows, the training, the model."""
+    from trl import ModelConfig, TrlParser
+
+    from trl_crisp.config import CRISPConfig
+    from trl_crisp.data import CRISPScriptArguments
+
+    return TrlParser(
+        [CRISPScriptArguments, CRISPConfig, ModelConfig],  # type: ignore[list-item]
+        prog=prog,
+        usage="%(prog)s [--config FILE.yaml] [options]",
+        description="Train a model to reason in fewer tokens; the teacher is the model itself, told to be concise.",
+        epilog=EXAMPLE.format(prog=prog or "python -m trl_crisp.train"),
+        formatter_class=_HelpFormatter,
+        # An abbreviated flag would be taken from the launcher (`trl-crisp train --num_processes 2`) without a word
+        allow_abbrev=False,
+    )
+
+
+def parse_args(
+    argv: list[str] | None = None, prog: str | None = None
+) -> tuple["CRISPScriptArguments", "CRISPConfig", "ModelConfig"]:
+    """
+    Parse the script's arguments.
+
+    Args:
+        argv: Flags, with `--config FILE.yaml` among them or not; those of the process if `None`.
+        prog: The program's name in the help.
+
+    Raises:
+        ValueError: For a key of the file or a flag that is no field.
+        FileNotFoundError: Where there is no such file.
+    """
+    parser = make_parser(prog)
+    argv = check_config(parser, sys.argv[1:] if argv is None else argv)
+    *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unknown:
+        flag = next((item for item in unknown if item.startswith("-")), unknown[0])
+        raise ValueError(f"unknown argument {flag!r}.{did_you_mean(flag, parser._option_string_actions)}")
+    script_args, training_args, model_args = parsed
+    return script_args, training_args, model_args
+
+
+def check_config(parser: "TrlParser", argv: list[str]) -> list[str]:
+    """
+    Check the YAML file that `--config` names, and return the arguments with `--config FILE` as two items.
+
+    Raises:
+        ValueError: For a file that is no mapping, or keys that are no fields.
+        FileNotFoundError: Where there is no such file.
+    """
+    import yaml
+
+    argv = separate_value(argv, "--config")
+    if "--config" not in argv:
+        return argv
+    position = argv.index("--config") + 1
+    if position == len(argv):
+        raise ValueError("--config needs the path of a YAML file after it.")
+    path = Path(argv[position])
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file (looked for {path.absolute()}).")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is no valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--config {path} must hold `field: value` lines; it holds {type(config).__name__}.")
+    # `env`, a mapping of environment variables, is TrlParser's own
+    fields = {action.dest for action in parser._actions} - {"help"} | {"env"}
+    if unknown := [key for key in config if key not in fields]:
+        hints = "".join(f"\n  {key}.{did_you_mean(str(key), fields)}" for key in unknown)
+        raise ValueError(
+            f"--config {path} has keys that are no fields of this script:{hints}\nOptions of `accelerate launch`, "
+            "such as num_processes, go on the command line."
+        )
+    return argv
+
+
+def separate_value(argv: list[str], option: str) -> list[str]:
+    """Return the arguments with `OPTION=VALUE` as two items."""
+    return [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{option}=") else [arg])]
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """Return a sentence with the known names that are close to `name`, or nothing."""
+    close = difflib.get_close_matches(name.split("=")[0], list(known), n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", model_args: "ModelConfig") -> None:
+    """
+    Train, save, and push where asked to.
+
+    Raises:
+        ValueError: For arguments that do not fit each other or the rows.
+        FileNotFoundError, PermissionError, ConnectionError: Where the model, the rows or the checkpoint cannot be had.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_crisp.data import is_hub_id, load_prompts
+    from trl_crisp.trainer import CRISPTrainer
+
+    # Before the dataset, which may take minutes to prepare
+    model = check_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
+    assert training_args.output_dir is not None  # TrainingArguments fills it in
+    output_dir = Path(training_args.output_dir)
+    resume_from_checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, output_dir)
+
+    # The quantization goes to the trainer by itself: it refuses one in model_init_kwargs
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]
+    }
+    # The first process prepares the rows; the others read them from the cache of `datasets`
+    with training_args.main_process_first(desc="preparing the prompts"):
+        train_dataset, eval_dataset = load_prompts(script_args, evaluation=training_args.eval_strategy != "no")
+
+    trainer = CRISPTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    trainer.save_model(str(output_dir))
+    trainer.accelerator.print(next_steps(output_dir, is_adapter=model_args.use_peft))
+
+    if training_args.push_to_hub:
+        # The model card links a dataset only where the Hub has it
+        dataset_name = script_args.dataset_name if is_hub_id(script_args.dataset_name) else None
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"It is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
+
+    # Finishes the trackers and ends the process group; transformers has it from 5.18 on
+    if hasattr(trainer, "end"):
+        trainer.end()
+
+
+def check_model(name: str | None, revision: str, trust_remote_code: bool) -> str:
+    """
+    Check that the model can be had, by reading its config, and return its name.
+
+    Raises:
+        ValueError: Where no model is named.
+        FileNotFoundError: Where there is no such directory, model or revision.
+        PermissionError, ConnectionError: See [`~trl_crisp.data.raise_for_hub`].
+    """
+    from transformers import AutoConfig
+
+    from trl_crisp.data import raise_for_hub
+
+    if not name:
+        raise ValueError(
+            "no model: set model_name_or_path to a model on the Hub, such as Qwen/Qwen3-8B, or to a local directory."
+        )
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model_name_or_path={name!r}: the directory has no config.json, so it holds no model. Give the "
+                "directory that save_pretrained wrote; merge an adapter into its base model first."
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"model_name_or_path={name!r}: there is no such directory (looked for {path.absolute()}). Check the path; "
+            "a model on the Hub is named OWNER/NAME."
+        )
+    try:
+        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise_for_hub(error, "model", name, "model_name_or_path")
+    return name
+
+
+def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path) -> str | None:
+    """
+    Return the checkpoint to go on from, or `None` to start afresh.
+
+    Args:
+        resume_from_checkpoint: A checkpoint's path; or true, as a flag or in YAML, for the last one in `output_dir`.
+        output_dir: The run's.
+
+    Raises:
+        FileNotFoundError: For a path where there is no checkpoint.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = str(resume_from_checkpoint)
+    if resume_from_checkpoint is None or wanted.lower() in ("false", "none", ""):
+        return None
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if wanted.lower() == "true":
+        going_on = (
+            f"going on from {last}" if last else f"{output_dir} has no checkpoint yet, so training starts afresh"
+        )
+        print(f"resume_from_checkpoint: {going_on}.", flush=True)
+        return last
+    if not Path(wanted).is_dir():
+        hint = f" The last one in output_dir is {last}." if last else ""
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={wanted!r}: there is no such directory.{hint} Use resume_from_checkpoint true "
+            "for the last one in output_dir."
+        )
+    return wanted
+
+
+def next_steps(output_dir: Path, is_adapter: bool) -> str:
+    """Return where the model is and how to hear it answer."""
+    what = "LoRA adapter" if is_adapter else "model"
+    command = (
+        "from transformers import pipeline; "
+        f"print(pipeline('text-generation', {str(output_dir)!r})"
+        "([{'role': 'user', 'content': 'What is 17 * 24?'}], max_new_tokens=1024)[0]['generated_text'][-1]['content'])"
+    )
+    return f'The {what} is in {output_dir}. Next, hear it answer:\n  python -c "{command}"'
+
+
+if __name__ == "__main__":
+    main(*parse_args())
