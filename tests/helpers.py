@@ -12,7 +12,10 @@ from trl_crisp import CRISPConfig, CRISPTrainer
 def rows(count: int = 8, opening: str = "") -> Dataset:
     """Return conversational rows with prompts of different lengths."""
     return Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": f"{opening}What is {'9' * (1 + i % 5)} + {i}?"}]} for i in range(count)]
+        [
+            {"prompt": [{"role": "user", "content": f"{opening}What is {'9' * (1 + i % 5)} + {i}?"}]}
+            for i in range(count)
+        ]
     )
 
 
@@ -36,7 +39,9 @@ def config(output_dir, **overrides) -> CRISPConfig:
     return CRISPConfig(str(output_dir), **{**defaults, **overrides})
 
 
-def make_trainer(output_dir, kind: str = "llama", model=None, dataset=None, peft_config=None, callbacks=None, **overrides):
+def make_trainer(
+    output_dir, kind: str = "llama", model=None, dataset=None, peft_config=None, callbacks=None, **overrides
+):
     """Return a CRISPTrainer on a tiny model."""
     return CRISPTrainer(
         model=tiny_model(kind) if model is None else model,

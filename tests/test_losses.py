@@ -85,7 +85,9 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16(beta):
     divergence, _ = per_token_divergence(*given, MASK_BT, beta, 1.0)
     q = torch.log_softmax(given[0] @ given[1].weight_VH.T, -1)
     p = torch.log_softmax(given[2] @ given[3].weight_VH.T, -1)
-    m = torch.logsumexp(torch.stack([q.float() + torch.tensor(1 - beta).log(), p.float() + torch.tensor(beta).log()]), 0)
+    m = torch.logsumexp(
+        torch.stack([q.float() + torch.tensor(1 - beta).log(), p.float() + torch.tensor(beta).log()]), 0
+    )
     plain = {
         0.0: p.exp() * (p - q),
         1.0: q.exp() * (q - p),

@@ -135,9 +135,7 @@ def test_ema_at_rate_one_equals_refresh(tmp_path, tuning):
     """An identity of the schedules."""
     students = [lora_model() if tuning == "lora" else tiny_model() for _ in range(2)]
     periodic = teacher_of(students[0], tmp_path, teacher_sync_steps=2)
-    ema = teacher_of(
-        students[1], tmp_path, teacher_model_kind="ema", teacher_sync_steps=2, teacher_update_rate=1.0
-    )
+    ema = teacher_of(students[1], tmp_path, teacher_model_kind="ema", teacher_sync_steps=2, teacher_update_rate=1.0)
     for step in range(1, 6):
         for teacher in (periodic, ema):
             teacher.begin_step(step)
@@ -313,7 +311,9 @@ def test_another_adapter_type_is_refused(tmp_path):
     """Only LoRA layers hold two adapters side by side as the teacher needs them."""
     from peft import IA3Config
 
-    model = get_peft_model(tiny_model(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    model = get_peft_model(
+        tiny_model(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    )
     with pytest.raises(ValueError, match="LoRA adapters only"):
         teacher_of(model, tmp_path)
 

@@ -397,6 +397,52 @@ def test_missing_and_visual_data_are_refused_before_the_model_is_loaded(tmp_path
         CRISPTrainer(model="no/such-model", args=config(tmp_path, instruction="v9"), train_dataset=rows())
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_resumed_run_has_the_teacher_of_the_uninterrupted_one(tmp_path, tuning):
+    """Refreshed at step 2, resumed after step 3, refreshed again at step 4: weights, age and count go on."""
+
+    def trainer(name, **overrides):
+        return make_trainer(
+            tmp_path / name,
+            peft_config=LoraConfig(**LORA) if tuning == "lora" else None,
+            max_steps=5,
+            save_strategy="steps",
+            save_steps=3,
+            teacher_sync_steps=2,
+            shuffle_dataset=False,
+            generation_kwargs={"do_sample": False},
+            **overrides,
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    state = json.loads((checkpoint / "teacher_state.json").read_text())
+    assert (state["kind"], state["refreshes"], state["has_weights"]) == ("periodic", 1, True)
+
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in parameters_of(whole.model).items():
+        assert torch.equal(parameters_of(resumed.model)[name], value), name
+    last = [[log for log in t.state.log_history if "loss" in log][-1] for t in (whole, resumed)]
+    for name in ("loss", "reverse_kl", "teacher/age_steps", "teacher/refreshes", "completions/relative_length"):
+        assert last[0][name] == last[1][name], name
+
+    (checkpoint / "teacher_state.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no checkpoint of a CRISP run"):
+        trainer("torn").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_teacher_that_was_never_refreshed_is_not_written(tmp_path):
+    """It is made anew from the base model; the final model has no teacher either way."""
+    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert {path.name for path in (tmp_path / "checkpoint-2").glob("teacher*")} == {"teacher_state.json"}
+    resumed = make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.teacher.age_steps == 2
+
+
 def test_logs_are_json(tmp_path):
     """What a tracker gets has no tensor in it."""
     trainer = make_trainer(tmp_path, "qwen3", max_steps=2)

@@ -9,20 +9,26 @@ Three places that the teacher's weights can live in, behind one interface:
 """
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from trl_crisp._upstream import prepare_deepspeed, prepare_fsdp
 from trl_crisp.config import CRISPConfig
 
 ADAPTER_NAME = "teacher"
+STATE_FILE = "teacher_state.json"
+WEIGHTS_FILE = "teacher.safetensors"
 
 
 def make_teacher(student: nn.Module, args: CRISPConfig, accelerator: Accelerator) -> "Teacher":
@@ -145,6 +151,51 @@ class Teacher(ABC):
         self.refreshes = state["refreshes"]
         self._completed_steps = state["completed_steps"]
         self._refreshed_at_step = state["refreshed_at_step"]
+
+    def save(self, directory: str | Path) -> None:
+        """
+        Write the state into a checkpoint, as `teacher_state.json` and `teacher.safetensors`.
+
+        A teacher that was never refreshed has no weights of its own to keep: the run that resumes makes it anew from the
+        same base model. Call it on the main process.
+        """
+        state = self.state_dict()
+        weights = state.pop("weights")
+        state["has_weights"] = self.refreshes > 0 and bool(weights) and not self._is_sharded()
+        if state["has_weights"]:
+            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(tensors, Path(directory) / WEIGHTS_FILE)
+        (Path(directory) / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, directory: str | Path) -> None:
+        """
+        Restore what [`save`] wrote.
+
+        Raises:
+            FileNotFoundError: For a checkpoint without a teacher.
+            ValueError: For the state of another teacher, and for a refreshed one that was sharded when it was saved.
+        """
+        path = Path(directory) / STATE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory} has no {STATE_FILE}: it is no checkpoint of a CRISP run. Resume from another checkpoint, or "
+                "start afresh with that directory as the model."
+            )
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state.pop("has_weights"):
+            state["weights"] = load_file(Path(directory) / WEIGHTS_FILE)
+        elif state["refreshes"] == 0 or self.kind == "live":
+            state["weights"] = self.state_dict()["weights"]
+        else:
+            raise ValueError(
+                f"{directory} does not hold the teacher's weights, which were taken over from the student "
+                f"{state['refreshes']} times: a teacher sharded by ZeRO-3 or FSDP2 is not saved yet. Start afresh with the "
+                "checkpoint as the model, or train with ZeRO-2, whose teacher resumes."
+            )
+        self.load_state_dict(state)
+
+    def _is_sharded(self) -> bool:
+        return any(isinstance(t, DTensor) or hasattr(t, "ds_id") for _, _, t in self._weight_pairs())
 
     @contextmanager
     def serving(self) -> Iterator[nn.Module]:
@@ -298,15 +349,18 @@ def _frozen_copy(student: nn.Module, dtype: str | torch.dtype | None) -> nn.Modu
 def _zero3_copy(student: nn.Module) -> nn.Module:
     # A module whose parameters ZeRO-3 partitioned while loading cannot be deep-copied: its tensors are empty
     import deepspeed
-    from transformers.integrations.deepspeed import deepspeed_config
 
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(), dtype=student.dtype):
-        teacher = type(student)(copy.deepcopy(student.config))  # type: ignore[arg-type]
+    # The draw of its first values must not move the random stream of the rollouts
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        # transformers' own way in, which keeps tied weights tied and the rotary frequencies float32
+        teacher = type(student)._from_config(copy.deepcopy(student.config), dtype=student.dtype)  # type: ignore[operator]
     pairs = zip(student.named_parameters(), teacher.named_parameters(), strict=True)
     for (source_name, source), (target_name, target) in pairs:
         assert source_name == target_name, (source_name, target_name)
         with deepspeed.zero.GatheredParameters([source, target], modifier_rank=0), torch.no_grad():
             target.copy_(source)
+    for (_, source_buffer), (_, target_buffer) in zip(student.named_buffers(), teacher.named_buffers(), strict=True):
+        target_buffer.data = source_buffer.detach().clone()
     return teacher
 
 

@@ -1,9 +1,11 @@
 """CRISPTrainer: rollouts -> teacher's inputs -> loss. What is not here is TRL's `DistillationTrainer`."""
 
+import json
 import math
 import textwrap
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -32,6 +34,7 @@ from trl_crisp.weighting import count_loss_items, loss_token_weights
 # Steps whose mean completion length is the baseline of `completions/relative_length`. Ours: 5 steps are 160 rollouts at
 # the paper's batch, enough for a mean and early enough for a model that has hardly moved.
 BASELINE_STEPS = 5
+BASELINE_FILE = "baseline_lengths_tokens.json"
 
 DatasetLike: TypeAlias = Dataset | IterableDataset
 
@@ -166,6 +169,14 @@ class CRISPTrainer(DistillationTrainer):
                 warnings.warn(
                     f"learning_rate={self.args.learning_rate} is the paper's for full fine-tuning; a LoRA adapter hardly "
                     "moves at it. Set one for LoRA, such as 1e-5 to 1e-4.",
+                    stacklevel=3,
+                )
+            dtype = next(self.model.parameters()).dtype
+            if self.args.use_vllm and dtype in (torch.bfloat16, torch.float16):
+                warnings.warn(
+                    f"TRL merges the adapter into the {dtype} base model and takes it out again for each update of vLLM, "
+                    "which rounds: the base model drifts, and the teacher that shares it (huggingface/trl#6688). Load the "
+                    "model in float32, or train the full model.",
                     stacklevel=3,
                 )
             return
@@ -339,6 +350,21 @@ class CRISPTrainer(DistillationTrainer):
         weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
         loss = (weights_BT * divergence_BT).sum()
         return loss, entropy_BT.sum(), num_tokens
+
+    # The teacher is state of a run as the optimizer's is: it goes into every checkpoint that can be resumed, and comes
+    # back after the student's weights
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.teacher.save(output_dir)
+            Path(output_dir, BASELINE_FILE).write_text(json.dumps(self._baseline_lengths_tokens), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.teacher.load(checkpoint)
+            self._baseline_lengths_tokens = json.loads(Path(checkpoint, BASELINE_FILE).read_text(encoding="utf-8"))
 
     def _check_teacher_is_not_uniform(self) -> None:
         if len(self._step_entropies_nats) < self.args.gradient_accumulation_steps:
