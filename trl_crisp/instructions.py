@@ -88,7 +88,8 @@ def resolve_instruction(instruction: str) -> str:
                 f"instruction={instruction!r}: there is no such file (looked in {path.resolve().parent}). Give an existing "
                 ".txt file, the text itself, or a name of the catalogue."
             )
-        text = path.read_text(encoding="utf-8").strip()
+        # -sig: some editors begin a file with a byte order mark, which the model would read
+        text = path.read_text(encoding="utf-8-sig").strip()
         if not text:
             raise ValueError(f"instruction={instruction!r}: the file is empty. Use instruction='' for no instruction.")
         return text

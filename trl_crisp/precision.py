@@ -1,5 +1,7 @@
 """Does an optimizer step of this size change weights of this precision at all?"""
 
+import math
+
 import torch
 
 _SAMPLED_WEIGHTS = 4096
@@ -18,15 +20,17 @@ def unchanged_weight_share(parameters: list[torch.nn.Parameter], learning_rate: 
         learning_rate: Of the optimizer.
 
     Returns:
-        A share from 0 to 1, over an evenly spaced sample of at most 4,096 weights a parameter.
+        A share from 0 to 1 of all weights, estimated from an evenly spaced sample of at most 4,096 a parameter.
     """
-    unchanged = total = 0
+    unchanged, total = 0.0, 0
     for parameter in parameters:
         flat = parameter.detach().flatten()
-        weights = flat[:: max(1, len(flat) // _SAMPLED_WEIGHTS)].float().abs()
+        if not len(flat):
+            continue
+        weights = flat[:: math.ceil(len(flat) / _SAMPLED_WEIGHTS)].float().abs()
         smallest = torch.finfo(parameter.dtype).smallest_normal
         exponent = torch.floor(torch.log2(weights.clamp(min=smallest)))
         spacing = torch.exp2(exponent) * torch.finfo(parameter.dtype).eps
-        unchanged += int((spacing > 2 * learning_rate).sum())
-        total += len(weights)
+        unchanged += (spacing > 2 * learning_rate).float().mean().item() * len(flat)
+        total += len(flat)
     return unchanged / total if total else 0.0

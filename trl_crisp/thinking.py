@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 def count_thinking_tokens(completion_ids: Sequence[int], open_id: int, close_id: int, starts_open: bool) -> int:
     """
-    Count the tokens of a completion up to and including the one that closes its thinking.
+    Count the tokens of a completion that are thinking, the tokens that open and close it among them.
+
+    A completion with tool turns may think several times. Where the first of its tokens is the closing one, the model has
+    left the opening one out, and what stands before was thinking.
 
     Args:
         completion_ids: The completion's token ids.
@@ -14,8 +17,13 @@ def count_thinking_tokens(completion_ids: Sequence[int], open_id: int, close_id:
         starts_open: Whether the prompt ends inside an open `<think>`.
 
     Returns:
-        Tokens of thinking: all of them where it was opened and never closed, 0 where there was none.
+        Tokens of thinking: to the end where it was opened and never closed, 0 where there was none.
     """
-    if close_id in completion_ids:
-        return list(completion_ids).index(close_id) + 1
-    return len(completion_ids) if starts_open or open_id in completion_ids else 0
+    first = next((token_id for token_id in completion_ids if token_id in (open_id, close_id)), None)
+    thinks = starts_open or first == close_id
+    count = 0
+    for token_id in completion_ids:
+        thinks = thinks or token_id == open_id
+        count += thinks
+        thinks = thinks and token_id != close_id
+    return count
