@@ -139,8 +139,8 @@ class CRISPConfig(DistillationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choices()
+        self._check_instruction()
         self._check_teacher_source()
-        self.instruction_replaces = self.instruction_replaces or None
         self._resolve_schedule()
         self._warn_off_paper()
 
@@ -163,6 +163,20 @@ class CRISPConfig(DistillationConfig):
                 "1, or None to keep all."
             )
 
+    def _check_instruction(self) -> None:
+        if not isinstance(self.instruction, str):
+            raise ValueError(
+                f"instruction={self.instruction!r} is no text. Give a name of the catalogue, the text itself or the path of "
+                "a .txt file; for the same prompt on both sides give ''."
+            )
+        # A YAML block ends in a line break, which no user text has after the sentence
+        self.instruction_replaces = (self.instruction_replaces or "").strip() or None
+        if not self.instruction.strip():
+            if self.instruction_role != "user":
+                self._warn(f"instruction_role={self.instruction_role!r} has no effect with instruction=''.")
+            if self.instruction_replaces not in (None, DAPO_OPENING_SENTENCE):
+                self._warn(f"instruction_replaces={self.instruction_replaces!r} has no effect with instruction=''.")
+
     def _check_teacher_source(self) -> None:
         for name in ("teacher_model_name_or_path", "teacher_model_revision"):
             if (value := getattr(self, name)) is not None:
@@ -176,6 +190,8 @@ class CRISPConfig(DistillationConfig):
                 f"teacher_model_init_kwargs has {', '.join(unknown)}: the teacher is a copy of the student, not loaded, "
                 "so only 'dtype' has an effect. Remove the rest."
             )
+        if init_kwargs and self.teacher_model_kind == "live":
+            self._warn("teacher_model_init_kwargs has no effect with teacher_model_kind='live': no copy is made.")
 
     def _resolve_schedule(self) -> None:
         kind = self.teacher_model_kind
