@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import string
 import warnings
 from collections.abc import Iterator
@@ -264,7 +265,7 @@ def raise_for_hub(error: Exception, kind: str, name: str, field_name: str) -> No
     def any_is(*types: type[BaseException]) -> bool:
         return any(isinstance(e, types) for e in chain)
 
-    if any_is(GatedRepoError) or any("gated" in str(e).lower() for e in chain):
+    if any_is(GatedRepoError) or any(re.search(r"\bgated\b", str(e)) for e in chain):
         raise PermissionError(
             f"{subject}: the {kind} is gated. Ask for access at {page}, log in with `hf auth login` (or set "
             f"HF_TOKEN), and start again; or give a local {local}."

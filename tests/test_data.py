@@ -1,0 +1,374 @@
+"""From a dataset's name to the rows that are trained on, and what is said where that fails."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from datasets import Dataset, IterableDataset
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from trl_crisp.data import (
+    CRISPScriptArguments,
+    deduplicate,
+    is_hub_id,
+    load_prompts,
+    load_splits,
+    raise_for_hub,
+    split,
+    to_prompts,
+)
+
+DAPO_TEMPLATE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("datasets_cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def message(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def write_rows(path, rows):
+    """Write rows in the format of the path's extension."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        dataset = Dataset.from_list(rows)
+        {".json": dataset.to_json, ".parquet": dataset.to_parquet, ".csv": dataset.to_csv}[path.suffix](str(path))
+    return str(path)
+
+
+def arguments(dataset_name, **overrides) -> CRISPScriptArguments:
+    return CRISPScriptArguments(dataset_name=str(dataset_name), **overrides)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("extension", [".jsonl", ".json", ".parquet", ".csv"])
+def test_local_files(tmp_path, extension, streaming):
+    path = write_rows(tmp_path / f"rows{extension}", [{"problem": "1+1?", "n": 1}, {"problem": "{x}?", "n": 2}])
+    args = arguments(
+        path, prompt_template="Solve.\n\n{problem}", dataset_streaming=streaming, deduplicate_prompts=False
+    )
+    train, held_out = load_prompts(args)
+    assert isinstance(train, IterableDataset if streaming else Dataset)
+    assert [row["prompt"] for row in train] == [message("Solve.\n\n1+1?"), message("Solve.\n\n{x}?")]
+    assert held_out is None
+
+
+def test_dapo_wording_and_a_column_named_prompt(tmp_path):
+    """A template may read the column that it replaces, with values of another type."""
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": "1+1?", "problem": "1+1?"}, {"prompt": "2+2?", "problem": "2+2?"}]
+    )
+    train, _ = load_prompts(arguments(path, prompt_template="Q: {prompt}"))
+    assert train["prompt"][1] == message("Q: 2+2?")
+    train, _ = load_prompts(arguments(path, prompt_template=DAPO_TEMPLATE))
+    text = train[0]["prompt"][0]["content"]
+    assert text.startswith("Solve the following math problem step by step. The last line")
+    assert text.endswith('\n\n1+1?\n\nRemember to put your answer on its own line after "Answer:".')
+
+
+def test_template_reads_nested_columns_and_doubled_braces(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"info": {"problem": "1+1?"}}])
+    train, _ = load_prompts(arguments(path, prompt_template="{info[problem]} In \\boxed{{}}."))
+    assert train[0]["prompt"] == message("1+1? In \\boxed{}.")
+
+
+def test_prompt_column_is_renamed_and_others_stay(tmp_path):
+    rows = [{"prompt": "old", "chat": message("1+1?"), "teacher_prompt": message("Briefly: 1+1?")}]
+    train, _ = load_prompts(arguments(write_rows(tmp_path / "rows.jsonl", rows), prompt_column="chat"))
+    assert train[0] == {"prompt": message("1+1?"), "teacher_prompt": message("Briefly: 1+1?")}
+
+
+def test_plain_strings_say_that_no_chat_template_applies(tmp_path, caplog):
+    path = write_rows(tmp_path / "rows.jsonl", [{"problem": "1+1?"}])
+    train, _ = load_prompts(arguments(path, prompt_column="problem"))
+    assert train[0]["prompt"] == "1+1?"
+    assert "prompt_template '{problem}'" in caplog.text
+
+
+def test_deduplication_keeps_the_first_of_each_prompt():
+    rows = [{"prompt": message(text), "id": i} for i, text in enumerate("abacb")]
+    assert deduplicate(Dataset.from_list(rows))["id"][:] == [0, 1, 3]
+    assert deduplicate(Dataset.from_list([{"prompt": p} for p in "aab"]))["prompt"][:] == ["a", "b"]
+
+
+def test_split_is_a_partition_that_the_seed_fixes():
+    dataset = Dataset.from_dict({"prompt": [str(i) for i in range(10)]})
+    train, held_out = split(dataset, 0.8, 42)
+    assert (len(train), len(held_out)) == (8, 2)
+    assert sorted([*train["prompt"], *held_out["prompt"]]) == sorted(dataset["prompt"])
+    assert split(dataset, 0.8, 42)[0]["prompt"][:] == train["prompt"][:]
+    assert split(dataset, 0.8, 43)[0]["prompt"][:] != train["prompt"][:]
+
+
+def test_duplicates_do_not_cross_the_split(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": message(str(i % 10))} for i in range(50)])
+    train, held_out = load_prompts(arguments(path, dataset_train_fraction=0.8), evaluation=True)
+    texts = [{row["prompt"][0]["content"] for row in part} for part in (train, held_out)]
+    assert (len(train), len(held_out)) == (8, 2)
+    assert not texts[0] & texts[1]
+    assert load_prompts(arguments(path, dataset_train_fraction=0.8))[1] is None
+
+
+def test_evaluation_rows_of_a_split(monkeypatch):
+    splits = {name: Dataset.from_list([{"prompt": message(name)}]) for name in ("train", "test")}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
+    train, held_out = load_prompts(arguments("owner/name"), evaluation=True)
+    assert train[0]["prompt"] == message("train")
+    assert held_out[0]["prompt"] == message("test")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_reasoning_gym(streaming):
+    args = arguments(
+        "reasoning-gym:gsm_symbolic", dataset_size=4, dataset_streaming=streaming, deduplicate_prompts=False
+    )
+    rows = list(load_prompts(args)[0])
+    assert [row["prompt"] for row in rows] == [message(row["question"]) for row in rows]
+    assert len(rows) == 4
+    assert list(load_splits(args)["train"]) == rows
+    args.dataset_seed = 7
+    assert list(load_prompts(args)[0]) != rows
+
+
+def test_template_of_a_reasoning_gym_task():
+    args = arguments("reasoning-gym:gsm_symbolic", dataset_size=1, prompt_template="{question} ({answer})")
+    row = load_prompts(args)[0][0]
+    assert row["prompt"] == message(f"{row['question']} ({row['answer']})")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("BytedTsinghua-SIA/DAPO-Math-17k", True),
+        ("gsm8k", True),
+        ("owner/name-v1.5", True),
+        ("reasoning-gym:gsm_symbolic", False),
+        ("data/rows.jsonl", False),
+        ("./rows", False),
+        ("a/b/c", False),
+        (None, False),
+    ],
+)
+def test_hub_ids(name, expected):
+    assert is_hub_id(name) is expected
+
+
+ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "error", "phrases"),
+    [
+        (None, {"dataset_name": None}, ValueError, ["no dataset", "dataset_name", "reasoning-gym:gsm_symbolic"]),
+        (
+            None,
+            {"dataset_name": "data/rows.jsonl"},
+            FileNotFoundError,
+            ["'data/rows.jsonl'", "no such file", "OWNER/NAME"],
+        ),
+        (None, {"dataset_name": "rows.parquet"}, FileNotFoundError, ["no such file", "Check the path"]),
+        (None, {"dataset_name": "~/a/b"}, FileNotFoundError, ["no such file"]),
+        (None, {"dataset_name": "notes.txt"}, FileNotFoundError, ["no such file"]),
+        (
+            None,
+            {"dataset_name": "owner/name"},
+            ConnectionError,
+            ["HF_HUB_OFFLINE", "Unset it", "local file", "hf download"],
+        ),
+        ("rows.txt", {}, ValueError, ["'.txt'", ".jsonl, .parquet, .csv"]),
+        ("rows.jsonl", {"content": ""}, ValueError, ["empty file"]),
+        ("rows.json", {"content": "[]"}, ValueError, ["no rows"]),
+        ("rows.csv", {"content": "problem,answer\n"}, ValueError, ["no rows"]),
+        ("rows.jsonl", {"content": '{"prompt": "a'}, ValueError, ["cannot be read as .jsonl", "Check the file"]),
+        ("rows.jsonl", {}, ValueError, ["prompt_column='prompt'", "it has problem, answer", "prompt_template"]),
+        (
+            "rows.jsonl",
+            {"prompt_column": "question"},
+            ValueError,
+            ["prompt_column='question'", "it has problem, answer"],
+        ),
+        (
+            "rows.jsonl",
+            {"prompt_template": "{question}?"},
+            ValueError,
+            ["{question}", "no column", "problem, answer", "{{ and }}"],
+        ),
+        ("rows.jsonl", {"prompt_template": "{problem} in \\boxed{}"}, ValueError, ["no column", "{{ and }}"]),
+        ("rows.jsonl", {"prompt_template": "{problem} in {"}, ValueError, ["no template", "{{ and }}"]),
+        ("rows.jsonl", {"prompt_template": "1+1?"}, ValueError, ["no {column} placeholder", "problem, answer"]),
+        (
+            "rows.jsonl",
+            {"content": '{"prompt": 3}\n'},
+            ValueError,
+            ["prompt_column='prompt' holds a int", "string or a list of messages"],
+        ),
+        ("rows.jsonl", {"content": '{"prompt": "a"}\n{"prompt": null}\n'}, ValueError, ["1 of 2 rows have none"]),
+        (
+            "rows.jsonl",
+            {"content": '{"p": "a"}\n{"p": null}\n', "prompt_template": "{p}"},
+            ValueError,
+            ["nothing in its column 'p'"],
+        ),
+        (
+            "rows.jsonl",
+            {"content": '{"prompt": "a"}\n' * 9, "dataset_train_fraction": 0.8},
+            ValueError,
+            ["dataset_train_fraction=0.8 of 1 rows (after de-duplication)", "leave dataset_train_fraction unset"],
+        ),
+        ("rows.jsonl", {"dataset_streaming": True}, ValueError, ["dataset_streaming", "deduplicate_prompts to false"]),
+        (
+            "rows.jsonl",
+            {"prompt_column": "problem", "evaluation": True},
+            ValueError,
+            ["eval_strategy", "no split 'test' (it has train)", "dataset_train_fraction"],
+        ),
+        (
+            None,
+            {"dataset_name": "reasoning-gym:gsm_symbolc"},
+            ValueError,
+            ["no task 'gsm_symbolc'", "Close names: gsm_symbolic"],
+        ),
+        (None, {"dataset_name": "reasoning-gym:"}, ValueError, ["no task ''", "The tasks are", "gsm_symbolic"]),
+    ],
+)
+def test_errors_say_what_to_do(tmp_path, file, overrides, error, phrases):
+    overrides = dict(overrides)
+    content = overrides.pop("content", "".join(json.dumps(row) + "\n" for row in ROWS))
+    evaluation = overrides.pop("evaluation", False)
+    if file:
+        (tmp_path / file).write_text(content)
+        overrides["dataset_name"] = str(tmp_path / file)
+    with pytest.raises(error) as caught:
+        load_prompts(CRISPScriptArguments(**overrides), evaluation=evaluation)
+    assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
+
+
+def test_unknown_split_and_configuration(monkeypatch):
+    only = Dataset.from_list([{"prompt": "a"}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(main=only, extra=only))
+    with pytest.raises(ValueError, match=r"dataset_train_split='train'.*it has main, extra"):
+        load_prompts(arguments("owner/name"))
+
+    def no_configuration(*_, **__):
+        raise ValueError("Config name is missing. Please pick one among the available configs: ['main']")
+
+    monkeypatch.setattr("datasets.load_dataset", no_configuration)
+    with pytest.raises(ValueError, match=r"dataset_config=None.*\['main'\].*Set dataset_config"):
+        load_prompts(arguments("gsm8k"))
+
+
+def test_reasoning_gym_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match="pip install reasoning-gym"):
+        load_prompts(arguments("reasoning-gym:gsm_symbolic"))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1, 80])
+def test_fraction_out_of_range(fraction):
+    with pytest.raises(ValueError, match=rf"dataset_train_fraction={fraction}.*between 0 and 1"):
+        CRISPScriptArguments(dataset_train_fraction=fraction)
+
+
+def test_dataset_size_out_of_range():
+    with pytest.raises(ValueError, match="dataset_size=0"):
+        CRISPScriptArguments(dataset_size=0)
+
+
+def test_prompt_column_without_effect_warns():
+    with pytest.warns(UserWarning, match="prompt_column='problem' has no effect"):
+        CRISPScriptArguments(prompt_column="problem", prompt_template="{problem}")
+
+
+def test_an_empty_dataset_in_memory():
+    with pytest.raises(ValueError, match="'owner/name' has no rows"):
+        to_prompts(Dataset.from_dict({"prompt": []}), arguments("owner/name"))
+
+
+def http_error(kind, text="401 Client Error"):
+    return kind(text, response=SimpleNamespace(headers={}, request=None, status_code=401))
+
+
+def raised(error, cause=None):
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("error", "offline", "kind", "expected", "phrases"),
+    [
+        (
+            raised(OSError("You are trying to access a gated repo."), http_error(GatedRepoError)),
+            False,
+            "model",
+            PermissionError,
+            ["gated", "https://huggingface.co/o/n", "hf auth login", "local directory"],
+        ),
+        (
+            # `datasets` drops the cause
+            datasets.exceptions.DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub."),
+            False,
+            "dataset",
+            PermissionError,
+            ["https://huggingface.co/datasets/o/n", "hf auth login", "local file"],
+        ),
+        (
+            raised(OSError("not a local folder"), http_error(RepositoryNotFoundError)),
+            False,
+            "model",
+            FileNotFoundError,
+            ["no such model", "Check the id", "hf auth login", "local directory"],
+        ),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub or cannot be accessed."),
+            False,
+            "dataset",
+            FileNotFoundError,
+            ["no such dataset", "private", "hf auth login"],
+        ),
+        (http_error(RevisionNotFoundError), False, "model", FileNotFoundError, ["no such revision"]),
+        (
+            raised(OSError("We couldn't connect"), LocalEntryNotFoundError("not cached")),
+            False,
+            "model",
+            ConnectionError,
+            ["was not reached", "Connect to the network", "HTTPS_PROXY", "hf download o/n", "local directory"],
+        ),
+        (OfflineModeIsEnabled("offline"), True, "dataset", ConnectionError, ["HF_HUB_OFFLINE is set", "Unset it"]),
+        (
+            type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})("Name or service not known"),
+            False,
+            "dataset",
+            ConnectionError,
+            ["was not reached", "hf download --repo-type dataset o/n"],
+        ),
+        (http_error(HfHubHTTPError, "503 Server Error"), False, "model", HfHubHTTPError, ["503"]),
+        (KeyError("elsewhere"), False, "model", KeyError, ["elsewhere"]),
+    ],
+)
+def test_what_the_hub_says(monkeypatch, error, offline, kind, expected, phrases):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    with pytest.raises(expected) as caught:
+        raise_for_hub(error, kind, "o/n", "some_name")
+    assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
