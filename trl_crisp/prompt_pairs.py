@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from trl_crisp.instructions import Prompt, build_teacher_prompt
@@ -123,7 +124,7 @@ class PromptPairs:
             except ValueError as error:
                 raise ValueError(f"row {first_row + i}: {error}") from error
         students_ids = self.tokenize([row["prompt"] for row in rows])
-        teachers_ids = self.tokenize([prompt for prompt, _ in pairs])
+        teachers_ids = self._tokenize_teachers([prompt for prompt, _ in pairs], first_row)
         fits = []
         for i, (student_ids, teacher_ids) in enumerate(zip(students_ids, teachers_ids, strict=True)):
             if (self.instruction or rows[i].get("teacher_prompt") is not None) and student_ids == teacher_ids:
@@ -146,6 +147,22 @@ class PromptPairs:
         report.dropped += fits.count(False)
         report.replaced += sum(replaced for _, replaced in pairs)
         return fits
+
+    def _tokenize_teachers(self, prompts: list[Prompt], first_row: int) -> list[list[int]]:
+        try:
+            return self.tokenize(prompts)
+        except TemplateError:
+            for i, prompt in enumerate(prompts):
+                try:
+                    self.tokenize([prompt])
+                except TemplateError as error:
+                    # The template took the student's prompt, so what it refuses is what the teacher's has beside it
+                    raise ValueError(
+                        f"row {first_row + i}: the chat template takes the student's prompt and refuses the teacher's: "
+                        f"{error}. A template without a system role needs instruction_role='user'; a `teacher_prompt` "
+                        "needs roles that the template knows."
+                    ) from error
+            raise
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str = "train") -> None:
