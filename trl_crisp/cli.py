@@ -11,7 +11,6 @@ from trl_crisp import __version__
 TRAIN_DESCRIPTION = """\
 Train a model to reason in fewer tokens, through `accelerate launch`.
 
-  --config FILE.yaml             values for the options below; flags win over them
   --accelerate_config NAME|FILE  how to launch: a name ({names})
                                  or a file that `accelerate config` wrote
   --num_processes N, ...         any option of `accelerate launch`
@@ -89,11 +88,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train}
 
 
 def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments that the training's parser knows (and `--config FILE`), and the others, each in order."""
-    config: list[str] = []
-    if "--config" in argv:
-        position = argv.index("--config")
-        config, argv = argv[position : position + 2], argv[:position] + argv[position + 2 :]
+    """Return the arguments that the training's parser knows and the others, each in order."""
     _, others = parser.parse_known_args(argv)
     known = []
     rest = iter(others)
@@ -103,7 +98,7 @@ def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[l
             other = next(rest, None)
         else:
             known.append(item)
-    return config + known, others
+    return known, others
 
 
 def resolve_accelerate_config(launch_argv: list[str]) -> list[str]:

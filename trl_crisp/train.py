@@ -34,7 +34,7 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     from trl_crisp.config import CRISPConfig
     from trl_crisp.data import CRISPScriptArguments
 
-    return TrlParser(
+    parser = TrlParser(
         [CRISPScriptArguments, CRISPConfig, ModelConfig],  # type: ignore[list-item]
         prog=prog,
         usage="%(prog)s [--config FILE.yaml] [options]",
@@ -44,6 +44,11 @@ def make_parser(prog: str | None = None) -> "TrlParser":
         # An abbreviated flag would be taken from the launcher (`trl-crisp train --num_processes 2`) without a word
         allow_abbrev=False,
     )
+    # For the help, and to tell it from unknown flags: TrlParser takes it out before it parses
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="Values for the fields; flags win over them."
+    )
+    return parser
 
 
 def parse_args(
@@ -62,11 +67,12 @@ def parse_args(
     """
     parser = make_parser(prog)
     argv = check_config(parser, sys.argv[1:] if argv is None else argv)
-    *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    # Before the fields' values are looked at, for one that is unset may be what a mistyped flag meant
+    _, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = next((item for item in unknown if item.startswith("-")), unknown[0])
         raise ValueError(f"unknown argument {flag!r}.{did_you_mean(flag, parser._option_string_actions)}")
-    script_args, training_args, model_args = parsed
+    script_args, training_args, model_args = parser.parse_args_and_config(argv)
     return script_args, training_args, model_args
 
 
@@ -96,7 +102,7 @@ def check_config(parser: "TrlParser", argv: list[str]) -> list[str]:
     if not isinstance(config, dict):
         raise ValueError(f"--config {path} must hold `field: value` lines; it holds {type(config).__name__}.")
     # `env`, a mapping of environment variables, is TrlParser's own
-    fields = {action.dest for action in parser._actions} - {"help"} | {"env"}
+    fields = {action.dest for action in parser._actions} - {"help", "config"} | {"env"}
     if unknown := [key for key in config if key not in fields]:
         hints = "".join(f"\n  {key}.{did_you_mean(str(key), fields)}" for key in unknown)
         raise ValueError(
@@ -218,6 +224,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Pa
     Raises:
         FileNotFoundError: For a path where there is no checkpoint.
     """
+    from accelerate import PartialState
     from transformers.trainer_utils import get_last_checkpoint
 
     wanted = str(resume_from_checkpoint)
@@ -228,7 +235,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Pa
         going_on = (
             f"going on from {last}" if last else f"{output_dir} has no checkpoint yet, so training starts afresh"
         )
-        print(f"resume_from_checkpoint: {going_on}.", flush=True)
+        PartialState().print(f"resume_from_checkpoint: {going_on}.", flush=True)
         return last
     if not Path(wanted).is_dir():
         hint = f" The last one in output_dir is {last}." if last else ""

@@ -1,0 +1,154 @@
+"""The command `trl-crisp`: what it launches, and what it says where the arguments are wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_crisp
+from tests.tiny_models import save_tiny
+from trl_crisp.cli import launch_config_names, main
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Return the list of what accelerate was asked to launch, instead of launching it."""
+    calls = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", calls.append)
+    return calls
+
+
+def test_help_lists_the_commands_with_an_example(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "train" in text
+    assert "example:\n  trl-crisp train --config" in text
+
+
+def test_no_command_is_help(capsys):
+    assert main([]) == 0
+    assert "example:\n  trl-crisp train" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"trl-crisp {trl_crisp.__version__}\n"
+
+
+def test_unknown_command_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["trian"])
+    assert caught.value.code == 2
+    assert "invalid choice: 'trian' (choose from 'train')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_train_lists_both_kinds_of_options(capsys, launched, flag):
+    assert main(["train", flag]) == 0
+    text = capsys.readouterr().out
+    assert "example:\n  trl-crisp train --model_name_or_path" in text
+    for part in (
+        "--accelerate_config NAME|FILE",
+        "single_gpu, zero1, zero2, zero3",
+        "--instruction",
+        "--dataset_name",
+    ):
+        assert part in text
+    assert not launched
+
+
+def test_arguments_are_split_between_launcher_and_training(launched):
+    config = str(CONFIGS / "qwen3-8b-v2.yaml")
+    argv = [
+        "--max_steps",
+        "2",
+        "--num_processes",
+        "2",
+        f"--config={config}",
+        "--learning_rate",
+        "2",
+        "--main_process_port",
+    ]
+    assert main(["train", *argv, "29501", "--use_cpu"]) == 0
+    (args,) = launched
+    assert (args.num_processes, args.main_process_port) == (2, 29501)
+    assert (args.module, args.training_script, args.quiet) == (True, "trl_crisp.train", True)
+    expected = ["--max_steps", "2", "--config", config, "--learning_rate", "2", "--use_cpu"]
+    assert args.training_script_args == expected
+
+
+@pytest.mark.parametrize("form", [["--accelerate_config", "zero3"], ["--accelerate_config=zero3"]])
+def test_named_launch_config_is_the_one_of_trl(launched, form):
+    assert main(["train", *form, "--num_processes", "4"]) == 0
+    assert launched[0].config_file.endswith("accelerate_configs/zero3.yaml")
+    assert Path(launched[0].config_file).is_file()
+    assert launched[0].num_processes == 4
+
+
+def test_launch_config_by_path(launched):
+    path = str(ACCELERATE / "ddp-cpu.yaml")
+    assert main(["train", "--accelerate_config", path]) == 0
+    assert launched[0].config_file == path
+
+
+def test_launch_config_names():
+    assert {"single_gpu", "multi_gpu", "zero1", "zero2", "zero3", "fsdp2"} <= set(launch_config_names())
+
+
+@pytest.mark.parametrize(
+    ("argv", "phrases"),
+    [
+        (["--accelerate_config", "zero4"], ["zero4: there is no such file", "fsdp2", "zero3"]),
+        (["--accelerate_config"], ["needs a file or a name", "zero3"]),
+        (["--max_step", "2"], ["--max_step is an option neither", "--max_steps"]),
+        (["--num_proceses=2"], ["--num_proceses is an option neither", "--num_processes"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+        (["--config", "UNKNOWN_KEY"], ["instructon. Did you mean instruction"]),
+    ],
+)
+def test_argument_errors(capsys, launched, tmp_path, argv, phrases):
+    if argv[-1] == "UNKNOWN_KEY":
+        (tmp_path / "config.yaml").write_text("instructon: v1\n")
+        argv = [argv[0], str(tmp_path / "config.yaml")]
+    assert main(["train", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("trl-crisp train: error: ")
+    assert all(phrase in error for phrase in phrases), error
+    assert not launched
+
+
+def test_a_value_of_the_wrong_type(capsys, launched):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--max_steps", "two"])
+    assert caught.value.code == 2
+    assert "argument --max_steps/--max-steps: invalid int value: 'two'" in capsys.readouterr().err
+
+
+def test_train_in_two_processes(tmp_path, monkeypatch):
+    """As a user types it, with reasoning-gym's rows and the launch file for two CPU processes."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = save_tiny(tmp_path / "model")
+    flags = ["--model_name_or_path", model, "--dataset_name", "reasoning-gym:gsm_symbolic", "--dataset_size", "8"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--max_completion_length", "8"]
+    flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--use_cpu"]
+    flags += ["--report_to", "none", "--max_prompt_length", "4000"]
+    command = [sys.executable, "-m", "trl_crisp.cli", "train", "--accelerate_config", str(ACCELERATE / "ddp-cpu.yaml")]
+    run = subprocess.run([*command, "--main_process_port", "0", *flags], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "8 of 8 rows kept" in run.stdout
+    assert run.stdout.count(f"The model is in {tmp_path / 'out'}") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_error_of_the_training_is_the_last_line(tmp_path):
+    command = [sys.executable, "-m", "trl_crisp.cli", "train", "--model_name_or_path", "./nowhere", "--use_cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode != 0
+    assert run.stderr.strip().splitlines()[-1].startswith("FileNotFoundError: model_name_or_path='./nowhere'")

@@ -1,0 +1,338 @@
+"""The training script: every shipped config runs, and what is said where something is missing."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from tests.tiny_models import save_tiny
+from trl_crisp.train import check_model, main, make_parser, next_steps, parse_args, resolve_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
+LAUNCH_CONFIGS = sorted((EXAMPLES / "accelerate").glob("*.yaml"))
+DAPO_OPENING = "Solve the following math problem step by step."
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("datasets_cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # Of the launched processes
+    monkeypatch.setenv("HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return a function from a model's family to the directory of a tiny one."""
+    directory = tmp_path_factory.mktemp("models")
+
+    def saved(kind="llama"):
+        path = directory / kind
+        return str(path) if path.exists() else save_tiny(path, kind)
+
+    return saved
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Return a file of 20 prompts in DAPO's wording, each twice."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    prompts = [[{"role": "user", "content": f"{DAPO_OPENING} What is {i % 20} + 1?"}] for i in range(40)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+def small(model, rows, output_dir, *flags):
+    """Return flags that make any config's run take a second."""
+    return [
+        *("--model_name_or_path", model),
+        *("--dataset_name", rows),
+        *("--output_dir", str(output_dir)),
+        *("--max_steps", "2"),
+        *("--max_completion_length", "8"),
+        *("--per_device_train_batch_size", "2"),
+        *("--gradient_accumulation_steps", "1"),
+        *("--logging_steps", "1"),
+        *("--report_to", "none"),
+        *("--use_cpu", "--use_vllm", "false", "--disable_tqdm", "true"),
+        *flags,
+    ]
+
+
+def logged(checkpoint):
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return [entry["step"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_trains(path, models, rows, tmp_path, capsys):
+    kind = "qwen3" if "qwen3" in path.stem else "deepseek" if "deepseek" in path.stem else "llama"
+    args = parse_args(["--config", str(path), *small(models(kind), rows, tmp_path, "--save_steps", "2")])
+    script_args, training_args, model_args = args
+    main(*args)
+
+    written = yaml.safe_load(path.read_text())
+    assert training_args.instruction == written["instruction"]
+    assert training_args.learning_rate == float(written["learning_rate"])
+    adapter = "adapter_model.safetensors"
+    assert (tmp_path / (adapter if model_args.use_peft else "model.safetensors")).is_file()
+    assert (tmp_path / adapter).is_file() == model_args.use_peft
+    output = capsys.readouterr().out
+    kept = 16 if script_args.dataset_train_fraction else 20
+    assert f"{kept} of {kept} rows kept" in output
+    assert f"The instruction replaces the student's own in {kept} rows" in output
+    assert f"is in {tmp_path}" in output
+    assert "python -c" in output
+
+
+def test_the_papers_configs_are_the_papers(capsys):
+    papers = [path for path in CONFIGS if path.stem not in ("qwen3-8b-lora-1gpu", "smollm2-cpu")]
+    assert len(papers) == 5
+    for path in papers:
+        script_args, training_args, _ = parse_args(["--config", str(path), "--use_cpu"])
+        assert script_args.dataset_name == "BytedTsinghua-SIA/DAPO-Math-17k"
+        assert script_args.deduplicate_prompts
+        assert (script_args.dataset_train_fraction, script_args.dataset_split_seed) == (0.8, 42)
+        assert training_args.learning_rate == 1e-6
+        assert (training_args.lr_scheduler_type, training_args.weight_decay) == ("constant", 0.01)
+        assert (training_args.max_grad_norm, training_args.temperature, training_args.top_p) == (1.0, 1.0, 1.0)
+        assert (training_args.max_prompt_length, training_args.max_completion_length) == (1024, 8192)
+        assert (training_args.teacher_model_kind, training_args.teacher_sync_steps) == ("periodic", 50)
+        assert (training_args.beta, training_args.loss_normalization) == (1.0, "sequence")
+        assert 8 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps == 32
+        assert training_args.instruction == path.stem.rsplit("-", 1)[1]
+
+
+def test_every_value_of_a_config_has_its_source():
+    for path in CONFIGS:
+        if path.stem == "smollm2-cpu":
+            continue  # says once that all of its values are ours
+        for line in path.read_text().splitlines():
+            assert not re.match(r"\w+:", line) or re.search(r" # (paper|Table|code|TRL|ours|the data set's)", line), (
+                line
+            )
+
+
+def test_lora_config_has_a_learning_rate_of_its_own(recwarn, models, rows, tmp_path):
+    """At the paper's rate for full fine-tuning the trainer warns."""
+    path = EXAMPLES / "configs" / "qwen3-8b-lora-1gpu.yaml"
+    flags = small(models("qwen3"), rows, tmp_path)
+    main(*parse_args(["--config", str(path), *flags]))
+    assert not [w for w in recwarn if "adapter hardly moves" in str(w.message)]
+    main(*parse_args(["--config", str(path), *flags, "--learning_rate", "1e-6"]))
+    assert [w for w in recwarn if "adapter hardly moves" in str(w.message)]
+
+
+@pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=lambda path: path.stem)
+def test_launch_config_is_one_of_accelerate(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes in (2, 8)
+    assert path.read_text().startswith("# ")
+
+
+def test_model_arguments_reach_the_trainer(monkeypatch, models, rows, tmp_path):
+    """Without a train step: what the trainer is made of."""
+    made = {}
+
+    class Recorder:
+        def __init__(self, **kwargs):
+            made.update(kwargs)
+            raise StopIteration
+
+    monkeypatch.setattr("trl_crisp.trainer.CRISPTrainer", Recorder)
+    flags = ["--use_peft", "--lora_r", "4", "--model_revision", "abc", "--attn_implementation", "sdpa"]
+    flags += ["--dtype", "bfloat16", "--model_init_kwargs", '{"use_cache": false}', "--eval_strategy", "steps"]
+    with pytest.raises(StopIteration):
+        main(*parse_args(small(models(), rows, tmp_path, *flags, "--dataset_train_fraction", "0.8")))
+    assert made["model"] == models()
+    assert made["args"].model_init_kwargs == {
+        "revision": "abc",
+        "trust_remote_code": False,
+        "attn_implementation": "sdpa",
+        "dtype": "bfloat16",
+        "use_cache": False,
+    }
+    assert made["peft_config"].r == 4
+    assert made["quantization_config"] is None
+    assert (len(made["train_dataset"]), len(made["eval_dataset"])) == (16, 4)
+
+
+def test_flags_win_over_the_file_and_env_is_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("CRISP_TEST", raising=False)
+    path = tmp_path / "config.yaml"
+    path.write_text("learning_rate: 1e-5\nmax_steps: 7\nuse_cpu: true\nenv:\n  CRISP_TEST: 3\n")
+    _, training_args, _ = parse_args([f"--config={path}", "--max_steps", "9"])
+    assert (training_args.learning_rate, training_args.max_steps) == (1e-5, 9)
+    assert os.environ.pop("CRISP_TEST") == "3"
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "phrases"),
+    [
+        ("max_step: 3\n", ValueError, ["config.yaml", "max_step.", "Did you mean max_steps"]),
+        ("instructon: v1\nlr: 1\n", ValueError, ["instructon. Did you mean instruction", "\n  lr."]),
+        ("num_processes: 2\n", ValueError, ["num_processes", "go on the command line"]),
+        ("a: [\n", ValueError, ["config.yaml", "no valid YAML"]),
+        ("- a\n", ValueError, ["config.yaml", "field: value"]),
+        ("", ValueError, ["config.yaml", "field: value"]),
+        (None, FileNotFoundError, ["config.yaml", "no such file"]),
+    ],
+)
+def test_config_file_errors(tmp_path, content, error, phrases):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(error) as caught:
+        parse_args(["--config", str(path)])
+    assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "phrases"),
+    [
+        (["--max_step", "3"], ["'--max_step'", "Did you mean --max_steps"]),
+        (["stray"], ["'stray'"]),
+        (["--config"], ["--config needs the path"]),
+    ],
+)
+def test_flag_errors(argv, phrases):
+    with pytest.raises(ValueError, match=re.escape(phrases[0])) as caught:
+        parse_args(argv)
+    assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "phrases"),
+    [
+        (None, ValueError, ["no model", "model_name_or_path", "local directory"]),
+        ("./nowhere", FileNotFoundError, ["'./nowhere'", "no such directory", "OWNER/NAME"]),
+        ("a/b/c", FileNotFoundError, ["no such directory"]),
+        ("EMPTY", FileNotFoundError, ["no config.json", "save_pretrained", "merge an adapter"]),
+        ("owner/name", ConnectionError, ["'owner/name'", "HF_HUB_OFFLINE is set", "local directory"]),
+    ],
+)
+def test_model_errors(tmp_path, name, error, phrases):
+    with pytest.raises(error) as caught:
+        check_model(str(tmp_path) if name == "EMPTY" else name, "main", False)
+    assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
+
+
+def test_the_model_is_checked_before_the_rows(rows, tmp_path):
+    with pytest.raises(FileNotFoundError, match="model_name_or_path"):
+        main(*parse_args(small("./nowhere", "./nowhere.jsonl", tmp_path)))
+
+
+def test_missing_rows_end_the_script(models, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"dataset_name='\./nowhere\.jsonl': there is no such file"):
+        main(*parse_args(small(models(), "./nowhere.jsonl", tmp_path)))
+
+
+def test_evaluation_on_the_held_out_rows(models, rows, tmp_path, capsys):
+    flags = ["--dataset_train_fraction", "0.8", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
+    main(*parse_args(small(models(), rows, tmp_path, *flags)))
+    history = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2]
+
+
+def test_streamed_rows(models, rows, tmp_path):
+    main(*parse_args(small(models(), rows, tmp_path, "--dataset_streaming", "--no_deduplicate_prompts")))
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("value", ["True", "true", "PATH"])
+def test_resume(models, rows, tmp_path, capsys, value):
+    flags = [*small(models(), rows, tmp_path), "--save_steps", "1"]
+    main(*parse_args([*flags, "--resume_from_checkpoint", "True"]))
+    assert "no checkpoint yet, so training starts afresh" in capsys.readouterr().out
+
+    value = str(tmp_path / "checkpoint-1") if value == "PATH" else value
+    main(*parse_args([*flags, "--max_steps", "3", "--resume_from_checkpoint", value]))
+    assert logged(tmp_path / "checkpoint-3") == [1, 2, 3]
+    assert (
+        value == str(tmp_path / "checkpoint-1") or f"going on from {tmp_path}/checkpoint-2" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, None), ("False", None), ("false", None), (False, None)])
+def test_not_resuming(tmp_path, value, expected):
+    assert resolve_checkpoint(value, tmp_path) is expected
+
+
+def test_resume_from_a_path_that_is_not_there(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)'nowhere'.*no such directory.*checkpoint-7.*true for the last one"
+    ):
+        resolve_checkpoint("nowhere", tmp_path)
+
+
+def test_resume_in_yaml(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"resume_from_checkpoint: true\nuse_cpu: true\noutput_dir: {tmp_path}/none\n")
+    _, training_args, _ = parse_args(["--config", str(path)])
+    assert resolve_checkpoint(training_args.resume_from_checkpoint, tmp_path / "none") is None
+
+
+def test_pushing_links_only_a_dataset_of_the_hub(monkeypatch, models, rows, tmp_path, capsys):
+    pushed = []
+    monkeypatch.setattr("trl_crisp.trainer.CRISPTrainer.push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
+    monkeypatch.setattr(
+        "transformers.Trainer.init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/model")
+    )
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", lambda self, folder: None)
+    main(*parse_args(small(models(), rows, tmp_path, "--push_to_hub")))
+    assert pushed[-1] == {"dataset_name": None}
+    assert "https://huggingface.co/me/model" in capsys.readouterr().out
+
+
+def test_next_command_runs(models, capsys):
+    """With the directory of a trained model, as printed."""
+    command = next_steps(Path(models()), is_adapter=False).splitlines()[-1].strip()
+    program = command.removeprefix('python -c "').removesuffix('"').replace("max_new_tokens=1024", "max_new_tokens=2")
+    exec(program, {})
+    assert capsys.readouterr().out
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as caught:
+        make_parser(prog="train.py").parse_args(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: train.py [--config FILE.yaml] [options]" in text
+    assert "example:\n  train.py --model_name_or_path" in text
+    for field in ("--dataset_name", "--prompt_template", "--instruction", "--teacher_sync_steps", "--use_peft"):
+        assert field in text
+
+
+def test_example_without_arguments_is_the_quickstart(monkeypatch):
+    ran = []
+    monkeypatch.setattr("trl_crisp.train.main", lambda *args: ran.append(args))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
+    script_args, training_args, model_args = ran[0]
+    assert script_args.dataset_name == "reasoning-gym:gsm_symbolic"
+    assert training_args.use_cpu
+    assert model_args.model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_accelerate_launches_the_example(models, rows, tmp_path):
+    config = str(EXAMPLES / "configs" / "smollm2-cpu.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    command += [str(EXAMPLES / "train.py"), "--config", config, *small(models(), rows, tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"The model is in {tmp_path}" in run.stdout
+    assert (tmp_path / "model.safetensors").is_file()
