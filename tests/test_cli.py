@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import trl_crisp
 from tests.tiny_models import save_tiny
@@ -99,7 +100,7 @@ def test_launch_config_by_path(launched):
 
 
 def test_launch_config_names():
-    assert {"single_gpu", "multi_gpu", "zero1", "zero2", "zero3", "fsdp2"} <= set(launch_config_names())
+    assert launch_config_names() == ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]
 
 
 @pytest.mark.parametrize(
@@ -150,5 +151,16 @@ def test_train_in_two_processes(tmp_path, monkeypatch):
 def test_an_error_of_the_training_is_the_last_line(tmp_path):
     command = [sys.executable, "-m", "trl_crisp.cli", "train", "--model_name_or_path", "./nowhere", "--use_cpu"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode != 0
+    assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1].startswith("FileNotFoundError: model_name_or_path='./nowhere'")
+
+
+def test_an_error_in_one_of_many_processes_is_pointed_at(monkeypatch, capsys):
+    def fail(args):
+        raise ChildFailedError(
+            "trl_crisp.train", {3: ProcessFailure(local_rank=3, pid=1, exitcode=1, error_file="none")}
+        )
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    assert main(["train"]) == 1
+    assert "process 3 failed first (exit status 1); its error is above" in capsys.readouterr().err

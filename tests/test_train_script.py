@@ -240,9 +240,12 @@ def test_missing_rows_end_the_script(models, tmp_path):
         main(*parse_args(small(models(), "./nowhere.jsonl", tmp_path)))
 
 
-def test_evaluation_on_the_held_out_rows(models, rows, tmp_path, capsys):
+def test_evaluation_on_the_held_out_rows(models, rows, tmp_path, caplog):
     flags = ["--dataset_train_fraction", "0.8", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
-    main(*parse_args(small(models(), rows, tmp_path, *flags)))
+    with caplog.at_level("INFO", "trl_crisp"):
+        main(*parse_args(small(models(), rows, tmp_path, *flags)))
+    assert "20 of 40 rows kept" in caplog.text
+    assert "16 rows to train on, 4 held out" in caplog.text
     history = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [2]
 

@@ -58,6 +58,7 @@ def train(argv: list[str]) -> int:
         FileNotFoundError: Where there is no such `--config` file.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from trl_crisp.train import check_config, did_you_mean, make_parser
 
@@ -80,7 +81,17 @@ def train(argv: list[str]) -> int:
             )
     # As a module: launched as a file it would put the package's directory on the import path. Quiet, so that an error
     # of the training is not followed by one of the launcher.
-    launch_command(launch_parser.parse_args([*launch_argv, "--quiet", "-m", "trl_crisp.train", *training_argv]))
+    args = launch_parser.parse_args([*launch_argv, "--quiet", "-m", "trl_crisp.train", *training_argv])
+    try:
+        launch_command(args)
+    except ChildFailedError as failure:
+        # The launcher's traceback would stand after those of the processes, which say what happened
+        rank, first = failure.get_first_failure()
+        print(
+            f"trl-crisp train: process {rank} failed first (exit status {first.exitcode}); its error is above.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -127,9 +138,9 @@ def resolve_accelerate_config(launch_argv: list[str]) -> list[str]:
 
 
 def launch_config_names() -> list[str]:
-    """Return the names of the launch configs that TRL carries."""
+    """Return the names of the launch configs that TRL carries, without FSDP 1, under which no teacher is refreshed."""
     files = importlib.resources.files("trl.accelerate_configs").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+    return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml") and file.name != "fsdp1.yaml")
 
 
 if __name__ == "__main__":

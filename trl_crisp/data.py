@@ -206,7 +206,7 @@ def deduplicate(dataset: "Dataset") -> "Dataset":
         if digest not in seen:
             seen.add(digest)
             kept.append(index)
-    logger.info("De-duplication kept %d of %d rows.", len(kept), len(dataset))
+    logger.info("De-duplication by prompt: %d of %d rows kept.", len(kept), len(dataset))
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
@@ -223,6 +223,7 @@ def split(dataset: "Dataset", train_fraction: float, seed: int) -> tuple["Datase
             f"dataset_train_fraction={train_fraction} of {len(dataset)} rows (after de-duplication) leaves one side "
             "of the split empty. Give more rows, or leave dataset_train_fraction unset."
         )
+    logger.info("Split with seed %d: %d rows to train on, %d held out.", seed, num_train, len(dataset) - num_train)
     parts = dataset.train_test_split(train_size=num_train, test_size=len(dataset) - num_train, seed=seed)
     return parts["train"], parts["test"]
 

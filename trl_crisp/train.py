@@ -5,6 +5,7 @@ Like TRL's own scripts: every field is a flag, a YAML file gives them new defaul
 
 import argparse
 import difflib
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,10 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
 
     from trl_crisp.data import is_hub_id, load_prompts
     from trl_crisp.trainer import CRISPTrainer
+
+    # The first process alone says what happens to the rows
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_crisp").setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
 
     # Before the dataset, which may take minutes to prepare
     model = check_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
