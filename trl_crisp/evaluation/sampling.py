@@ -1,0 +1,257 @@
+"""Sampled answers from a transformers model, in batches from which finished rows leave.
+
+`model.generate` keeps computing rows that have ended until the longest one has; here they are taken out of the batch and
+of its cache, so that a few long answers do not cost as much as the whole batch. A row's random numbers depend on the
+seed and on its place among the prompts alone, neither on the batch size nor on the other rows.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Ours: room for this many further tokens is made whenever the buffers of the cache are full. Larger ones copy less
+# often and hold more unused memory.
+_CACHE_GROWTH_TOKENS = 128
+# Ours: finished rows leave once they are an eighth of the batch, because taking them out copies the cache of the rest
+_COMPACT_SHARE = 1 / 8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer: its token ids, the one that ended it included, and whether such a token ended it."""
+
+    token_ids: list[int]
+    ended_by_eos: bool
+
+
+@dataclass(frozen=True)
+class SamplingProgress:
+    """Where a call of [`sample`] stands. The time left is an upper bound: that of every open row reaching the cap."""
+
+    rows_done: int
+    rows: int
+    tokens: int
+    tokens_per_s: float
+    left_at_most_s: float
+
+
+class _GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` that writes into spare room. The parent copies all keys and values at every token."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers: list[torch.Tensor] = []
+        start_tokens = self.get_seq_length()
+        end_tokens = start_tokens + key_states.shape[-2]
+        if not self._buffers or self._buffers[0].shape[-2] < end_tokens:
+            old = [self.keys, self.values]
+            self._buffers = []
+            for new, past in zip((key_states, value_states), old, strict=True):
+                shape = (*new.shape[:-2], end_tokens + _CACHE_GROWTH_TOKENS, new.shape[-1])
+                buffer = new.new_empty(shape)
+                if start_tokens:
+                    assert past is not None
+                    buffer[..., :start_tokens, :] = past
+                self._buffers.append(buffer)
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start_tokens:end_tokens, :] = new
+        self.keys, self.values = (buffer[..., :end_tokens, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = []
+
+
+def _new_cache(model: Any) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    # Layers of another kind (sliding windows, recurrent states) bound their own memory and stay as they are
+    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def eos_token_ids_of(model: Any) -> set[int]:
+    """The ids that end an answer of `model`, from its generation config. Raises `ValueError` where it names none."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        raise ValueError(
+            "The model's generation config has no eos_token_id, so no answer could end: set "
+            "model.generation_config.eos_token_id, or pass eos_token_ids."
+        )
+    return {eos} if isinstance(eos, int) else set(eos)
+
+
+def next_tokens(
+    logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> torch.Tensor:
+    """One token id per row, drawn by inverting the cumulative distribution.
+
+    `logits` is [rows, vocabulary], `uniforms` [rows] in [0, 1). Temperature 0 takes the most likely token. `top_k` 0 and
+    `top_p` 1 turn the cuts off; with both, `top_k` cuts first, as in transformers. The returned ids are [rows].
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token stays where the more likely ones together have not reached top_p yet, so the first always stays
+        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
+    cumulative = probabilities.cumsum(dim=-1)
+    # Scaled by the sum as it was rounded, and strictly below it, so that the draw never lands behind the last token
+    # that has any probability
+    total = cumulative[:, -1:]
+    targets = torch.minimum(uniforms.to(total).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+
+
+@torch.inference_mode()
+def sample(
+    model: Any,
+    prompt_token_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    top_k: int = 20,
+    seed: int = 0,
+    batch_size: int = 32,
+    eos_token_ids: set[int] | None = None,
+    progress: Callable[[SamplingProgress], None] | None = None,
+) -> list[Completion]:
+    """One answer per prompt, in the order of the prompts.
+
+    Args:
+        model: A causal language model of transformers. It is put into eval mode and back.
+        prompt_token_ids: The prompts as token ids, generation prompt included. Prompts of similar length share a batch.
+        max_new_tokens: Answers are cut at this many tokens; such an answer has `ended_by_eos` false.
+        temperature, top_p, top_k: 0.6, 0.95 and 20 are the paper's (evaluation). Temperature 0 is greedy.
+        seed: Of the random numbers, together with the place of the prompt.
+        batch_size: Rows at once. 32 is ours, it fits most models; more is faster where memory allows.
+        eos_token_ids: The ids that end an answer; those of the model's generation config if not given.
+        progress: Called about once a second, and at the end of each batch.
+
+    Raises:
+        ValueError: An empty prompt, a cap or a batch size below 1, a temperature below 0, or no known eos.
+    """
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}: it has to be at least {least}.")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}: give 0 for greedy answers, or a positive number.")
+    empty = [index for index, ids in enumerate(prompt_token_ids) if not len(ids)]
+    if empty:
+        raise ValueError(f"The prompt at place {empty[0]} has no tokens: render it with the chat template first.")
+    eos = torch.tensor(sorted(eos_token_ids if eos_token_ids is not None else eos_token_ids_of(model)))
+
+    results: list[Completion | None] = [None] * len(prompt_token_ids)
+    order = sorted(range(len(prompt_token_ids)), key=lambda index: len(prompt_token_ids[index]))
+    start_s = last_report_s = time.monotonic()
+    tokens = 0
+
+    def report(step: int, open_rows: int, step_s: float, batches_left: int) -> None:
+        if progress is None:
+            return
+        elapsed_s = time.monotonic() - start_s
+        progress(
+            SamplingProgress(
+                rows_done=sum(result is not None for result in results),
+                rows=len(results),
+                tokens=tokens,
+                tokens_per_s=tokens / max(elapsed_s, 1e-9),
+                left_at_most_s=step_s * ((max_new_tokens - step) * bool(open_rows) + max_new_tokens * batches_left),
+            )
+        )
+
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            batches_left = (len(order) - 1) // batch_size - first // batch_size
+            state = _Batch(model, [prompt_token_ids[index] for index in batch], batch, seed, max_new_tokens)
+            batch_start_s = time.monotonic()
+            for step in range(1, max_new_tokens + 1):
+                ids = next_tokens(
+                    state.logits, state.uniforms[:, step - 1], temperature=temperature, top_p=top_p, top_k=top_k
+                )
+                ended = torch.isin(ids.cpu(), eos)
+                for row, (token_id, end) in enumerate(zip(ids.tolist(), ended.tolist(), strict=True)):
+                    index = state.indices[row]
+                    if results[index] is not None:
+                        continue
+                    tokens += 1
+                    state.tokens[index].append(token_id)
+                    if end or step == max_new_tokens:
+                        results[index] = Completion(state.tokens[index], end)
+                open_rows = [row for row, index in enumerate(state.indices) if results[index] is None]
+                now_s = time.monotonic()
+                if now_s - last_report_s > 1 or not open_rows:
+                    report(step, len(open_rows), (now_s - batch_start_s) / step, batches_left)
+                    last_report_s = now_s
+                if not open_rows:
+                    break
+                state.advance(ids, open_rows)
+    finally:
+        model.train(was_training)
+    return [result for result in results if result is not None]
+
+
+class _Batch:
+    """The rows of a batch that are still computed: their cache, attention mask, next logits and random numbers."""
+
+    def __init__(
+        self, model: Any, prompts: list[Sequence[int]], indices: list[int], seed: int, max_new_tokens: int
+    ) -> None:
+        self.model = model
+        self.indices = indices
+        self.tokens: dict[int, list[int]] = {index: [] for index in indices}
+        device = model.get_input_embeddings().weight.device
+        width_tokens = max(len(ids) for ids in prompts)
+        # The id under the padding is never attended to; 0 exists in every vocabulary
+        input_ids = torch.zeros((len(prompts), width_tokens), dtype=torch.long)
+        self.mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(prompts):
+            input_ids[row, width_tokens - len(ids) :] = torch.tensor(ids)
+            self.mask[row, width_tokens - len(ids) :] = 1
+        uniforms = [np.random.default_rng([seed, index]).random(max_new_tokens) for index in indices]
+        self.uniforms = torch.tensor(np.stack(uniforms), dtype=torch.float32).clamp_(max=1 - 2**-24).to(device)
+        self.mask = self.mask.to(device)
+        self.cache = _new_cache(model)
+        # Not every forward can skip the logits of the prompt's other positions
+        takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.keep = {"logits_to_keep": 1} if takes_keep else {}
+        self.logits = self._forward(input_ids.to(device), (self.mask.cumsum(dim=1) - 1).clamp(min=0))
+
+    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.keep,
+        )
+        return output.logits[:, -1]
+
+    def advance(self, ids: torch.Tensor, open_rows: list[int]) -> None:
+        """Feeds the drawn `ids` ([rows]) and leaves the logits after them; drops finished rows where it is worth it."""
+        rows = len(self.indices)
+        if rows - len(open_rows) >= max(1, rows * _COMPACT_SHARE):
+            keep = torch.tensor(open_rows, device=ids.device)
+            self.indices = [self.indices[row] for row in open_rows]
+            self.mask, self.uniforms, ids = self.mask[keep], self.uniforms[keep], ids[keep]
+            self.cache.batch_select_indices(keep)
+        self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.indices), 1))], dim=1)
+        self.logits = self._forward(ids.unsqueeze(1), self.mask.sum(dim=1, keepdim=True) - 1)

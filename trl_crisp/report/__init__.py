@@ -1,0 +1,1 @@
+"""Results in, figures and pages out. Never imports torch."""
