@@ -47,15 +47,6 @@ SIGNATURES = [
         "trainer.py passes the first four by position and no vision input",
     ),
     (_ForwardRedirection.__call__, "self wrapper_module original_module method args kwargs", "trainer.py calls it"),
-    (_upstream.pad, "tensors padding_value padding_side pad_to_multiple_of", "trainer.py pads the teacher's prompts"),
-    (_upstream.prepare_deepspeed, "model accelerator", "teacher.py"),
-    (_upstream.prepare_fsdp, "model accelerator", "teacher.py"),
-    (
-        _upstream.ChunkedDivergenceFunction.forward,
-        "ctx student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
-        "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
-        "losses.py passes all by position",
-    ),
     (Trainer._save_optimizer_and_scheduler, "self output_dir", "trainer.py saves the teacher in it"),
     (Trainer._load_optimizer_and_scheduler, "self checkpoint", "trainer.py loads the teacher in it"),
 ]
@@ -65,6 +56,30 @@ SIGNATURES = [
 def test_signatures(member, parameters, user):
     now = list(inspect.signature(inspect.unwrap(member)).parameters)
     assert now == parameters.split(), f"{member.__qualname__} has other parameters now; {user}"
+
+
+# By the names that _upstream.py hands on: the signature, and who of ours relies on it
+UPSTREAM = {
+    "ChunkedDivergenceFunction": (
+        "student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
+        "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
+        "losses.py passes all by position",
+    ),
+    "pad": ("tensors padding_value padding_side pad_to_multiple_of", "trainer.py pads the teacher's prompts"),
+    "prepare_deepspeed": ("model accelerator", "teacher.py"),
+    "prepare_fsdp": ("model accelerator", "teacher.py"),
+}
+
+
+@pytest.mark.parametrize("name", _upstream.__all__)
+def test_signatures_of_the_names_in_upstream(name):
+    assert name in UPSTREAM, f"_upstream.py hands on {name}; write down here what we rely on"
+    parameters, user = UPSTREAM[name]
+    member = getattr(_upstream, name)
+    now = list(inspect.signature(getattr(member, "forward", member)).parameters)
+    assert [parameter for parameter in now if parameter != "ctx"] == parameters.split(), (
+        f"TRL's {name} has other parameters now; {user}"
+    )
 
 
 def test_what_we_override_is_still_there():
