@@ -151,6 +151,8 @@ ERRORS = [
     ({"teacher_model_revision": "main"}, ["teacher_model_revision='main'", "the student itself"]),
     ({"teacher_model_init_kwargs": {"device_map": "auto", "attn": 1}}, ["attn, device_map", "only 'dtype'"]),
     ({"teacher_model_init_kwargs": '{"revision": "main"}'}, ["revision", "only 'dtype'"]),
+    ({"teacher_model_init_kwargs": {"dtype": "float99"}}, ["'float99'", "'bfloat16'"]),
+    ({"teacher_model_init_kwargs": {"dtype": "nn"}}, ["'nn'"]),
     ({"teacher_sync_steps": 0}, ["teacher_sync_steps=0", "teacher_model_kind='base'"]),
     ({"teacher_sync_steps": -1}, ["teacher_sync_steps=-1"]),
     ({"teacher_model_kind": "ema", "teacher_sync_steps": 0}, ["teacher_sync_steps=0"]),
@@ -201,6 +203,7 @@ WARNINGS = [
     ({"teacher_update_rate": 0.1}, [["teacher_update_rate has no effect", "'periodic'", "only with 'ema'"]]),
     ({"teacher_model_kind": "base", "teacher_update_rate": 0.1}, [["teacher_update_rate has no effect", "'base'"]]),
     ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, []),
+    ({"teacher_model_init_kwargs": {"dtype": "auto"}}, []),
     (
         {"teacher_model_kind": "live", "teacher_model_init_kwargs": {"dtype": "bfloat16"}},
         [["teacher_model_init_kwargs has no effect"], ["follows the student"]],

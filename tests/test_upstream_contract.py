@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,15 +229,19 @@ def test_the_kernel_takes_no_token_at_all():
 
 
 def test_the_logit_scales_are_those_that_trl_reads():
-    """losses._logit_scale repeats TRL's list, which lies inside a method that CRISPTrainer replaces."""
-    upstream, ours = (
-        set(re.findall(r'getattr\(\w*config, "(\w+)"', inspect.getsource(inspect.unwrap(member))))
-        | set(re.findall(r'"(\w*(?:logit|lm_head)\w*|output_multiplier)"', inspect.getsource(inspect.unwrap(member))))
-        for member in (DistillationTrainer._compute_loss, _logit_scale)
-    )
+    """losses.py repeats TRL's list, which lies inside a method that CRISPTrainer replaces."""
+    source = inspect.getsource(inspect.unwrap(DistillationTrainer._compute_loss))
+    upstream = set(re.findall(r'getattr\(student_config, "(\w+)"', source))
+    ours = {"logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"}
     assert upstream == ours | {"final_logit_softcapping"}, (
         "TRL reads other fields of the config; see losses._logit_scale"
     )
+    for name in ours:
+        expected = 0.25 if name == "logits_scaling" else 4.0
+        assert _logit_scale(SimpleNamespace(model_type="granite", **{name: 4.0})) == expected
+    assert '"hyperclovax"' in source
+    assert _logit_scale(SimpleNamespace(model_type="hyperclovax", logits_scaling=4.0)) == 4.0
+    assert _logit_scale(SimpleNamespace(model_type="llama", logit_scale=None)) == 1.0
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

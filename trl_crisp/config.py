@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import SchedulerType
 from trl import DistillationConfig
 
@@ -189,6 +190,12 @@ class CRISPConfig(DistillationConfig):
             raise ValueError(
                 f"teacher_model_init_kwargs has {', '.join(unknown)}: the teacher is a copy of the student, not loaded, "
                 "so only 'dtype' has an effect. Remove the rest."
+            )
+        dtype = init_kwargs.get("dtype")
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(
+                f"teacher_model_init_kwargs has dtype={dtype!r}, which is no dtype of torch. Give 'bfloat16', 'float16', "
+                "'float32', or 'auto' for the student's."
             )
         if init_kwargs and self.teacher_model_kind == "live":
             self._warn("teacher_model_init_kwargs has no effect with teacher_model_kind='live': no copy is made.")
