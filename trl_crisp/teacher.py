@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType, fsdp2_prepare_model, is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from trl_crisp._upstream import prepare_deepspeed, prepare_fsdp
+from trl_crisp._upstream import prepare_deepspeed
 from trl_crisp.config import CRISPConfig
 
 ADAPTER_NAME = "teacher"
@@ -217,6 +218,9 @@ class Teacher(ABC):
 
     def _blend(self, name: str, source: nn.Parameter, target: nn.Parameter) -> None:
         average = self._averages.get(name, target)
+        if isinstance(target, DTensor) and not isinstance(average, DTensor):
+            # The adapter was sharded after its average was started, and has not moved since
+            average = self._averages[name] = target.detach().float()
         if self.update_rate == 1.0:
             average.copy_(source)
         else:
@@ -228,7 +232,7 @@ class Teacher(ABC):
         # A float16 or bfloat16 average would round an update of 0.005 of a small difference to nothing
         if self.kind == "ema":
             self._averages = {
-                name: source.detach().float().clone()
+                name: (target if isinstance(target, DTensor) else source).detach().float().clone()
                 for name, source, target in self._weight_pairs()
                 if target.dtype != torch.float32
             }
@@ -271,14 +275,13 @@ class AdapterTeacher(Teacher):
                 model.add_adapter(ADAPTER_NAME, config)
             del model.peft_config[ADAPTER_NAME]
         for _, source, target in self._weight_pairs():
-            # The student's dtype and device too, which may have been changed after its adapter was made
-            target.data = source.data.clone()
-            target.requires_grad_(False)
+            # The student's dtype and device too (meta, where another process loads the weights for FSDP2)
+            torch.utils.swap_tensors(target, nn.Parameter(source.detach().clone(), requires_grad=False))
         for layer in _lora_layers(model):
             layer.scaling[ADAPTER_NAME] = layer.scaling[self._student_adapter]
 
     def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        parameters = dict(self.student.named_parameters())
+        parameters = dict(_named_parameters(self.student))
         for name, source in parameters.items():
             parts = name.split(".")
             for i in range(1, len(parts)):
@@ -309,7 +312,11 @@ class CopyTeacher(Teacher):
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.wrapped_model = prepare_deepspeed(self._model, accelerator)
         elif fsdp_plugin is not None:
-            self.wrapped_model = prepare_fsdp(self._model, accelerator)  # type: ignore[assignment]
+            # Sharded as the student will be: layer by layer, and from the first process's weights where only that one
+            # loaded them (fsdp_cpu_ram_efficient_loading)
+            self.wrapped_model = self._model = fsdp2_prepare_model(accelerator, self._model)
+            # No backward follows the teacher's forward, which would free the head's gathered weights
+            self._model.set_reshard_after_forward(True)  # type: ignore[operator]
         else:
             self.wrapped_model = self._model
             if getattr(self._model, "hf_device_map", None) is None:
@@ -322,8 +329,8 @@ class CopyTeacher(Teacher):
         self._start_averages()
 
     def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        sources = {_plain_name(name): parameter for name, parameter in self.student.named_parameters()}
-        for name, target in self._model.named_parameters():
+        sources = {_plain_name(name): parameter for name, parameter in _named_parameters(self.student)}
+        for name, target in _named_parameters(self._model):
             yield _plain_name(name), sources[_plain_name(name)], target
 
     def _gathered(self, source: nn.Parameter, target: nn.Parameter):
@@ -353,7 +360,7 @@ def _zero3_copy(student: nn.Module) -> nn.Module:
     # The draw of its first values must not move the random stream of the rollouts
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         # transformers' own way in, which keeps tied weights tied and the rotary frequencies float32
-        teacher = type(student)._from_config(copy.deepcopy(student.config), dtype=student.dtype)  # type: ignore[operator]
+        teacher = type(student)._from_config(copy.deepcopy(student.config), dtype=student.dtype)  # type: ignore[attr-defined]
     pairs = zip(student.named_parameters(), teacher.named_parameters(), strict=True)
     for (source_name, source), (target_name, target) in pairs:
         assert source_name == target_name, (source_name, target_name)
@@ -366,6 +373,14 @@ def _zero3_copy(student: nn.Module) -> nn.Module:
 
 def _is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    # What a forward of FSDP2 has gathered stays so until a backward, which an evaluation has none of: back to the shards
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model.named_parameters()
 
 
 def _plain_name(name: str) -> str:

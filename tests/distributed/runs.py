@@ -1,0 +1,206 @@
+"""Training runs of a few steps on tiny models, the same alone and as one of several processes."""
+
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+from trl_crisp import CRISPConfig, CRISPTrainer
+
+ROLLOUTS = 8
+# The rollout of this row is a tool's from end to end: in the loss of none, and not counted
+TOOL_ROW = 3
+# Of the head: far from uniform, so that the gradients stand out of float32 rounding
+SCALE = 64.0
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: how a global batch of 8 rollouts is split on one process, and what is trained."""
+
+    batch: int = ROLLOUTS
+    accumulation: int = 1
+    normalization: str = "sequence"
+    lora: bool = False
+    teacher_sync_steps: int = 50
+    steps: int = 1
+    # Of SGD: a gradient that is wrong by a factor shows, which Adam would hide, and so would clipping of each run
+    learning_rate: float = 0.1
+    max_grad_norm: float = 0.0
+    crafted: bool = True
+    # A directory to load the student from; None makes it in memory
+    model: str | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run left. Parameters are by name, gathered where they are partitioned."""
+
+    losses: list[float]
+    # The trained parameters' difference to those of the start
+    change: dict[str, torch.Tensor]
+    # At the end: the teacher's parameters, and those that the student had when the teacher was refreshed last
+    teacher: dict[str, torch.Tensor]
+    student_at_refresh: dict[str, torch.Tensor]
+    refreshes: int
+    # Of the random stream that the rollouts are sampled with, before the first
+    random_state: torch.Tensor
+
+
+class CraftedTrainer(CRISPTrainer):
+    """Rollouts that depend on the prompt alone: 1 to 12 tokens, and those of `TOOL_ROW` from a tool."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        rollouts = []
+        for ids in prompt_ids:
+            generator = torch.Generator().manual_seed(zlib.crc32(bytes(str(ids), "ascii")))
+            length = int(torch.randint(1, 13, (), generator=generator))
+            rollouts.append(torch.randint(0, 256, (length,), generator=generator).tolist())
+        return rollouts
+
+    def _generate(self, prompts):
+        prompt_ids, completion_ids, _, images, tool_images = super()._generate(prompts)
+        tool_mask = [
+            [int(f"number {TOOL_ROW}." not in prompt[0]["content"])] * len(ids)
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+        return prompt_ids, completion_ids, tool_mask, images, tool_images
+
+
+class StudentAtRefresh(TrainerCallback):
+    """Keeps the student's weights as they are when a refresh is due: at the start of the step, after the last update."""
+
+    def __init__(self) -> None:
+        self.trainer: CRISPTrainer | None = None
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        assert self.trainer is not None
+        if self.trainer.teacher.is_due(state.global_step + 1):
+            self.weights = full_weights(self.trainer.teacher.student)
+
+
+def rows() -> Dataset:
+    """Return the prompts of one optimizer step."""
+    return Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": f"Say {'so ' * i}number {i}."}]} for i in range(ROLLOUTS)]
+    )
+
+
+def make_trainer(run: Run, directory: str | Path) -> CRISPTrainer:
+    """Make a run's trainer, with everything that is not the run's the same."""
+    # Before the config, with which a launch under ZeRO-3 begins to partition every new model
+    model = run.model or tiny_llama(scale=SCALE)
+    args = CRISPConfig(
+        str(directory),
+        use_cpu=True,
+        per_device_train_batch_size=run.batch,
+        gradient_accumulation_steps=run.accumulation,
+        max_steps=run.steps,
+        optim="sgd",
+        learning_rate=run.learning_rate,
+        weight_decay=0.0,
+        max_grad_norm=run.max_grad_norm,
+        instruction="Be brief.",
+        loss_normalization=run.normalization,
+        teacher_sync_steps=run.teacher_sync_steps,
+        max_completion_length=8,
+        generation_kwargs={"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+        gradient_checkpointing=False,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+    )
+    trainer_class = CraftedTrainer if run.crafted else CRISPTrainer
+    at_refresh = StudentAtRefresh()
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=rows(),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(**LORA) if run.lora else None,
+        callbacks=[at_refresh],
+    )
+    at_refresh.trainer = trainer
+    return trainer
+
+
+def train(run: Run, directory: str | Path) -> Outcome:
+    """Train, and return what that did."""
+    trainer = make_trainer(run, directory)
+    random_state = torch.get_rng_state()
+    student, teacher = trainer.model, trainer.teacher
+    before = full_weights(student)
+    trainer.train()
+    after = full_weights(student)
+    if run.lora:
+        # Of one adapter and the other, under one name
+        at_the_end = {name.replace(".teacher.", ".default."): w for name, w in after.items() if ".teacher." in name}
+    else:
+        at_the_end = full_weights(teacher._model)
+    return Outcome(
+        losses=[log["loss"] for log in trainer.state.log_history if "loss" in log],
+        change={name: after[name] - before[name] for name, p in student.named_parameters() if p.requires_grad},
+        teacher=at_the_end,
+        student_at_refresh=next(
+            callback.weights
+            for callback in trainer.callback_handler.callbacks
+            if isinstance(callback, StudentAtRefresh)
+        ),
+        refreshes=teacher.refreshes,
+        random_state=random_state,
+    )
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of a model's parameters by name, gathered from the processes where they are partitioned."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with _gathered(parameter):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+@contextmanager
+def _gathered(parameter: torch.nn.Parameter):
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+# For two processes; alone, twice the batch makes the same global batch
+DDP_RUNS = {
+    "full": Run(batch=2, accumulation=2),
+    "full-token": Run(batch=2, accumulation=2, normalization="token"),
+    "lora": Run(batch=2, accumulation=2, lora=True, teacher_sync_steps=1, steps=2),
+    "lora-token": Run(batch=2, accumulation=2, normalization="token", lora=True, teacher_sync_steps=1, steps=2),
+}
+# With clipping, because the gradients' norm is that of all processes
+ZERO_RUN = Run(
+    batch=2,
+    accumulation=2,
+    teacher_sync_steps=2,
+    steps=3,
+    learning_rate=1e-3,
+    max_grad_norm=0.5,
+    crafted=False,
+)
+
+
+def alone(run: Run) -> Run:
+    """Return the run for one process that has the global batch of two."""
+    return replace(run, batch=2 * run.batch)

@@ -1,0 +1,90 @@
+"""What each process of a launch in test_distributed.py runs: `-m tests.distributed.worker SETTING OUTPUT_DIRECTORY`."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from tests.distributed import fsdp2
+from tests.distributed.runs import DDP_RUNS, SCALE, ZERO_RUN, Run, make_trainer, train
+from tests.tiny_models import save_tiny
+
+Outcomes = dict[str, Any]
+
+
+def ddp(directory: Path) -> Outcomes:
+    return {name: train(run, directory) for name, run in DDP_RUNS.items()}
+
+
+def zero2(directory: Path) -> Outcomes:
+    return {
+        name: _train_zero(run, directory) for name, run in (("full", ZERO_RUN), ("lora", replace(ZERO_RUN, lora=True)))
+    }
+
+
+def zero3(directory: Path) -> Outcomes:
+    # A model in memory, and models that are partitioned while they are loaded
+    paths = {"path": directory / "untied", "tied": directory / "tied"}
+    if os.environ["RANK"] == "0":
+        save_tiny(paths["path"], scale=SCALE)
+        save_tiny(paths["tied"], tie_word_embeddings=True)
+    outcomes: Outcomes = {"full": _train_zero(ZERO_RUN, directory)}
+    for name, path in paths.items():
+        outcomes[name] = _train_zero(replace(ZERO_RUN, model=str(path)), directory)
+    _forget_launch()
+    try:
+        make_trainer(replace(ZERO_RUN, lora=True), directory)
+    except ValueError as error:
+        outcomes["lora"] = str(error)
+    return outcomes
+
+
+def fsdp2_cases(directory: Path) -> Outcomes:
+    dist.init_process_group("gloo")
+    return {
+        name: {
+            "sharded": fsdp2.train(case, directory, sharded=True),
+            "whole": fsdp2.train(case, directory, sharded=False),
+        }
+        for name, case in fsdp2.CASES.items()
+    }
+
+
+SETTINGS: dict[str, Callable[[Path], Outcomes]] = {
+    "ddp": ddp,
+    "zero2": zero2,
+    "zero3": zero3,
+    "fsdp2": fsdp2_cases,
+}
+
+
+def _train_zero(run: Run, directory: Path):
+    _forget_launch()
+    return train(run, directory)
+
+
+def _forget_launch() -> None:
+    # Else the DeepSpeed config of the run before, with its "auto" values filled in, is used again
+    AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    setting, directory = sys.argv[1], Path(sys.argv[2])
+    outcomes = SETTINGS[setting](directory)
+    if dist.get_rank() == 0:
+        torch.save(outcomes, directory / f"{setting}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

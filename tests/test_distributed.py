@@ -1,0 +1,188 @@
+"""Two real processes on CPUs: DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2. Each setting is launched once."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import fsdp2
+from tests.distributed.runs import DDP_RUNS, ZERO_RUN, Outcome, Run, alone, train
+
+REPOSITORY = Path(__file__).parent.parent
+ACCELERATE_CONFIG = Path(__file__).parent / "distributed" / "zero.yaml"
+# Of one launch; generous, because DeepSpeed compiles its communication kernel on the first one (about 2 minutes)
+TIMEOUT_S = 400
+
+
+def launch(setting: str, directory: Path) -> dict:
+    """Run a setting of tests/distributed/worker.py in two processes, and return its outcomes."""
+    command = [sys.executable, "-m"]
+    if setting.startswith("zero"):
+        config = ["--config_file", str(ACCELERATE_CONFIG), "--zero_stage", setting[-1], "--main_process_port", "0"]
+        command += ["accelerate.commands.accelerate_cli", "launch", *config]
+    else:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.distributed.worker", setting, str(directory)]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    # Of the launch that a test runs under, if it does
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"{setting} failed:\n{output[-6000:]}"
+    return torch.load(directory / f"{setting}.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    return launch("ddp", tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="module")
+def zero2(tmp_path_factory):
+    pytest.importorskip("deepspeed")
+    return launch("zero2", tmp_path_factory.mktemp("zero2"))
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory):
+    pytest.importorskip("deepspeed")
+    return launch("zero3", tmp_path_factory.mktemp("zero3"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return launch("fsdp2", tmp_path_factory.mktemp("fsdp2"))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Return a function that trains a run in this process, once."""
+    outcomes: dict[Run, Outcome] = {}
+
+    def train_once(run: Run) -> Outcome:
+        if run not in outcomes:
+            outcomes[run] = train(run, tmp_path_factory.mktemp("alone"))
+        return outcomes[run]
+
+    return train_once
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-3) -> None:
+    """Compare tensors by name, relative to the largest of each."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(
+            actual[name].float(),
+            expected[name].float(),
+            rtol=rtol,
+            atol=rtol * largest,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def assert_same_training(actual: Outcome, expected: Outcome, rtol: float = 1e-3) -> None:
+    # A logged loss is rounded to 6 digits
+    assert actual.losses == pytest.approx(expected.losses, rel=rtol, abs=2e-6)
+    assert any(change.abs().max() > 0 for change in expected.change.values())
+    assert_close(actual.change, expected.change, rtol)
+
+
+def assert_teacher_is_student_of_last_refresh(outcome: Outcome) -> None:
+    assert outcome.refreshes == 1
+    for name, weight in outcome.teacher.items():
+        assert torch.equal(weight, outcome.student_at_refresh[name]), name
+
+
+@pytest.mark.parametrize("name", DDP_RUNS)
+def test_two_processes_train_as_one(ddp, one_process, name):
+    assert_same_training(ddp[name], one_process(alone(DDP_RUNS[name])))
+
+
+def test_normalizations_differ(one_process):
+    # What the tests of this file hold on to would be empty if the rollouts made no difference between them
+    by_sequence, by_token = (one_process(Run(normalization=n)).losses[0] for n in ("sequence", "token"))
+    assert by_sequence != pytest.approx(by_token, rel=1e-2)
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_split_into_micro_batches_changes_nothing(one_process, normalization, lora):
+    run = Run(normalization=normalization, lora=lora)
+    for batch, accumulation in ((4, 2), (2, 4), (1, 8)):
+        split = replace(run, batch=batch, accumulation=accumulation)
+        assert_same_training(one_process(split), one_process(run))
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_zero2_trains_as_one_process(zero2, one_process, name):
+    run = replace(ZERO_RUN, lora=name == "lora")
+    assert_same_training(zero2[name], one_process(alone(run)))
+
+
+def test_zero2_refreshes_the_teacher(zero2):
+    assert_teacher_is_student_of_last_refresh(zero2["full"])
+    assert zero2["lora"].refreshes == 1
+    adapter = zero2["lora"]
+    assert adapter.teacher.keys() == adapter.change.keys()
+    for name, weight in adapter.teacher.items():
+        assert torch.equal(weight, adapter.student_at_refresh[name]), name
+
+
+@pytest.mark.parametrize("name", ["full", "path"])
+def test_zero3_trains_as_one_process(zero3, one_process, name):
+    assert_same_training(zero3[name], one_process(alone(ZERO_RUN)))
+
+
+@pytest.mark.parametrize("name", ["full", "path", "tied"])
+def test_zero3_refreshes_the_teacher(zero3, name):
+    assert_teacher_is_student_of_last_refresh(zero3[name])
+
+
+def test_zero3_copy_of_a_loaded_model_draws_nothing_from_the_rollouts_random_stream(zero3):
+    assert torch.equal(zero3["path"].random_state, zero3["full"].random_state)
+
+
+def test_zero3_keeps_tied_weights_tied(zero3):
+    assert "lm_head.weight" in zero3["path"].teacher
+    assert "lm_head.weight" not in zero3["tied"].teacher
+
+
+def test_zero3_with_lora_is_an_error_that_names_the_way_out(zero3):
+    assert "does not work under DeepSpeed ZeRO-3" in zero3["lora"]
+    assert "ZeRO-2 or FSDP2" in zero3["lora"]
+
+
+@pytest.mark.parametrize("name", fsdp2.CASES)
+def test_fsdp2_trains_as_one_process(sharded, name):
+    actual, expected = sharded[name]["sharded"], sharded[name]["whole"]
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert_close(actual["change"], expected["change"], rtol=1e-3)
+    assert_close(actual["averages"], expected["averages"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, case in fsdp2.CASES.items() if case.kind == "periodic"])
+def test_fsdp2_refreshes_the_teacher_shard_by_shard(sharded, name):
+    outcome = sharded[name]["sharded"]
+    assert outcome["teacher"]
+    for parameter, weight in outcome["teacher"].items():
+        source = outcome["student_at_refresh"][parameter.replace(".teacher.", ".default.")]
+        assert torch.equal(weight, source.to(weight.dtype)), parameter
