@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from tests.helpers import config, made_up_rollouts, make_trainer, parameters_of, rows
 from tests.tiny_models import tiny_model
@@ -372,6 +373,10 @@ def test_the_teachers_adapter_is_in_no_optimizer_and_no_saved_model(tmp_path):
     for directory in ("final", "by_hand"):
         saved = [path.relative_to(tmp_path) for path in (tmp_path / directory).rglob("*")]
         assert not any("teacher" in str(path) for path in saved), saved
+        names = load_file(tmp_path / directory / "adapter_model.safetensors").keys()
+        assert len(names) == sum("lora_" in n and "teacher" not in n for n, _ in trainer.model.named_parameters()), (
+            names
+        )
         reloaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path / directory))
         assert not any("teacher" in name for name, _ in reloaded.named_parameters())
         torch.testing.assert_close(logits(reloaded), logits(trainer.model.eval()))
@@ -387,6 +392,14 @@ def test_the_base_model_is_unchanged_after_20_lora_steps(tmp_path):
     for name, value in parameters_of(trainer.model).items():
         assert torch.equal(value, before[name]) == ("lora_" not in name), name
     assert trainer.teacher.refreshes == 5
+
+
+def test_settings_without_effect_on_a_shared_teacher_warn(tmp_path):
+    """A dtype for a copy that is not made; a half-precision base that TRL's merging into vLLM would let drift."""
+    with pytest.warns(UserWarning, match="teacher_model_init_kwargs has no effect with LoRA"):
+        teacher_of(lora_model(), tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.warns(UserWarning, match="trl#6688"):
+        teacher_of(get_peft_model(tiny_model().to(torch.bfloat16), lora()), tmp_path, use_vllm=True)
 
 
 def test_made_up_rollouts_are_what_they_say():

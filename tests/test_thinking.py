@@ -12,7 +12,14 @@ LETTERS = {"a": 1, "b": 2, "(": OPEN, ")": CLOSE}
 
 
 def count(text: str, starts_open: bool) -> int:
-    return count_thinking_tokens([LETTERS[letter] for letter in text], OPEN, CLOSE, starts_open)
+    ids = [LETTERS[letter] for letter in text]
+    return count_thinking_tokens(ids, [1] * len(ids), OPEN, CLOSE, starts_open)
+
+
+def test_tokens_of_a_tool_open_and_close_thinking_and_do_not_count():
+    """The next turn's opener can be the template's."""
+    ids = [LETTERS[letter] for letter in "(a)b(aa)b"]
+    assert count_thinking_tokens(ids, [1, 1, 1, 1, 0, 1, 1, 1, 1], OPEN, CLOSE, False) == 6
 
 
 @pytest.mark.parametrize(

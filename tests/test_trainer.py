@@ -288,6 +288,16 @@ def test_teacher_prompt_column_wins(tmp_path):
     assert texts == ["Be very brief.\n\n3 + 3 =", "The answer is 4. 2 + 2 ="]
 
 
+def test_unused_columns_go_and_the_teachers_prompt_stays(tmp_path):
+    """With TRL's remove_unused_columns."""
+    dataset = Dataset.from_dict({"prompt": ["2 + 2 ="], "teacher_prompt": ["Answer 4. 2 + 2 ="], "source": ["x"]})
+    trainer = make_trainer(
+        tmp_path, dataset=dataset, per_device_train_batch_size=1, remove_unused_columns=True, max_steps=1
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch == [{"prompt": "2 + 2 =", "teacher_prompt": "Answer 4. 2 + 2 ="}]
+
+
 def test_the_start_reports_rows_and_one_pair(tmp_path, capsys):
     """Counts of kept, dropped and replaced rows, and the first row as text, once."""
     opening = "Solve the following math problem step by step. "
@@ -380,6 +390,16 @@ def test_bf16_weights_at_the_papers_rate_are_refused_and_lora_at_it_warns(tmp_pa
     """Both would train without learning."""
     with pytest.raises(ValueError, match=r"learning_rate=1e-06 is too small for torch.bfloat16 weights: \d+%"):
         make_trainer(tmp_path, model=tiny_model().to(torch.bfloat16), learning_rate=1e-6)
+    model = tiny_model().to(torch.bfloat16)
+    own = torch.optim.SGD(model.parameters(), lr=1e-2)
+    CRISPTrainer(
+        model=model,
+        args=config(tmp_path, learning_rate=1e-6),
+        train_dataset=rows(),
+        processing_class=tiny_tokenizer(),
+        optimizers=(own, None),
+    )
+    make_trainer(tmp_path, learning_rate=0.0)
     with pytest.warns(UserWarning, match="a LoRA adapter hardly moves"):
         make_trainer(tmp_path, peft_config=LoraConfig(**LORA), learning_rate=1e-6)
 

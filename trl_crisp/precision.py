@@ -7,6 +7,24 @@ import torch
 _SAMPLED_WEIGHTS = 4096
 
 
+def check_step_size(model: torch.nn.Module, learning_rate: float) -> None:
+    """
+    Check that most trainable weights would change at all.
+
+    Raises:
+        ValueError: Where more than half of them would round back to what they were at each step.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    unchanged = unchanged_weight_share(trainable, learning_rate) if learning_rate else 0.0
+    if unchanged > 0.5:
+        raise ValueError(
+            f"learning_rate={learning_rate} is too small for {trainable[0].dtype} weights: {unchanged:.0%} of them would "
+            "round back to what they were at each step. Load the model in float32 (model_init_kwargs={'dtype': 'float32'}, "
+            "TRL's default) and keep bf16=True, which computes in bfloat16 on float32 weights; or train with DeepSpeed or "
+            "FSDP2, which keep float32 masters; or use LoRA."
+        )
+
+
 @torch.no_grad()
 def unchanged_weight_share(parameters: list[torch.nn.Parameter], learning_rate: float) -> float:
     """

@@ -22,6 +22,16 @@ class PromptReport:
     replaced: int = 0
     longest_tokens: int = 0
 
+    def describe(self, max_prompt_tokens: int | None) -> str:
+        """Return the findings in two sentences."""
+        if not self.rows:
+            return "the prompts of the stream are checked as they are read."
+        return (
+            f"{self.rows - self.dropped} of {self.rows} rows kept; {self.dropped} dropped for a prompt of more than "
+            f"{max_prompt_tokens} tokens (the longest has {self.longest_tokens}). The instruction replaces the student's own "
+            f"in {self.replaced} rows."
+        )
+
 
 class PromptPairs:
     """

@@ -10,6 +10,7 @@ Three places that the teacher's weights can live in, behind one interface:
 
 import copy
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -45,7 +46,7 @@ def make_teacher(student: nn.Module, args: CRISPConfig, accelerator: Accelerator
         ValueError: Where the student's adapter cannot be shared, or the backend cannot hold this teacher.
     """
     if is_peft_model(student):
-        _check_adapter(student, accelerator)
+        _check_adapter(student, args, accelerator)
         return LiveTeacher(student, args) if args.teacher_model_kind == "live" else AdapterTeacher(student, args)
     if args.teacher_model_kind == "live":
         return LiveTeacher(student, args)
@@ -252,8 +253,8 @@ class AdapterTeacher(Teacher):
     """
     A second, frozen LoRA adapter on the student's base model; a copy of the student's adapter at the start.
 
-    The adapter lives in the layers but is not registered with the PEFT model, so saving or pushing that model never
-    includes it. Every kind but `"live"` has one: that is right also where the student's adapter is no identity at step 0.
+    The adapter lives in the layers, but neither among the PEFT model's adapters nor in its state dict, so saving or pushing
+    that model never includes it. Every kind but `"live"` has one: that is right also where the student's adapter is no identity at step 0.
     """
 
     def __init__(self, student: nn.Module, args: CRISPConfig) -> None:
@@ -274,6 +275,8 @@ class AdapterTeacher(Teacher):
             with torch.random.fork_rng(devices=[]):
                 model.add_adapter(ADAPTER_NAME, config)
             del model.peft_config[ADAPTER_NAME]
+            for layer in _lora_layers(model):
+                layer.register_state_dict_post_hook(_drop_the_teachers)
         for _, source, target in self._weight_pairs():
             # The student's dtype and device too (meta, where another process loads the weights for FSDP2)
             torch.utils.swap_tensors(target, nn.Parameter(source.detach().clone(), requires_grad=False))
@@ -388,7 +391,7 @@ def _plain_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def _check_adapter(model: Any, accelerator: Accelerator) -> None:
+def _check_adapter(model: Any, args: CRISPConfig, accelerator: Accelerator) -> None:
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         raise ValueError(
@@ -428,12 +431,31 @@ def _check_adapter(model: Any, accelerator: Accelerator) -> None:
             f"the LoRA config's bias={config.bias!r} trains biases of the base model, which student and teacher share, so "
             "the teacher would change with the student. Use bias='none', or train the full model."
         )
+    if args.teacher_model_init_kwargs:
+        warnings.warn(
+            "teacher_model_init_kwargs has no effect with LoRA: the teacher's adapter has the dtype of the student's.",
+            stacklevel=5,
+        )
+    dtype = model.get_input_embeddings().weight.dtype
+    if args.use_vllm and dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"TRL merges the adapter into the {dtype} base model and takes it out again for each update of vLLM, which "
+            "rounds: the base model drifts, and with it the teacher (huggingface/trl#6688). Load the model in float32, or "
+            "train the full model.",
+            stacklevel=5,
+        )
 
 
 def _lora_layers(model: nn.Module) -> Iterator[Any]:
     from peft.tuners.lora import LoraLayer
 
     return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _drop_the_teachers(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    # PEFT saves every tensor of a layer but those of adapters that it knows to be others than the one it saves
+    for name in [n for n in state_dict if n.startswith(prefix) and ADAPTER_NAME in n.removeprefix(prefix).split(".")]:
+        del state_dict[name]
 
 
 def _adapters_in(model: nn.Module) -> set[str]:

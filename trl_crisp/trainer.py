@@ -25,8 +25,8 @@ from trl_crisp._upstream import pad
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
 from trl_crisp.instructions import Prompt, resolve_instruction
 from trl_crisp.losses import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
-from trl_crisp.precision import unchanged_weight_share
-from trl_crisp.prompt_pairs import PromptPairs, PromptReport, check_columns
+from trl_crisp.precision import check_step_size
+from trl_crisp.prompt_pairs import PromptPairs, check_columns
 from trl_crisp.teacher import Teacher, make_teacher
 from trl_crisp.thinking import count_thinking_tokens
 from trl_crisp.weighting import count_loss_items, loss_token_weights
@@ -164,38 +164,25 @@ class CRISPTrainer(DistillationTrainer):
         self._think_ids: tuple[int, int] | None = self._find_think_ids()
 
     def _check_learning_rate(self) -> None:
-        if is_peft_model(self.model):
-            if self.args.learning_rate <= PAPER_LEARNING_RATE:
-                warnings.warn(
-                    f"learning_rate={self.args.learning_rate} is the paper's for full fine-tuning; a LoRA adapter hardly "
-                    "moves at it. Set one for LoRA, such as 1e-5 to 1e-4.",
-                    stacklevel=3,
-                )
-            dtype = next(self.model.parameters()).dtype
-            if self.args.use_vllm and dtype in (torch.bfloat16, torch.float16):
-                warnings.warn(
-                    f"TRL merges the adapter into the {dtype} base model and takes it out again for each update of vLLM, "
-                    "which rounds: the base model drifts, and the teacher that shares it (huggingface/trl#6688). Load the "
-                    "model in float32, or train the full model.",
-                    stacklevel=3,
-                )
-            return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return  # both keep float32 master weights for parameters of a lower precision
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        unchanged = unchanged_weight_share(trainable, self.args.learning_rate)
-        if unchanged > 0.5:
-            raise ValueError(
-                f"learning_rate={self.args.learning_rate} is too small for {trainable[0].dtype} weights: {unchanged:.0%} "
-                "of them would round back to what they were at each step. Load the model in float32 "
-                "(model_init_kwargs={'dtype': 'float32'}, TRL's default) and keep bf16=True, which computes in bfloat16 on "
-                "float32 weights; or train with DeepSpeed or FSDP2, which keep float32 masters; or use LoRA."
+        rate = self.args.learning_rate
+        if self.optimizer is not None:
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
+        # DeepSpeed and FSDP keep float32 masters of parameters of a lower precision
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_step_size(self.model, rate)
+        if is_peft_model(self.model) and 0 < rate <= PAPER_LEARNING_RATE:
+            warnings.warn(
+                f"learning_rate={rate} is the paper's for full fine-tuning; a LoRA adapter hardly moves at it. Set one for "
+                "LoRA, such as 1e-5 to 1e-4.",
+                stacklevel=3,
             )
 
     def _select_rows(self) -> None:
         args = self.args
         first = next(iter(self.train_dataset), None)
-        tail_tokens = 0 if first is None else self._count_generation_prompt_tokens(first["prompt"])
+        if first is None:
+            raise ValueError("the train dataset is empty. Check its split and filters.")
+        tail_tokens = self._count_generation_prompt_tokens(first["prompt"])
         self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, tail_tokens)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {
@@ -205,15 +192,14 @@ class CRISPTrainer(DistillationTrainer):
         elif self.eval_dataset is not None:
             self.eval_dataset, _ = self.prompt_pairs.select(self.eval_dataset, tail_tokens, "eval")
 
-        self.accelerator.print(self._describe_rows(report))
-        if first is not None:
-            teacher_prompt, _ = self.prompt_pairs.teacher_prompt(first)
-            student_ids, teacher_ids = (self._tokenize_prompts([p])[0][0] for p in (first["prompt"], teacher_prompt))
-            self.accelerator.print(
-                "The first row as the two models read it.\n"
-                f"--- student ---\n{self._tokenizer.decode(student_ids)}\n"
-                f"--- teacher ---\n{self._tokenizer.decode(teacher_ids)}\n---"
-            )
+        self.accelerator.print(f"CRISP: {report.describe(args.max_prompt_length)}")
+        teacher_prompt, _ = self.prompt_pairs.teacher_prompt(first)
+        student_ids, teacher_ids = (self._tokenize_prompts([p])[0][0] for p in (first["prompt"], teacher_prompt))
+        self.accelerator.print(
+            "The first row as the two models read it.\n"
+            f"--- student ---\n{self._tokenizer.decode(student_ids)}\n"
+            f"--- teacher ---\n{self._tokenizer.decode(teacher_ids)}\n---"
+        )
         # The default is for DAPO's rows; only a text that the user gave is expected somewhere
         is_users = args.instruction_replaces not in (None, CRISPConfig.instruction_replaces)
         if report.rows and is_users and self.prompt_pairs.instruction and not report.replaced:
@@ -221,15 +207,6 @@ class CRISPTrainer(DistillationTrainer):
                 f"instruction_replaces={args.instruction_replaces!r} has no effect: no user text starts with it.",
                 stacklevel=3,
             )
-
-    def _describe_rows(self, report: PromptReport) -> str:
-        if not report.rows:
-            return "CRISP: the prompts of the stream are checked as they are read."
-        return (
-            f"CRISP: {report.rows - report.dropped} of {report.rows} rows kept; {report.dropped} dropped for a prompt of more "
-            f"than {self.args.max_prompt_length} tokens (the longest has {report.longest_tokens}). The instruction replaces "
-            f"the student's own in {report.replaced} rows."
-        )
 
     def _count_generation_prompt_tokens(self, prompt: Prompt) -> int:
         if isinstance(prompt, str):
@@ -251,6 +228,12 @@ class CRISPTrainer(DistillationTrainer):
         ids = self._tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
         known = all(token_id is not None and token_id != self._tokenizer.unk_token_id for token_id in ids)
         return (ids[0], ids[1]) if "think>" in str(template) and known else None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns
+        if "teacher_prompt" not in columns:  # remove_unused_columns would drop it
+            columns.append("teacher_prompt")
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
@@ -292,10 +275,9 @@ class CRISPTrainer(DistillationTrainer):
         for prompt_ids, completion_ids, mask in zip(
             output["prompt_ids"].tolist(), output["completion_ids"].tolist(), _loss_mask(output).tolist(), strict=True
         ):
-            ids = [token_id for token_id, in_loss in zip(completion_ids, mask, strict=True) if in_loss]
             last_think = next((i for i in reversed(prompt_ids) if i in self._think_ids), close_id)
-            thinking.append(count_thinking_tokens(ids, open_id, close_id, starts_open=last_think == open_id))
-            answer.append(len(ids) - thinking[-1])
+            thinking.append(count_thinking_tokens(completion_ids, mask, open_id, close_id, last_think == open_id))
+            answer.append(sum(mask) - thinking[-1])
         for name, lengths in (("thinking", thinking), ("answer", answer)):
             lengths_B = torch.tensor(lengths, device=self.accelerator.device, dtype=torch.float32)
             metrics[f"completions/mean_{name}_length"].append(self.accelerator.gather(lengths_B).mean().item())
