@@ -231,7 +231,7 @@ class CRISPTrainer(DistillationTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns
+        columns: list[str] = self._signature_columns  # type: ignore[assignment]
         if "teacher_prompt" not in columns:  # remove_unused_columns would drop it
             columns.append("teacher_prompt")
 
