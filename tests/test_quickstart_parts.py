@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.tiny_models import save_tiny
 from trl_crisp.evaluation.metrics import paired_bootstrap_reduction, repeats_itself, share
-from trl_crisp.evaluation.sampling import Completion, SamplingProgress, next_tokens, sample
+from trl_crisp.evaluation.sampling import SamplingProgress, next_tokens, sample
 from trl_crisp.report.figures import completion_length_figure, refresh_steps
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -338,5 +339,34 @@ def test_a_model_directory_is_used_again_only_with_its_weights(tmp_path: Path) -
     assert example.read_source(tmp_path) is None
 
 
-def test_a_completion_is_plain_data() -> None:
-    assert Completion([1, 2], True) == Completion([1, 2], True)
+def test_quickstart_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart = load_example("quickstart")
+    save_tiny(tmp_path / "tiny")
+    arguments = ["quickstart.py", "--quick", "--model", str(tmp_path / "tiny"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    # Its filters of warnings and its quiet libraries are for a script, not for the tests after this one
+    monkeypatch.setattr(quickstart, "quiet", lambda: None)
+    monkeypatch.setattr(quickstart, "QUICK_CAP_TOKENS", 6)
+    quickstart.main()
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "Using the answers in" not in capsys.readouterr().out
+    quickstart.main()
+    output = capsys.readouterr().out
+    second = json.loads((tmp_path / "out" / "results.json").read_text())
+
+    assert "Using the answers in" in output
+    assert (first["before_reused"], second["before_reused"]) == (False, True)
+    assert first["answers"]["before"] == second["answers"]["before"]
+    assert "trl-crisp train" in output
+    assert output.count("Problem") == 3
+    steps = [entry for entry in second["log_history"] if "loss" in entry]
+    assert [entry["teacher/refreshes"] for entry in steps] == [0, 1]
+    assert (tmp_path / "out" / "length.png").stat().st_size > 5_000
+    LlamaForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    for side in ("before", "after"):
+        for prompt in ("plain", "concise"):
+            answers = second["answers"][side][prompt]
+            mean_tokens = sum(answer["tokens"] for answer in answers) / len(answers)
+            assert second["summary"][side][prompt]["mean_tokens"] == pytest.approx(mean_tokens)
