@@ -47,7 +47,11 @@ def make_teacher(student: nn.Module, args: CRISPConfig, accelerator: Accelerator
     """
     if is_peft_model(student):
         _check_adapter(student, args, accelerator)
-        return LiveTeacher(student, args) if args.teacher_model_kind == "live" else AdapterTeacher(student, args)
+        return (
+            LiveTeacher(student, args)
+            if args.teacher_model_kind == "live"
+            else AdapterTeacher(student, args, accelerator)
+        )
     if args.teacher_model_kind == "live":
         return LiveTeacher(student, args)
     return CopyTeacher(student, args, accelerator)
@@ -254,14 +258,23 @@ class AdapterTeacher(Teacher):
     A second, frozen LoRA adapter on the student's base model; a copy of the student's adapter at the start.
 
     The adapter lives in the layers, but neither among the PEFT model's adapters nor in its state dict, so saving or pushing
-    that model never includes it. Every kind but `"live"` has one: that is right also where the student's adapter is no identity at step 0.
+    that model never includes it. Every kind but `"live"` has one: that is right also where the student's adapter is no
+    identity at step 0.
     """
 
-    def __init__(self, student: nn.Module, args: CRISPConfig) -> None:
+    def __init__(self, student: nn.Module, args: CRISPConfig, accelerator: Accelerator) -> None:
         super().__init__(student, args)
         self._student_adapter: str = student.active_adapters[0]  # type: ignore[index, union-attr, assignment]
+        self._is_hidden = False
         self._add_adapter()
         self._start_averages()
+        if getattr(accelerator.state, "fsdp_plugin", None) is None:
+            self._hide_adapter()
+
+    def begin_step(self, step: int) -> None:
+        # Not before: by the state dict accelerate sends the first process's weights to the others when it shards the model
+        self._hide_adapter()
+        super().begin_step(step)
 
     def _add_adapter(self) -> None:
         model: Any = self.student
@@ -275,13 +288,17 @@ class AdapterTeacher(Teacher):
             with torch.random.fork_rng(devices=[]):
                 model.add_adapter(ADAPTER_NAME, config)
             del model.peft_config[ADAPTER_NAME]
-            for layer in _lora_layers(model):
-                layer.register_state_dict_post_hook(_drop_the_teachers)
         for _, source, target in self._weight_pairs():
             # The student's dtype and device too (meta, where another process loads the weights for FSDP2)
             torch.utils.swap_tensors(target, nn.Parameter(source.detach().clone(), requires_grad=False))
         for layer in _lora_layers(model):
             layer.scaling[ADAPTER_NAME] = layer.scaling[self._student_adapter]
+
+    def _hide_adapter(self) -> None:
+        if not self._is_hidden:
+            for layer in _lora_layers(self.student):
+                layer.register_state_dict_post_hook(_drop_the_teachers)
+            self._is_hidden = True
 
     def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         parameters = dict(_named_parameters(self.student))
