@@ -1,0 +1,80 @@
+"""Nothing shown in the README goes untested: its Python runs on a tiny model, its commands parse, its files exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from tests.tiny_models import save_tiny
+from trl_crisp import CRISPConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:The global batch is")
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    """As they stand, but for the model, the dataset, and the number and size of steps."""
+    model = save_tiny(tmp_path / "model", "qwen3")
+    rows = [{"prompt": [{"role": "user", "content": f"What is {i} + {i}?"}]} for i in range(32)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    small = "use_cpu=True, bf16=False, max_steps=1, max_completion_length=4, save_strategy='no', report_to='none', "
+    code = "\n".join(blocks("python"))
+    replaced = {
+        '"Qwen/Qwen3-0.6B"': repr(model),
+        'load_dataset("trl-lib/DeepMath-103K", split="train")': "load_dataset('json', data_files='rows.jsonl', split='train')",
+        "args=CRISPConfig(": f"args=CRISPConfig({small}",
+    }
+    for shown, run in replaced.items():
+        assert shown in code, f"the README no longer has {shown}; adapt this test"
+        code = code.replace(shown, run)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "Qwen3-0.6B-CRISP" / "model.safetensors").is_file()
+    names["trainer"].train()
+    assert names["trainer"].state.global_step == 1
+
+
+def commands() -> list[list[str]]:
+    """The README's shell commands, as words."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def test_commands_name_files_and_flags_that_exist():
+    """Scripts and configs are there, and `trl-crisp train` knows every flag."""
+    from trl_crisp.train import make_parser
+
+    flags = set(make_parser()._option_string_actions) | {"--accelerate_config"}
+    programs = set()
+    for words in commands():
+        programs.add(words[0])
+        for word in words:
+            if word.startswith(("examples/", "tests/")):
+                assert (ROOT / word).is_file(), word
+        if words[:2] == ["trl-crisp", "train"]:
+            assert {word for word in words if word.startswith("--")} <= flags, words
+    assert programs == {"bash", "pip", "trl-crisp", "accelerate"}
+
+
+def test_fields_of_the_table_are_the_configs(tmp_path):
+    """Each field that CRISP adds is in the README, with its default."""
+    from trl import DistillationConfig
+
+    added = set(CRISPConfig.__dataclass_fields__) - set(DistillationConfig.__dataclass_fields__)
+    table = README.split("### The new fields")[1].split("###")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == added
+
+
+def test_links_lead_somewhere():
+    """Relative links are to files of the repository."""
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
