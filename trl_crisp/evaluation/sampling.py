@@ -100,20 +100,23 @@ def next_tokens(
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
+    # The cuts leave a few tokens of a large vocabulary: draw among those, most likely first
+    ids = None
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
+        logits, ids = logits.topk(top_k, dim=-1)
+    elif top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True)
     probabilities = logits.softmax(dim=-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
         # A token stays where the more likely ones together have not reached top_p yet, so the first always stays
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
+        probabilities = probabilities.masked_fill(probabilities.cumsum(dim=-1) - probabilities >= top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     # Scaled by the sum as it was rounded, and strictly below it, so that the draw never lands behind the last token
     # that has any probability
     total = cumulative[:, -1:]
     targets = torch.minimum(uniforms.to(total).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    places = torch.searchsorted(cumulative, targets, right=True)
+    return (places if ids is None else ids.gather(1, places)).squeeze(1)
 
 
 @torch.inference_mode()
