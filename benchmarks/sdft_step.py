@@ -31,6 +31,8 @@ from typing import Any
 REPOSITORY = Path(__file__).parent.parent
 TRAINERS = ("crisp", "sdft")
 PHASES = ("generation", "loss_forward", "backward", "optimizer", "other")
+# Seconds of this process on all cores, which other processes on the machine disturb less than the wall's
+CPU_TIMES = ("step_cpu", "generation_cpu", "loss_forward_cpu", "backward_cpu")
 PACKAGES = ("trl-crisp", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
 WARM_UP_TOKENS = 16
 MIB = 2**20
@@ -123,6 +125,7 @@ def measure(trainer_name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     phases: dict[str, list[float]] = defaultdict(list)
     steps_s: list[float] = []
+    steps_cpu_s: list[float] = []
 
     def wait() -> None:
         if args.device != "cpu":
@@ -131,10 +134,11 @@ def measure(trainer_name: str, args: argparse.Namespace) -> dict[str, Any]:
     def timed(phase: str, function: Callable) -> Callable:
         def call(*a, **k):
             wait()
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             result = function(*a, **k)
             wait()
             phases[phase].append(time.perf_counter() - start)
+            phases[f"{phase}_cpu"].append(time.process_time() - start_cpu)
             return result
 
         return call
@@ -142,7 +146,7 @@ def measure(trainer_name: str, args: argparse.Namespace) -> dict[str, Any]:
     class Steps(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             wait()
-            self.start = time.perf_counter()
+            self.start, self.start_cpu = time.perf_counter(), time.process_time()
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             self.optimizer_start = time.perf_counter()
@@ -154,6 +158,7 @@ def measure(trainer_name: str, args: argparse.Namespace) -> dict[str, Any]:
         def on_step_end(self, args, state, control, **kwargs):
             wait()
             steps_s.append(time.perf_counter() - self.start)
+            steps_cpu_s.append(time.process_time() - self.start_cpu)
             if state.global_step == 1:
                 set_tokens(tokens)
 
@@ -177,7 +182,7 @@ def measure(trainer_name: str, args: argparse.Namespace) -> dict[str, Any]:
     # The first step is the warm-up
     measured = {phase: values[1:] for phase, values in phases.items()}
     assert all(len(values) == args.steps for values in measured.values()), {k: len(v) for k, v in measured.items()}
-    measured["step"] = steps_s[1:]
+    measured["step"], measured["step_cpu"] = steps_s[1:], steps_cpu_s[1:]
     measured["other"] = [
         step - sum(measured[phase][i] for phase in PHASES[:-1]) for i, step in enumerate(measured["step"])
     ]
@@ -227,18 +232,24 @@ def summarise(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
             )
             row[name] = {
                 "seconds": {
-                    key: _quantiles([value for m in mine for value in m["seconds"][key]]) for key in ("step", *PHASES)
+                    key: _quantiles([value for m in mine for value in m["seconds"][key]])
+                    for key in ("step", *PHASES, *CPU_TIMES)
                 },
                 "memory": memory,
             }
         crisp, sdft = row["crisp"], row["sdft"]
-        train_s = {
-            name: sum(row[name]["seconds"][phase]["p50"] for phase in ("loss_forward", "backward"))
-            for name in TRAINERS
-        }
+        train_s, train_cpu_s = (
+            {
+                name: sum(row[name]["seconds"][phase + suffix]["p50"] for phase in ("loss_forward", "backward"))
+                for name in TRAINERS
+            }
+            for suffix in ("", "_cpu")
+        )
         row["ratio_crisp_to_sdft"] = {
             "step_seconds": crisp["seconds"]["step"]["p50"] / sdft["seconds"]["step"]["p50"],
             "loss_and_backward_seconds": train_s["crisp"] / train_s["sdft"],
+            "step_cpu_seconds": crisp["seconds"]["step_cpu"]["p50"] / sdft["seconds"]["step_cpu"]["p50"],
+            "loss_and_backward_cpu_seconds": train_cpu_s["crisp"] / train_cpu_s["sdft"],
             **{key: crisp["memory"][key]["p50"] / sdft["memory"][key]["p50"] for key in crisp["memory"]},
         }
         table.append(row)
@@ -247,7 +258,7 @@ def summarise(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_table(table: list[dict[str, Any]]) -> None:
     """Print medians, and p20 to p80 of the whole step."""
-    columns = ("step", *PHASES)
+    columns = ("step", *PHASES, "step_cpu")
     print(f"{'':14}" + "".join(f"{name + ' s':>16}" for name in columns) + f"{'peak RSS MiB':>16}{'over start':>12}")
     for row in table:
         for name in TRAINERS:
