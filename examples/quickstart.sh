@@ -34,4 +34,6 @@ if ! cmp --silent "$root/pyproject.toml" "$stamp"; then
   cp "$root/pyproject.toml" "$stamp"
 fi
 
+# glibc hands large tensors back to the kernel and takes them again at each step; keeping them saved a quarter of the loss's time
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 exec "$venv/bin/python" "$root/examples/quickstart.py" "$@"
