@@ -1,0 +1,78 @@
+"""The lab's named settings: what each changes against the lab's common values, and which finding it is about."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Common to all runs. Ours: the values of the lab's scratch form, in which 100 steps take about two minutes on one core.
+COMMON: dict[str, Any] = {
+    "instruction": "be concise",
+    "per_device_train_batch_size": 24,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 3e-5,
+    "max_steps": 100,
+    "max_completion_length": 160,
+    "teacher_sync_steps": 50,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    One row of the table.
+
+    Attributes:
+        about: The finding, in a few words.
+        overrides: Fields of `CRISPConfig` that differ from [`COMMON`].
+        lora_rank: Train a LoRA adapter of this rank instead of the whole model.
+        mask_truncated: Leave truncated rollouts out of the loss.
+        form: The form of the task.
+    """
+
+    about: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    lora_rank: int | None = None
+    mask_truncated: bool = False
+    form: str = "tradeoff"
+
+
+def _periodic(steps: int, **overrides: Any) -> dict[str, Any]:
+    return {"teacher_sync_steps": steps, **overrides}
+
+
+SETTINGS: dict[str, Setting] = {
+    "untrained": Setting("the base, with and without the instruction", {"max_steps": 0}),
+    "frozen": Setting("a teacher that is never refreshed", {"teacher_model_kind": "base", "teacher_sync_steps": None}),
+    "m50": Setting("the paper's M", _periodic(50)),
+    "m20": Setting("M = 20", _periodic(20)),
+    "m10": Setting("M = 10", _periodic(10)),
+    "m5": Setting("M = 5", _periodic(5)),
+    "m1": Setting("M = 1", _periodic(1)),
+    "ema": Setting(
+        "an average instead of refreshes",
+        {"teacher_model_kind": "ema", "teacher_sync_steps": None, "teacher_update_rate": 0.02},
+    ),
+    "jsd": Setting("Jensen-Shannon divergence", _periodic(50, beta=0.5)),
+    "forward-kl": Setting("forward KL", _periodic(50, beta=0.0)),
+    "token": Setting("TRL's mean over all tokens", _periodic(50, loss_normalization="token")),
+    "cap-40": Setting("rollouts of at most 40 tokens", _periodic(50, max_completion_length=40)),
+    "cap-80": Setting("rollouts of at most 80 tokens", _periodic(50, max_completion_length=80)),
+    "cap-80-masked": Setting(
+        "the same, truncated rollouts out of the loss", _periodic(50, max_completion_length=80), mask_truncated=True
+    ),
+    "cap-256": Setting("rollouts of at most 256 tokens", _periodic(50, max_completion_length=256)),
+    "temperature-0.6": Setting("rollouts at temperature 0.6", _periodic(50, temperature=0.6)),
+    "temperature-1.3": Setting("rollouts at temperature 1.3", _periodic(50, temperature=1.3)),
+    "lora-3e-5": Setting("LoRA at the full learning rate", _periodic(50), lora_rank=16),
+    "lora-3e-4": Setting("LoRA at 10 times it", _periodic(50, learning_rate=3e-4), lora_rank=16),
+    "lora-3e-3": Setting("LoRA at 100 times it", _periodic(50, learning_rate=3e-3), lora_rank=16),
+    "long-m20": Setting("a long run: where the sweet spot ends", _periodic(20, max_steps=300)),
+    "long-frozen": Setting(
+        "the same with a frozen teacher",
+        {"teacher_model_kind": "base", "teacher_sync_steps": None, "max_steps": 300},
+    ),
+    "stability-frozen": Setting(
+        "checks are waste: frozen", {"teacher_model_kind": "base", "teacher_sync_steps": None}, form="stability"
+    ),
+    "stability-m20": Setting("checks are waste: M = 20", _periodic(20), form="stability"),
+    "stability-m1": Setting("checks are waste: M = 1", _periodic(1), form="stability"),
+}

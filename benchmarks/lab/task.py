@@ -1,0 +1,104 @@
+"""The lab's task: problems with a difficulty, how a verbose or a concise writer solves them, and a verifier.
+
+A problem is to add k one-digit numbers; k, from 2 to 7, is its difficulty. A solution adds one number at a time, and may check
+a step, several times over:
+
+    3 + 8 = 10 ; check 3 + 8 = 11 no ; check 3 + 8 = 11 ok ; 11 + 2 = 13 ; so answer 13
+
+How often a step is checked is what the instruction changes, by a notch: both writers check, so the two modes overlap (the
+reverse KL has next to no gradient toward what the student never does). In the form "tradeoff" a check is worth something: where
+a sum passes 9, the first result is wrong now and then, and only the first check mends it, so that brevity costs accuracy, on
+long problems first. In the form "stability" steps are always right and a check is waste.
+"""
+
+import random
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+DIFFICULTIES = (2, 3, 4, 5, 6, 7)
+INSTRUCTION = "be concise"
+MAX_SOLUTION_TOKENS = 256
+
+_WORDS = ["+", "=", ";", "check", "ok", "no", "so", "answer", "be", "concise", "add", ":"]
+_SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """
+    How the two writers write.
+
+    Attributes:
+        check_probability: Of one more check after a step, without the instruction.
+        concise_check_probability: The same with it.
+        max_checks: After one step.
+        slip_probability: Of a first result that is wrong, where a sum passes 9.
+    """
+
+    check_probability: float
+    concise_check_probability: float
+    max_checks: int
+    slip_probability: float
+
+
+FORMS = {
+    "tradeoff": Form(0.9, 0.6, 4, 0.12),
+    "stability": Form(0.85, 0.12, 2, 0.0),
+}
+
+
+def lab_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the word-level tokenizer, one token for a number, with its chat template."""
+    numbers = [str(n) for n in range(9 * max(DIFFICULTIES) + 2)]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*_SPECIAL, *_WORDS, *numbers])}))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens(_SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<end>",
+        padding_side="left",
+        chat_template=_CHAT_TEMPLATE,
+    )
+
+
+def draw_problem(rng: random.Random, difficulty: int) -> list[int]:
+    """Return `difficulty` numbers from 0 to 9."""
+    return [rng.randint(0, 9) for _ in range(difficulty)]
+
+
+def prompt(problem: list[int]) -> list[dict[str, str]]:
+    """Return the student's prompt, as messages."""
+    return [{"role": "user", "content": "add : " + " + ".join(map(str, problem))}]
+
+
+def solve(problem: list[int], form: Form, concise: bool, rng: random.Random) -> str:
+    """Write one solution, as the writer of a mode would; it can be wrong where a slip was not checked."""
+    check_probability = form.concise_check_probability if concise else form.check_probability
+    words, total = [], problem[0]
+    for number in problem[1:]:
+        right = total + number
+        carries = total % 10 + number > 9
+        first = right + rng.choice((-1, 1)) if carries and rng.random() < form.slip_probability else right
+        words.append(f"{total} + {number} = {first} ;")
+        result = first
+        for _ in range(form.max_checks):
+            if rng.random() >= check_probability:
+                break
+            words.append(f"check {total} + {number} = {right} {'ok' if result == right else 'no'} ;")
+            result = right
+        total = result
+    return " ".join([*words, f"so answer {total}"])
+
+
+def is_correct(problem: list[int], solution: str) -> bool:
+    """Whether a solution, as the model wrote it, ends in the right answer."""
+    return solution.split()[-3:] == ["so", "answer", str(sum(problem))]
