@@ -5,6 +5,7 @@ Like TRL's own scripts: every field is a flag, a YAML file gives them new defaul
 
 import argparse
 import difflib
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -177,9 +178,14 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"It is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
-    # Finishes the trackers and ends the process group; transformers has it from 5.18 on
-    if hasattr(trainer, "end"):
-        trainer.end()
+    accelerator = trainer.accelerator
+    # Finishes the trackers and ends the process group
+    accelerator.end_training()
+    # The wrapped model and the optimizer hold the group too: if its threads lived until the interpreter shuts down, they
+    # would now and then abort a process that has done all its work (pytorch/pytorch#190489)
+    accelerator.free_memory()
+    del trainer
+    gc.collect()
 
 
 def check_model(name: str | None, revision: str, trust_remote_code: bool) -> str:
