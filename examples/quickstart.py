@@ -40,7 +40,7 @@ HELD_OUT_SEED = 4_000_000
 TRAINING_SEED = 2_000_000
 SEED_STRIDE = 10_000
 # Ours: the first cap; it grows until it is three times the mean length of the untrained model's answers
-CAP_TOKENS = 512
+CAP_TOKENS = 640
 CAP_RATIO = 3
 # Ours: enough for the interval of a reduction of a third to exclude zero, and few enough for ten minutes
 HELD_OUT_ROWS = 64
