@@ -36,11 +36,11 @@ PACKAGES = ("trl-crisp", "trl", "transformers", "torch", "peft", "accelerate", "
 # The paper's evaluation: temperature 0.6, top-p 0.95, top-k 20. One answer a problem is ours: more problems tell more.
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 # reasoning-gym's row i of seed s is drawn from s + i, so seeds that are near each other share rows
-HELD_OUT_SEED = 4_000_000
+HELD_OUT_SEED = 6_000_000
 TRAINING_SEED = 2_000_000
 SEED_STRIDE = 10_000
 # Ours: the first cap; it grows until it is three times the mean length of the untrained model's answers
-CAP_TOKENS = 640
+CAP_TOKENS = 576
 CAP_RATIO = 3
 # Ours: enough for the interval of a reduction of a third to exclude zero, and few enough for ten minutes
 HELD_OUT_ROWS = 64
@@ -87,7 +87,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_crisp.data import load_prompts
-    from trl_crisp.instructions import resolve_instruction
+    from trl_crisp.instructions import build_teacher_prompt, resolve_instruction
     from trl_crisp.train import parse_args as parse_training_args
 
     bf16_speedup = measure_bf16_speedup()
@@ -99,13 +99,20 @@ def main() -> None:
     # bfloat16 weights small updates would round away
     model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
     training_rows, _ = load_prompts(script_args)
-    problems = held_out_problems(args, {row["question"] for row in training_rows})
     instruction = resolve_instruction(training_args.instruction)
+
+    def fits(question: str) -> bool:
+        messages, _ = build_teacher_prompt([{"role": "user", "content": question}], instruction, None)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return len(ids) <= training_args.max_prompt_length
+
+    problems = held_out_problems(args, {row["question"] for row in training_rows}, fits)
     protocol: dict[str, Any] = {
         "model": source,
         "task": f"reasoning-gym {TASK}",
         "held_out_seed": HELD_OUT_SEED + SEED_STRIDE * args.seed,
         "held_out_rows": len(problems),
+        "held_out_max_concise_prompt_tokens": training_args.max_prompt_length,
         "samples_per_problem": 1,
         "sampling": {**SAMPLING, "seed": args.seed},
         "cap_tokens_at_first": QUICK_CAP_TOKENS if args.quick else CAP_TOKENS,
@@ -116,7 +123,7 @@ def main() -> None:
     }
     seconds["model_and_problems"] = time.monotonic() - started_s
     console.print(
-        f"{len(problems)} held-out problems, {len(training_rows)} for training, "
+        f"{len(problems)} held-out problems, {len(training_rows)} to draw training from, "
         f"{torch.get_num_threads()} threads on {os.cpu_count()} cores."
     )
 
@@ -274,8 +281,10 @@ def training_flags(args: argparse.Namespace, model_dir: Path, bf16: bool) -> lis
     return [*flags, *quick_flags] if args.quick else flags
 
 
-def held_out_problems(args: argparse.Namespace, training_questions: set[str]) -> list[dict[str, str]]:
-    """Question and answer of the held-out problems, none with the text of a training row or of another one."""
+def held_out_problems(
+    args: argparse.Namespace, training_questions: set[str], fits: Callable[[str], bool]
+) -> list[dict[str, str]]:
+    """Question and answer of held-out problems that fit, none with the text of a training row or of another one."""
     import reasoning_gym
 
     rows = QUICK_HELD_OUT_ROWS if args.quick else HELD_OUT_ROWS
@@ -283,7 +292,7 @@ def held_out_problems(args: argparse.Namespace, training_questions: set[str]) ->
     seen = set(training_questions)
     problems: list[dict[str, str]] = []
     for row in dataset:
-        if row["question"] not in seen and len(problems) < rows:
+        if row["question"] not in seen and len(problems) < rows and fits(row["question"]):
             seen.add(row["question"])
             problems.append({"question": row["question"], "answer": str(row["answer"])})
     assert len(problems) == rows
