@@ -1,8 +1,8 @@
 """CRISP on a real model in minutes, on a CPU: measure, train, measure again, show. `bash examples/quickstart.sh` runs it.
 
-SmolLM2-135M-Instruct answers word problems (reasoning-gym's gsm_symbolic: GSM8K templates with other names and numbers)
-before and after training with `examples/configs/smollm2-cpu.yaml`, with the plain prompt and with the instruction in
-the prompt. Training and held-out rows come from the same templates, never with the same text.
+SmolLM2-135M-Instruct answers word problems (reasoning-gym's leg_counting: how many legs do 9 insects, 10 horses and 3
+shrimps have?) before and after training with `examples/configs/smollm2-cpu.yaml`, with the plain prompt and with the
+instruction in the prompt. Training and held-out rows come from the same generator, never with the same text.
 
 What this shows is length. The model solves next to none of these problems, before or after, so it cannot show whether
 accuracy holds; for that see the larger configs.
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 CONFIG = ROOT / "examples" / "configs" / "smollm2-cpu.yaml"
-TASK = "gsm_symbolic"
+TASK = "leg_counting"
 PACKAGES = ("trl-crisp", "trl", "transformers", "torch", "peft", "accelerate", "datasets", "reasoning-gym", "numpy")
 
 # The paper's evaluation: temperature 0.6, top-p 0.95, top-k 20. One answer a problem is ours: more problems tell more.
@@ -40,7 +40,7 @@ HELD_OUT_SEED = 6_000_000
 TRAINING_SEED = 2_000_000
 SEED_STRIDE = 10_000
 # Ours: the first cap; it grows until it is three times the mean length of the untrained model's answers
-CAP_TOKENS = 576
+CAP_TOKENS = 448
 CAP_RATIO = 3
 # Ours: enough for the interval of a reduction of a third to exclude zero, and few enough for ten minutes
 HELD_OUT_ROWS = 64
@@ -98,6 +98,7 @@ def main() -> None:
     # Float32 whatever the training's products are in: the answers' cost is reading the weights, not multiplying, and in
     # bfloat16 weights small updates would round away
     model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
+    set_weight_layout(model, columns_first=True)
     training_rows, _ = load_prompts(script_args)
     instruction = resolve_instruction(training_args.instruction)
 
@@ -144,6 +145,7 @@ def main() -> None:
 
     from trl_crisp.report.figures import completion_length_figure
 
+    set_weight_layout(model, columns_first=False)
     model.save_pretrained(output_dir / "model")
     tokenizer.save_pretrained(output_dir / "model")
     figure = completion_length_figure(
@@ -267,6 +269,20 @@ def measure_bf16_speedup() -> float:
             times_s.append(time.perf_counter() - start_s)
         seconds[dtype] = min(times_s)
     return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def set_weight_layout(model: Any, *, columns_first: bool) -> None:
+    """Stores the linear layers' weights column by column in memory, or row by row again, as files have them.
+
+    The values and the shapes stay. A product with a handful of rows, which decoding consists of, is about twice as fast
+    on a CPU with the columns first.
+    """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.data
+            module.weight.data = weight.t().contiguous().t() if columns_first else weight.contiguous()
 
 
 def training_flags(args: argparse.Namespace, model_dir: Path, bf16: bool) -> list[str]:
