@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import random
 import time
 from pathlib import Path
@@ -102,8 +103,19 @@ def main() -> None:
     args = parser.parse_args()
     directory = args.output_dir / args.form
     train_base(args.form, args.seed, args.steps).save_pretrained(directory)
-    lab_tokenizer().save_pretrained(directory)
-    print(f"{directory}: sha256 of the weights {sha256_of(directory)}")
+    source = {
+        "made_by": "python -m benchmarks.lab.base",
+        "form": args.form,
+        "seed": args.seed,
+        "steps": args.steps,
+        "solutions_a_step": BATCH_SIZE,
+        "learning_rate": LEARNING_RATE,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__.split("+")[0],
+        "weights_sha256": sha256_of(directory),
+    }
+    (directory / "source.json").write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+    print(f"{directory}: sha256 of the weights {source['weights_sha256']}")
 
 
 if __name__ == "__main__":

@@ -176,13 +176,14 @@ def _train(model, setting: Setting, fields: dict[str, Any], seed: int, output_di
     if setting.lora_rank:
         lora = LoraConfig(r=setting.lora_rank, lora_alpha=2 * setting.lora_rank, target_modules="all-linear")
     curve = Curve(every_steps=max(5, math.ceil(args.max_steps / 20)), seed=seed)
+    callbacks: list[TrainerCallback] = [curve] if setting.curve else []
     trainer = (MaskTruncated if setting.mask_truncated else CRISPTrainer)(
         model=model,
         args=args,
         train_dataset=training_rows(),
         processing_class=lab_tokenizer(),
         peft_config=lora,
-        callbacks=[curve],
+        callbacks=callbacks,
     )
     trainer.train()
     return trainer.model, trainer.state.log_history, curve.points

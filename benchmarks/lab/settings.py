@@ -26,6 +26,7 @@ class Setting:
         lora_rank: Train a LoRA adapter of this rank instead of the whole model.
         mask_truncated: Leave truncated rollouts out of the loss.
         form: The form of the task.
+        curve: Measure accuracy and length along the run too, which takes a third of its time.
     """
 
     about: str
@@ -33,6 +34,7 @@ class Setting:
     lora_rank: int | None = None
     mask_truncated: bool = False
     form: str = "tradeoff"
+    curve: bool = False
 
 
 def _periodic(steps: int, **overrides: Any) -> dict[str, Any]:
@@ -41,12 +43,14 @@ def _periodic(steps: int, **overrides: Any) -> dict[str, Any]:
 
 SETTINGS: dict[str, Setting] = {
     "untrained": Setting("the base, with and without the instruction", {"max_steps": 0}),
-    "frozen": Setting("a teacher that is never refreshed", {"teacher_model_kind": "base", "teacher_sync_steps": None}),
-    "m50": Setting("the paper's M", _periodic(50)),
+    "frozen": Setting(
+        "a teacher that is never refreshed", {"teacher_model_kind": "base", "teacher_sync_steps": None}, curve=True
+    ),
+    "m50": Setting("the paper's M", _periodic(50), curve=True),
     "m20": Setting("M = 20", _periodic(20)),
     "m10": Setting("M = 10", _periodic(10)),
-    "m5": Setting("M = 5", _periodic(5)),
-    "m1": Setting("M = 1", _periodic(1)),
+    "m5": Setting("M = 5", _periodic(5), curve=True),
+    "m1": Setting("M = 1", _periodic(1), curve=True),
     "ema": Setting(
         "an average instead of refreshes",
         {"teacher_model_kind": "ema", "teacher_sync_steps": None, "teacher_update_rate": 0.02},
@@ -65,14 +69,18 @@ SETTINGS: dict[str, Setting] = {
     "lora-3e-5": Setting("LoRA at the full learning rate", _periodic(50), lora_rank=16),
     "lora-3e-4": Setting("LoRA at 10 times it", _periodic(50, learning_rate=3e-4), lora_rank=16),
     "lora-3e-3": Setting("LoRA at 100 times it", _periodic(50, learning_rate=3e-3), lora_rank=16),
-    "long-m20": Setting("a long run: where the sweet spot ends", _periodic(20, max_steps=300)),
+    "long-m20": Setting("a long run: where the sweet spot ends", _periodic(20, max_steps=300), curve=True),
     "long-frozen": Setting(
         "the same with a frozen teacher",
         {"teacher_model_kind": "base", "teacher_sync_steps": None, "max_steps": 300},
+        curve=True,
     ),
+    "stability-untrained": Setting("checks are waste: the base", {"max_steps": 0}, form="stability"),
     "stability-frozen": Setting(
         "checks are waste: frozen", {"teacher_model_kind": "base", "teacher_sync_steps": None}, form="stability"
     ),
     "stability-m20": Setting("checks are waste: M = 20", _periodic(20), form="stability"),
     "stability-m1": Setting("checks are waste: M = 1", _periodic(1), form="stability"),
+    "short": Setting("checks are waste: 60 steps, a frozen teacher", _periodic(100, max_steps=60), form="stability"),
+    "short-m1": Setting("checks are waste: 60 steps, M = 1", _periodic(1, max_steps=60), form="stability"),
 }

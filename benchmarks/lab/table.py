@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab.settings import SETTINGS
+from benchmarks.lab.task import DIFFICULTIES
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom, for intervals over a handful of seeds
 _T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-COLUMNS = ("setting", "about", "seeds", "tokens", "change", "accuracy", "k = 2", "k = 7", "refreshes")
+COLUMNS = ("setting", "about", "seeds", "mean tokens", "change", "accuracy %", "k = 2", "k = 7", "refreshes")
+DIFFICULTY_COLUMNS = ("setting", "change of", *(f"k = {k}" for k in DIFFICULTIES))
 
 
 def load(directory: Path) -> dict[str, list[dict[str, Any]]]:
@@ -32,38 +34,84 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
+def base_of(runs: dict[str, list[dict[str, Any]]], form: str) -> dict[int, dict[str, Any]]:
+    """Return the untrained model's result by seed; empty where it was not measured."""
+    return {
+        result["seed"]: result
+        for results in runs.values()
+        for result in results
+        if not result["log"] and result["protocol"]["form"] == form
+    }
+
+
 def table_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
-    """Return the cells of the table; changes are against the untrained base of the same form."""
-    base_tokens = {}
-    for results in runs.values():
-        for result in results:
-            if not result["log"]:
-                base_tokens[result["protocol"]["form"]] = result["plain"]["all"]["mean_tokens"]
+    """Return the cells of the table; changes are against the untrained base of the same form and seed."""
     rows = []
     for name, results in runs.items():
+        form = results[0]["protocol"]["form"]
+        base = base_of(runs, form)
         sides = [("plain", name, SETTINGS[name].about)]
         if not results[0]["log"]:
-            sides = [("plain", "base", "plain prompt"), ("concise", "base, concise prompt", "at inference only")]
+            prefix = "" if form == "tradeoff" else f"{form} "
+            sides = [
+                ("plain", f"{prefix}base", "plain prompt"),
+                ("concise", f"{prefix}base, concise prompt", "at inference only"),
+            ]
         for side, label, about in sides:
-            base = base_tokens.get(results[0]["protocol"]["form"])
-            tokens = [result[side]["all"]["mean_tokens"] for result in results]
-            cells = [label, about, str(len(results)), _cell(tokens, 1)]
-            cells.append("" if base is None else f"{np.mean(tokens) / base - 1:+.0%}")
-            cells += [_cell([r[side][group]["accuracy"] for r in results], 3) for group in ("all", "2", "7")]
+            cells = [
+                label,
+                about,
+                str(len(results)),
+                _cell([r[side]["all"]["mean_tokens"] for r in results], "{:.1f}"),
+            ]
+            changes = [_change(r, base[r["seed"]], side, "all") for r in results if r["seed"] in base]
+            cells.append("" if not changes or label.endswith("base") else _cell(changes, "{:+.0f}%"))
+            cells += [
+                _cell([100 * r[side][group]["accuracy"] for r in results], "{:.1f}") for group in ("all", "2", "7")
+            ]
             refreshes = {r["log"][-1]["teacher/refreshes"] for r in results if r["log"]}
             cells.append(" ".join(f"{count:.0f}" for count in sorted(refreshes)))
             rows.append(tuple(cells))
     return rows
 
 
-def _cell(values: list[float], digits: int) -> str:
+def difficulty_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
+    """Return the change of the mean tokens, and of the accuracy in points, at each difficulty."""
+    rows = []
+    for name in ("frozen", "m50", "m20"):
+        results, base = runs.get(name, []), base_of(runs, "tradeoff")
+        results = [r for r in results if r["seed"] in base]
+        if not results:
+            continue
+        groups = [str(k) for k in DIFFICULTIES]
+        rows.append(
+            (
+                name,
+                "tokens",
+                *(_cell([_change(r, base[r["seed"]], "plain", g) for r in results], "{:+.0f}%") for g in groups),
+            )
+        )
+        points = [
+            [100 * (r["plain"][g]["accuracy"] - base[r["seed"]]["plain"][g]["accuracy"]) for r in results]
+            for g in groups
+        ]
+        rows.append((name, "accuracy, points", *(_cell(values, "{:+.1f}") for values in points)))
+    return rows
+
+
+def _change(result: dict[str, Any], base: dict[str, Any], side: str, group: str) -> float:
+    return 100 * (result[side][group]["mean_tokens"] / base["plain"][group]["mean_tokens"] - 1)
+
+
+def _cell(values: list[float], template: str) -> str:
     mean, half = mean_interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+    text = template.format(mean)
+    return f"{text} ± {template.format(half).lstrip('+').rstrip('%')}" if len(values) > 1 else text
 
 
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    """Return the table for benchmarks/README.md."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a table for benchmarks/README.md."""
+    lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -129,7 +177,10 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("benchmarks/results/lab"))
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
-    print(markdown(table_rows(load(args.directory))))
+    runs = load(args.directory)
+    print(markdown(COLUMNS, table_rows(runs)))
+    print()
+    print(markdown(DIFFICULTY_COLUMNS, difficulty_rows(runs)))
     if args.figure:
         draw(args.directory, args.figure)
 
