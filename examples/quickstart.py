@@ -87,7 +87,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_crisp.data import load_prompts
-    from trl_crisp.instructions import build_teacher_prompt, resolve_instruction
+    from trl_crisp.instructions import resolve_instruction
     from trl_crisp.train import parse_args as parse_training_args
 
     bf16_speedup = measure_bf16_speedup()
@@ -101,19 +101,12 @@ def main() -> None:
     set_weight_layout(model, columns_first=True)
     training_rows, _ = load_prompts(script_args)
     instruction = resolve_instruction(training_args.instruction)
-
-    def fits(question: str) -> bool:
-        messages, _ = build_teacher_prompt([{"role": "user", "content": question}], instruction, None)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        return len(ids) <= training_args.max_prompt_length
-
-    problems = held_out_problems(args, {row["question"] for row in training_rows}, fits)
+    problems = held_out_problems(args, {row["question"] for row in training_rows})
     protocol: dict[str, Any] = {
         "model": source,
         "task": f"reasoning-gym {TASK}",
         "held_out_seed": HELD_OUT_SEED + SEED_STRIDE * args.seed,
         "held_out_rows": len(problems),
-        "held_out_max_concise_prompt_tokens": training_args.max_prompt_length,
         "samples_per_problem": 1,
         "sampling": {**SAMPLING, "seed": args.seed},
         "cap_tokens_at_first": QUICK_CAP_TOKENS if args.quick else CAP_TOKENS,
@@ -124,7 +117,7 @@ def main() -> None:
     }
     seconds["model_and_problems"] = time.monotonic() - started_s
     console.print(
-        f"{len(problems)} held-out problems, {len(training_rows)} to draw training from, "
+        f"{len(problems)} held-out problems, {len(training_rows)} for training, "
         f"{torch.get_num_threads()} threads on {os.cpu_count()} cores."
     )
 
@@ -297,10 +290,8 @@ def training_flags(args: argparse.Namespace, model_dir: Path, bf16: bool) -> lis
     return [*flags, *quick_flags] if args.quick else flags
 
 
-def held_out_problems(
-    args: argparse.Namespace, training_questions: set[str], fits: Callable[[str], bool]
-) -> list[dict[str, str]]:
-    """Question and answer of held-out problems that fit, none with the text of a training row or of another one."""
+def held_out_problems(args: argparse.Namespace, training_questions: set[str]) -> list[dict[str, str]]:
+    """Question and answer of the held-out problems, none with the text of a training row or of another one."""
     import reasoning_gym
 
     rows = QUICK_HELD_OUT_ROWS if args.quick else HELD_OUT_ROWS
@@ -308,7 +299,7 @@ def held_out_problems(
     seen = set(training_questions)
     problems: list[dict[str, str]] = []
     for row in dataset:
-        if row["question"] not in seen and len(problems) < rows and fits(row["question"]):
+        if row["question"] not in seen and len(problems) < rows:
             seen.add(row["question"])
             problems.append({"question": row["question"], "answer": str(row["answer"])})
     assert len(problems) == rows

@@ -1,5 +1,6 @@
 """What the quickstart is made of: sampling, metrics, figures, and its own small rules."""
 
+import argparse
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, tiny_llama
 from trl_crisp.evaluation.metrics import paired_bootstrap_reduction, repeats_itself, share
 from trl_crisp.evaluation.sampling import SamplingProgress, next_tokens, sample
 from trl_crisp.report.figures import completion_length_figure, refresh_steps
@@ -337,6 +338,31 @@ def test_a_model_directory_is_used_again_only_with_its_weights(tmp_path: Path) -
     assert example.read_source(tmp_path) is None
     (tmp_path / example.MARKER).write_text("{")
     assert example.read_source(tmp_path) is None
+
+
+def test_held_out_problems_are_neither_trained_on_nor_repeated() -> None:
+    quickstart = load_example("quickstart")
+    args = argparse.Namespace(quick=True, seed=0)
+    every = [problem["question"] for problem in quickstart.held_out_problems(args, set())]
+    assert len(set(every)) == len(every) == quickstart.QUICK_HELD_OUT_ROWS
+    others = [problem["question"] for problem in quickstart.held_out_problems(args, {every[0]})]
+    assert others[:-1] == every[1:]
+
+
+def test_the_layout_of_the_weights_changes_no_value() -> None:
+    quickstart = load_example("quickstart")
+    model = tiny_llama(tie_word_embeddings=True)
+    ids = torch.tensor([[3, 5, 7]])
+    before = model(ids).logits
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    quickstart.set_weight_layout(model, columns_first=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.stride() == (1, model.lm_head.weight.shape[0])
+    torch.testing.assert_close(model(ids).logits, before)
+    quickstart.set_weight_layout(model, columns_first=False)
+    for name, weight in model.state_dict().items():
+        assert weight.is_contiguous()
+        assert torch.equal(weight, weights[name])
 
 
 def test_quickstart_from_end_to_end(

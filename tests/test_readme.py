@@ -1,5 +1,6 @@
 """Nothing shown in the README goes untested: its Python runs on a tiny model, its commands parse, its files exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -78,3 +79,29 @@ def test_links_lead_somewhere():
     """Relative links are to files of the repository."""
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_results_are_those_of_the_committed_runs():
+    """The first screen's table is the quickstart's three seeds, number by number."""
+    runs = [
+        json.loads((ROOT / "benchmarks" / "results" / f"quickstart_seed{seed}.json").read_text(encoding="utf-8"))
+        for seed in range(3)
+    ]
+    for seed, run in enumerate(runs):
+        assert (run["protocol"]["seed"], run["protocol"]["quick"], run["before_reused"]) == (seed, False, False)
+        before, after = run["summary"]["before"], run["summary"]["after"]
+        reduction = run["summary"]["reduction"]["plain_before_to_plain_after"]
+        cells = (
+            f"{seed}",
+            f"{before['plain']['mean_tokens']:.0f}",
+            f"{before['concise']['mean_tokens']:.0f}",
+            f"{after['plain']['mean_tokens']:.0f}",
+            f"{-reduction['estimate']:.0%} [{-reduction['high']:.0%}, {-reduction['low']:.0%}]",
+            f"{before['plain']['ended_by_eos']:.0%}, {after['plain']['ended_by_eos']:.0%}",
+            f"{before['plain']['correct']:.0%}, {after['plain']['correct']:.0%}",
+            f"{run['wall_s']['total'] / 60:.1f}",
+        )
+        assert "| " + " | ".join(cells) + " |" in README
+    protocol = runs[0]["protocol"]
+    assert f"{protocol['held_out_rows']} held-out problems" in README
+    assert f"up to {protocol['cap_tokens']} tokens" in README
