@@ -42,7 +42,7 @@ SEED_STRIDE = 10_000
 # Ours: the first cap; it grows until it is three times the mean length of the untrained model's answers
 CAP_TOKENS = 448
 CAP_RATIO = 3
-# Ours: with 64 the interval of a reduction by 30% included zero; many more take too long
+# Ours: with 64 the interval of a reduction by 30% could include zero; many more take too long
 HELD_OUT_ROWS = 112
 # All rows of both prompts at once: a few rows take nearly as long as many
 BATCH_ROWS = 2 * HELD_OUT_ROWS
