@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.lab.settings import SETTINGS
 from benchmarks.lab.task import DIFFICULTIES
+from trl_crisp.report.figures import refresh_steps
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom, for intervals over a handful of seeds
 _T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -128,14 +129,14 @@ def print_table(directory: Path, names: list[str] | None = None) -> None:
 
 
 def draw(directory: Path, output: Path) -> None:
-    """Draw accuracy against length, and length and accuracy along the runs."""
+    """Draw accuracy against length, and length, accuracy and entropy along the runs; lines are means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     runs = {name: results for name, results in load(directory).items() if SETTINGS[name].form == "tradeoff"}
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5))
+    fig, ((left, middle), (right, entropy)) = plt.subplots(2, 2, figsize=(13, 10))
     for name, results in runs.items():
         sides = ("plain", "concise") if not results[0]["log"] else ("plain",)
         for side in sides:
@@ -153,15 +154,12 @@ def draw(directory: Path, output: Path) -> None:
         for axis, key in ((middle, "mean_tokens"), (right, "accuracy")):
             axis.plot(steps, np.mean([[point[key] for point in curve] for curve in curves], axis=0), label=name)
         log = runs[name][0]["log"]
-        counts = [entry["teacher/refreshes"] for entry in log]
-        marks = [
-            entry["step"]
-            for entry, before in zip(log[1:], counts, strict=False)
-            if entry["teacher/refreshes"] > before
-        ]
         if name in ("long-m20", "m50"):
-            for step in marks:
+            for step in refresh_steps(log):
                 middle.axvline(step, color="grey", linewidth=0.5, linestyle=":")
+        steps = [entry["step"] for entry in log]
+        entropy.plot(steps, np.mean([[e["entropy"] for e in r["log"]] for r in runs[name]], axis=0), label=name)
+    entropy.set(xlabel="step", ylabel="nats a token", title="Student's entropy on its rollouts")
     middle.set(xlabel="step", ylabel="mean tokens", title="Length along the run (dotted: a refresh)")
     right.set(xlabel="step", ylabel="accuracy", title="Accuracy along the run")
     middle.legend(fontsize=8)
