@@ -105,3 +105,12 @@ def test_results_are_those_of_the_committed_runs():
     protocol = runs[0]["protocol"]
     assert f"{protocol['held_out_rows']} held-out problems" in README
     assert f"up to {protocol['cap_tokens']} tokens" in README
+
+
+def test_ratios_to_sdft_are_those_of_the_committed_run():
+    """Each number of the comparison is the JSON's."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "sdft_step.json").read_text(encoding="utf-8"))
+    (row,) = result["table"]
+    ratio = row["ratio_crisp_to_sdft"]
+    for key in ("step_seconds", "loss_and_backward_seconds", "peak_rss_mib", "peak_over_before_mib"):
+        assert f"{ratio[key]:.2f}" in README.split("### How it was checked")[1], key
