@@ -34,9 +34,9 @@ if ! cmp --silent "$root/pyproject.toml" "$stamp"; then
   cp "$root/pyproject.toml" "$stamp"
 fi
 
-# A waiting thread spins for some microseconds only: longer takes the core that the working one needs on a shared machine
-# (answers six times slower were seen), and not at all makes every small step wait for a wake-up
+# A waiting thread spins for some microseconds only: longer takes the core that the working one needs on a shared machine,
+# and not at all makes every small step wait for a wake-up
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
-# glibc hands large tensors back to the kernel and takes them again at each step; keeping them saved a quarter of the loss's time
+# glibc hands large tensors back to the kernel and takes them again at each step; keeping them is faster
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 exec "$venv/bin/python" "$root/examples/quickstart.py" "$@"

@@ -4,7 +4,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -93,9 +92,9 @@ def _run_all(runs: list[tuple[str, int]], workers: int, output_dir: Path) -> lis
         ThreadPoolExecutor(workers) as pool,
     ):
         bar = progress.add_task("lab runs", total=len(runs))
-        futures = {pool.submit(launch, name, seed): (name, seed, time.monotonic()) for name, seed in runs}
+        futures = {pool.submit(launch, name, seed): (name, seed) for name, seed in runs}
         for future in as_completed(futures):
-            name, seed, _ = futures[future]
+            name, seed = futures[future]
             result = future.result()
             if result.returncode:
                 failed.append((name, seed))

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.lab.task import DIFFICULTIES, FORMS, INSTRUCTION, Form, draw_problem, lab_tokenizer, prompt, solve
+from trl_crisp.instructions import build_teacher_prompt
 
 STEPS = 600
 BATCH_SIZE = 48
@@ -74,9 +75,8 @@ def _draw_batches(form: Form, tokenizer, rng: random.Random) -> list[list[tuple[
     rows = []
     for _ in range(BATCH_SIZE * len(DIFFICULTIES)):
         problem, concise = draw_problem(rng, rng.choice(DIFFICULTIES)), rng.random() < 0.5
-        messages = prompt(problem)
-        if concise:
-            messages[0]["content"] = f"{INSTRUCTION}\n\n{messages[0]['content']}"
+        # As the trainer puts the instruction in
+        messages, _ = build_teacher_prompt(prompt(problem), INSTRUCTION if concise else "", None)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         solution = f"{solve(problem, form, concise, rng)} {tokenizer.eos_token}"
         rows.append((tokenizer(text)["input_ids"], tokenizer(solution)["input_ids"]))
