@@ -107,6 +107,21 @@ def test_results_are_those_of_the_committed_runs():
     assert f"up to {protocol['cap_tokens']} tokens" in README
 
 
+def test_lora_beside_the_quickstart_is_that_of_the_committed_runs():
+    """In the README and in the quickstart's config."""
+    config = (ROOT / "examples" / "configs" / "smollm2-cpu.yaml").read_text(encoding="utf-8")
+    reductions = {}
+    for name in ("lora_1e-3_", "lora_3e-4_", ""):
+        path = ROOT / "benchmarks" / "results" / f"quickstart_{name}seed0.json"
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert run["training"]["lora"] is bool(name)
+        reductions[name] = run["summary"]["reduction"]["plain_before_to_plain_after"]
+        assert f"{-reductions[name]['estimate']:.0%}" in config, name
+    best, slow = reductions["lora_1e-3_"], reductions["lora_3e-4_"]
+    shown = f"{-best['estimate']:.0%} [{-best['high']:.0%}, {-best['low']:.0%}], seed 0; at 3e-4 {-slow['estimate']:.0%}"
+    assert shown in README.replace("\n", " ")
+
+
 def test_ratios_to_sdft_are_those_of_the_committed_run():
     """Each number of the comparison is the JSON's."""
     result = json.loads((ROOT / "benchmarks" / "results" / "sdft_step.json").read_text(encoding="utf-8"))
