@@ -40,13 +40,21 @@ def config(output_dir, **overrides) -> CRISPConfig:
 
 
 def make_trainer(
-    output_dir, kind: str = "llama", model=None, dataset=None, peft_config=None, callbacks=None, **overrides
+    output_dir,
+    kind: str = "llama",
+    model=None,
+    dataset=None,
+    eval_dataset=None,
+    peft_config=None,
+    callbacks=None,
+    **overrides,
 ):
     """Return a CRISPTrainer on a tiny model."""
     return CRISPTrainer(
         model=tiny_model(kind) if model is None else model,
         args=config(output_dir, **overrides),
         train_dataset=rows() if dataset is None else dataset,
+        eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(kind),
         peft_config=peft_config,
         callbacks=callbacks,

@@ -132,6 +132,18 @@ def test_split_into_micro_batches_changes_nothing(one_process, normalization, lo
         assert_same_training(one_process(split), one_process(run))
 
 
+@pytest.mark.parametrize(("setting", "name"), [("ddp", "saved"), ("zero2", "full"), ("zero3", "full")])
+def test_resumed_run_is_the_uninterrupted_one(request, setting, name):
+    """The teacher was refreshed before the checkpoint, and is sharded under ZeRO-3."""
+    outcomes = request.getfixturevalue(setting)
+    whole, resumed = outcomes[name], outcomes["resumed"]
+    assert resumed.losses == whole.losses
+    assert resumed.refreshes == whole.refreshes == 1
+    for side in ("change", "teacher"):
+        for parameter, value in getattr(whole, side).items():
+            assert torch.equal(getattr(resumed, side)[parameter], value), (side, parameter)
+
+
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_zero2_trains_as_one_process(zero2, one_process, name):
     run = replace(ZERO_RUN, lora=name == "lora")
@@ -186,3 +198,12 @@ def test_fsdp2_refreshes_the_teacher_shard_by_shard(sharded, name):
     for parameter, weight in outcome["teacher"].items():
         source = outcome["student_at_refresh"][parameter.replace(".teacher.", ".default.")]
         assert torch.equal(weight, source.to(weight.dtype)), parameter
+
+
+@pytest.mark.parametrize("name", fsdp2.CASES)
+def test_fsdp2_teacher_comes_back_from_a_checkpoint(sharded, name):
+    outcome = sharded[name]["sharded"]
+    assert outcome["teacher"].keys() == outcome["restored"]["teacher"].keys()
+    for side in ("teacher", "averages"):
+        for parameter, weight in outcome[side].items():
+            assert torch.equal(outcome["restored"][side][parameter], weight), parameter

@@ -438,7 +438,7 @@ def test_a_resumed_run_has_the_teacher_of_the_uninterrupted_one(tmp_path, tuning
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     state = json.loads((checkpoint / "teacher_state.json").read_text())
-    assert (state["kind"], state["refreshes"], state["has_weights"]) == ("periodic", 1, True)
+    assert (state["kind"], state["refreshes"], state["weights_from"]) == ("periodic", 1, "file")
 
     resumed = trainer("resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -449,7 +449,7 @@ def test_a_resumed_run_has_the_teacher_of_the_uninterrupted_one(tmp_path, tuning
         assert last[0][name] == last[1][name], name
 
     (checkpoint / "teacher_state.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no checkpoint of a CRISP run"):
+    with pytest.raises(ValueError, match=r"cannot be resumed: its teacher_state\.json is missing"):
         trainer("torn").train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -2,6 +2,9 @@
 
 import argparse
 import importlib.resources
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +63,7 @@ def train(argv: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from trl_crisp.interruption import COMMAND_VARIABLE, EXIT_CODE
     from trl_crisp.train import check_config, did_you_mean, make_parser
 
     parser = make_parser(prog="trl-crisp train")
@@ -69,6 +73,7 @@ def train(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         return 0
+    typed = argv
     argv = check_config(parser, argv)
     training_argv, launch_argv = split_arguments(parser, argv)
     launch_parser = launch_command_parser()
@@ -82,6 +87,11 @@ def train(argv: list[str]) -> int:
     # As a module: launched as a file it would put the package's directory on the import path. Quiet, so that an error
     # of the training is not followed by one of the launcher.
     args = launch_parser.parse_args([*launch_argv, "--quiet", "-m", "trl_crisp.train", *training_argv])
+    os.environ[COMMAND_VARIABLE] = shlex.join(["trl-crisp", "train", *typed])
+    # Ctrl-C is the training's, which saves a checkpoint. The terminal gives it to each process; a launcher that took it too
+    # would kill the others half a minute later, in the middle of a step.
+    args.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"
+    before = signal.signal(signal.SIGINT, lambda signum, frame: None)
     try:
         launch_command(args)
     except ChildFailedError as failure:
@@ -91,7 +101,9 @@ def train(argv: list[str]) -> int:
             f"trl-crisp train: process {rank} failed first (exit status {first.exitcode}); its error is above.",
             file=sys.stderr,
         )
-        return 1
+        return EXIT_CODE if first.exitcode == EXIT_CODE else 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0
 
 

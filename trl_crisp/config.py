@@ -75,6 +75,8 @@ class CRISPConfig(DistillationConfig):
         max_prompt_length (`int` or `None`, defaults to `1024`, in tokens):
             Rows whose student or teacher prompt is longer are dropped before training, counted and reported. Never
             truncated. `None` keeps all.
+        allow_changed_resume (`bool`, defaults to `False`; ours, because a silent change trains toward something else):
+            Go on from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this one's.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -135,6 +137,10 @@ class CRISPConfig(DistillationConfig):
     max_prompt_length: int | None = field(
         default=1024,
         metadata={"help": "Rows with a longer student or teacher prompt, in tokens, are dropped before training."},
+    )
+    allow_changed_resume: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint of a run with another instruction, schedule, adapter or model."},
     )
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model, is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trl_crisp._upstream import prepare_deepspeed
 from trl_crisp.config import CRISPConfig
@@ -133,7 +133,7 @@ class Teacher(ABC):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Restore what [`state_dict`] returned.
+        Restore what [`state_dict`] returned, without `"weights"` only the counters.
 
         Raises:
             ValueError: For the state of another kind of teacher, or of another model.
@@ -143,43 +143,63 @@ class Teacher(ABC):
                 f"the saved teacher is of kind {state['kind']!r} and this run's teacher_model_kind is {self.kind!r}. Set "
                 f"teacher_model_kind={state['kind']!r}."
             )
+        if "weights" in state:
+            self._load_weights(state["weights"])
+        self.refreshes = state["refreshes"]
+        self._completed_steps = state["completed_steps"]
+        self._refreshed_at_step = state["refreshed_at_step"]
+
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         targets = {name: target for name, _, target in self._weight_pairs()}
-        if differing := sorted(targets.keys() ^ state["weights"].keys()):
+        if differing := sorted(targets.keys() ^ weights.keys()):
             raise ValueError(
                 f"the saved teacher is of another model: {len(differing)} parameters are in one of them only, such as "
                 f"{differing[0]}. Resume with the model, and the LoRA modules, that the state was saved with."
             )
         for name, target in targets.items():
-            saved = state["weights"][name]
-            target.copy_(saved)
-            if name in self._averages:
-                self._averages[name].copy_(saved)
-        self.refreshes = state["refreshes"]
-        self._completed_steps = state["completed_steps"]
-        self._refreshed_at_step = state["refreshed_at_step"]
+            with self._gathered(target, target):
+                for own in (target, self._averages.get(name)):
+                    if own is not None:
+                        own.copy_(_sharded_like(own, weights[name]))
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, write: bool = True) -> None:
         """
-        Write the state into a checkpoint, as `teacher_state.json` and `teacher.safetensors`.
+        Write the state into a checkpoint, as `teacher_state.json` and, where it has weights of its own, `teacher.safetensors`.
 
-        A teacher that was never refreshed has no weights of its own to keep: the run that resumes makes it anew from the
-        same base model. Call it on the main process.
+        A copy that was never refreshed is not written: it has the weights of the model that the run began with, and the run
+        that resumes makes it from them again.
+
+        Args:
+            directory: The checkpoint.
+            write: Whether this process writes. Where the weights are sharded all processes have to call this, to gather
+                them.
         """
-        state = self.state_dict()
-        weights = state.pop("weights")
-        state["has_weights"] = self.refreshes > 0 and bool(weights) and not self._is_sharded()
-        if state["has_weights"]:
-            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(tensors, Path(directory) / WEIGHTS_FILE)
+        source = self._weights_source()
+        if source == "file":
+            tensors = {}
+            for name, _, target in self._weight_pairs():
+                full = self._full(self._averages.get(name, target))
+                if write:
+                    tensors[name] = full.cpu().contiguous()
+            if write:
+                save_file(tensors, Path(directory) / WEIGHTS_FILE)
+        if not write:
+            return
+        state = {name: value for name, value in self.state_dict().items() if name != "weights"}
+        state |= {"age_steps": self.age_steps, "weights_from": source}
         (Path(directory) / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
-    def load(self, directory: str | Path) -> None:
+    def load(self, directory: str | Path, allow_changed: bool = False) -> None:
         """
-        Restore what [`save`] wrote.
+        Restore what [`save`] wrote; all processes call it.
+
+        Args:
+            directory: The checkpoint.
+            allow_changed: Take over what fits of the state of another kind of teacher.
 
         Raises:
             FileNotFoundError: For a checkpoint without a teacher.
-            ValueError: For the state of another teacher, and for a refreshed one that was sharded when it was saved.
+            ValueError: For the state of another teacher.
         """
         path = Path(directory) / STATE_FILE
         if not path.is_file():
@@ -188,20 +208,33 @@ class Teacher(ABC):
                 "start afresh with that directory as the model."
             )
         state = json.loads(path.read_text(encoding="utf-8"))
-        if state.pop("has_weights"):
+        source = state.pop("weights_from")
+        if allow_changed and source == "student" and self.kind in ("periodic", "ema"):
+            self._take_over()
+        if allow_changed:
+            state["kind"] = self.kind
+        # A teacher that was never refreshed is the one that this run began with
+        if source == "file" and self.kind != "live":
             state["weights"] = load_file(Path(directory) / WEIGHTS_FILE)
-        elif state["refreshes"] == 0 or self.kind == "live":
-            state["weights"] = self.state_dict()["weights"]
-        else:
-            raise ValueError(
-                f"{directory} does not hold the teacher's weights, which were taken over from the student "
-                f"{state['refreshes']} times: a teacher sharded by ZeRO-3 or FSDP2 is not saved yet. Start afresh with the "
-                "checkpoint as the model, or train with ZeRO-2, whose teacher resumes."
-            )
         self.load_state_dict(state)
 
-    def _is_sharded(self) -> bool:
-        return any(isinstance(t, DTensor) or hasattr(t, "ds_id") for _, _, t in self._weight_pairs())
+    def _weights_source(self) -> str:
+        return "file" if self.refreshes else "start"
+
+    def _take_over(self) -> None:
+        for name, source, target in self._weight_pairs():
+            with self._gathered(source, target), torch.no_grad():
+                target.copy_(source)
+                if name in self._averages:
+                    self._averages[name].copy_(source)
+
+    def _full(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, DTensor):
+            return tensor.full_tensor().detach()
+        if hasattr(tensor, "ds_id"):
+            with self._gathered(tensor, tensor):  # type: ignore[arg-type]
+                return tensor.detach().clone()
+        return tensor.detach()
 
     @contextmanager
     def serving(self) -> Iterator[nn.Module]:
@@ -246,6 +279,9 @@ class Teacher(ABC):
 class LiveTeacher(Teacher):
     """The student itself, seen through the teacher's prompt; its weights are the student's at every step."""
 
+    def _weights_source(self) -> str:
+        return "student"
+
     def refresh(self) -> None:
         """Do nothing: the weights are the student's already."""
 
@@ -270,6 +306,10 @@ class AdapterTeacher(Teacher):
         self._start_averages()
         if getattr(accelerator.state, "fsdp_plugin", None) is None:
             self._hide_adapter()
+
+    def _weights_source(self) -> str:
+        # Small, and never refreshed it is a draw of the run's own, which another process would not repeat
+        return "file"
 
     def begin_step(self, step: int) -> None:
         # Not before: by the state dict accelerate sends the first process's weights to the others when it shards the model
@@ -393,6 +433,13 @@ def _zero3_copy(student: nn.Module) -> nn.Module:
 
 def _is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _sharded_like(target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    if not isinstance(target, DTensor) or isinstance(values, DTensor):
+        return values
+    # Every process has all the values, so that none has to be sent
+    return distribute_tensor(values.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import gc
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,10 +133,13 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
     Raises:
         ValueError: For arguments that do not fit each other or the rows.
         FileNotFoundError, PermissionError, ConnectionError: Where the model, the rows or the checkpoint cannot be had.
+        SystemExit: After Ctrl-C (status 130), and where the Hub refused the finished model (status 1).
     """
     from trl import get_peft_config, get_quantization_config
 
+    from trl_crisp.checkpoints import resolve_checkpoint
     from trl_crisp.data import is_hub_id, load_prompts
+    from trl_crisp.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
     from trl_crisp.trainer import CRISPTrainer
 
     # The first process alone says what happens to the rows
@@ -160,6 +164,7 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
     with training_args.main_process_first(desc="preparing the prompts"):
         train_dataset, eval_dataset = load_prompts(script_args, evaluation=training_args.eval_strategy != "no")
 
+    interrupt = SaveOnInterrupt()
     trainer = CRISPTrainer(
         model=model,
         args=training_args,
@@ -167,15 +172,31 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=[interrupt],
     )
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    trainer.save_model(str(output_dir))
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    finally:
+        interrupt.restore()
+    if interrupt.stopped_at_step is not None:
+        trainer.accelerator.print(
+            f"Stopped after step {interrupt.stopped_at_step}; its checkpoint is in {output_dir}. Go on with:\n  "
+            + resume_command()
+        )
+        sys.exit(EXIT_CODE)
+    # By a user's call it would push too, which has its own place below
+    trainer.save_model(str(output_dir), _internal_call=True)
     trainer.accelerator.print(next_steps(output_dir, is_adapter=model_args.use_peft))
 
     if training_args.push_to_hub:
         # The model card links a dataset only where the Hub has it
         dataset_name = script_args.dataset_name if is_hub_id(script_args.dataset_name) else None
-        trainer.push_to_hub(dataset_name=dataset_name)
+        try:
+            trainer.push_to_hub(dataset_name=dataset_name)
+        # Whatever the reason, what was trained is on the disk
+        except Exception as error:
+            print(describe_failed_push(error, trainer.hub_model_id, output_dir), file=sys.stderr)
+            sys.exit(1)
         trainer.accelerator.print(f"It is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
     accelerator = trainer.accelerator
@@ -224,37 +245,12 @@ def check_model(name: str | None, revision: str, trust_remote_code: bool) -> str
     return name
 
 
-def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path) -> str | None:
-    """
-    Return the checkpoint to go on from, or `None` to start afresh.
-
-    Args:
-        resume_from_checkpoint: A checkpoint's path; or true, as a flag or in YAML, for the last one in `output_dir`.
-        output_dir: The run's.
-
-    Raises:
-        FileNotFoundError: For a path where there is no checkpoint.
-    """
-    from accelerate import PartialState
-    from transformers.trainer_utils import get_last_checkpoint
-
-    wanted = str(resume_from_checkpoint)
-    if resume_from_checkpoint is None or wanted.lower() in ("false", "none", ""):
-        return None
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if wanted.lower() == "true":
-        going_on = (
-            f"going on from {last}" if last else f"{output_dir} has no checkpoint yet, so training starts afresh"
-        )
-        PartialState().print(f"resume_from_checkpoint: {going_on}.", flush=True)
-        return last
-    if not Path(wanted).is_dir():
-        hint = f" The last one in output_dir is {last}." if last else ""
-        raise FileNotFoundError(
-            f"resume_from_checkpoint={wanted!r}: there is no such directory.{hint} Use resume_from_checkpoint true "
-            "for the last one in output_dir."
-        )
-    return wanted
+def describe_failed_push(error: Exception, repository: str | None, output_dir: Path) -> str:
+    """Return what the Hub said, where the model is, and the command that pushes it."""
+    return (
+        f"The push to {repository} failed: {error}\nNothing is lost: the trained model is in {output_dir}. Push it again "
+        f"with:\n  hf upload {repository} {shlex.quote(str(output_dir))} . --exclude 'checkpoint-*'"
+    )
 
 
 def next_steps(output_dir: Path, is_adapter: bool) -> str:

@@ -117,13 +117,34 @@ def train(case: Case, directory: Path, sharded: bool) -> dict[str, Any]:
             _ForwardRedirection()(student, student, _loss, student, teacher, step, mine)
         losses.append(_mean_over_processes(loss.detach()).item() if sharded else loss.item())
     served = getattr(teacher, "_model", student)
+
+    def weights_of_teacher() -> dict[str, dict[str, torch.Tensor]]:
+        own = {name: p for name, p in served.named_parameters() if not case.lora or ".teacher." in name}
+        averages = {name: _full(average) for name, average in teacher._averages.items()}
+        return {"teacher": {name: _full(p) for name, p in own.items()}, "averages": averages}
+
+    at_the_end = weights_of_teacher()
+    if sharded:
+        _save_spoil_and_load(teacher, directory / f"{case}")
     return {
         "losses": losses,
         "change": {name: weight - before[name] for name, weight in _trained(student).items()},
         "student_at_refresh": at_refresh,
-        "teacher": {name: _full(p) for name, p in served.named_parameters() if not case.lora or ".teacher." in name},
-        "averages": {name: _full(average) for name, average in teacher._averages.items()},
+        **at_the_end,
+        "restored": weights_of_teacher(),
     }
+
+
+def _save_spoil_and_load(teacher: Teacher, directory: Path) -> None:
+    directory.mkdir(exist_ok=True)
+    teacher.save(directory, write=dist.get_rank() == 0)
+    dist.barrier()
+    with torch.no_grad():
+        for _, _, target in teacher._weight_pairs():
+            target.zero_()
+        for average in teacher._averages.values():
+            average.zero_()
+    teacher.load(directory)
 
 
 def _loss(student, teacher: Teacher, step: int, rollouts: list[int]) -> torch.Tensor:

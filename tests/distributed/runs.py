@@ -35,6 +35,8 @@ class Run:
     learning_rate: float = 0.1
     max_grad_norm: float = 0.0
     crafted: bool = True
+    # Steps between two checkpoints; 0 saves none
+    save_steps: int = 0
     # A directory to load the student from; None makes it in memory
     model: str | None = None
 
@@ -116,7 +118,8 @@ def make_trainer(run: Run, directory: str | Path) -> CRISPTrainer:
         gradient_checkpointing=False,
         bf16=False,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if run.save_steps else "no",
+        save_steps=run.save_steps or 500,
         report_to="none",
         disable_tqdm=True,
         seed=0,
@@ -135,13 +138,13 @@ def make_trainer(run: Run, directory: str | Path) -> CRISPTrainer:
     return trainer
 
 
-def train(run: Run, directory: str | Path) -> Outcome:
-    """Train, and return what that did."""
+def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Outcome:
+    """Train, from a checkpoint where there is one, and return what that did."""
     trainer = make_trainer(run, directory)
     random_state = torch.get_rng_state()
     student, teacher = trainer.model, trainer.teacher
     before = full_weights(student)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = full_weights(student)
     if run.lora:
         # Of one adapter and the other, under one name
@@ -199,6 +202,8 @@ ZERO_RUN = Run(
     max_grad_norm=0.5,
     crafted=False,
 )
+# Saved after the refresh and before the last step
+SAVING_RUN = replace(ZERO_RUN, save_steps=2)
 
 
 def alone(run: Run) -> Run:

@@ -13,20 +13,23 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.distributed import fsdp2
-from tests.distributed.runs import DDP_RUNS, SCALE, ZERO_RUN, Run, make_trainer, train
+from tests.distributed.runs import DDP_RUNS, SAVING_RUN, SCALE, ZERO_RUN, Run, make_trainer, train
 from tests.tiny_models import save_tiny
 
 Outcomes = dict[str, Any]
 
 
 def ddp(directory: Path) -> Outcomes:
-    return {name: train(run, directory) for name, run in DDP_RUNS.items()}
+    outcomes: Outcomes = {name: train(run, directory) for name, run in DDP_RUNS.items()}
+    return outcomes | {"saved": train(SAVING_RUN, directory), "resumed": _resume(SAVING_RUN, directory)}
 
 
 def zero2(directory: Path) -> Outcomes:
-    return {
-        name: _train_zero(run, directory) for name, run in (("full", ZERO_RUN), ("lora", replace(ZERO_RUN, lora=True)))
-    }
+    outcomes: Outcomes = {"full": _train_zero(SAVING_RUN, directory)}
+    _forget_launch()
+    outcomes["resumed"] = _resume(SAVING_RUN, directory)
+    outcomes["lora"] = _train_zero(replace(ZERO_RUN, lora=True), directory)
+    return outcomes
 
 
 def zero3(directory: Path) -> Outcomes:
@@ -35,7 +38,9 @@ def zero3(directory: Path) -> Outcomes:
     if os.environ["RANK"] == "0":
         save_tiny(paths["path"], scale=SCALE)
         save_tiny(paths["tied"], tie_word_embeddings=True)
-    outcomes: Outcomes = {"full": _train_zero(ZERO_RUN, directory)}
+    outcomes: Outcomes = {"full": _train_zero(SAVING_RUN, directory)}
+    _forget_launch()
+    outcomes["resumed"] = _resume(SAVING_RUN, directory)
     for name, path in paths.items():
         outcomes[name] = _train_zero(replace(ZERO_RUN, model=str(path)), directory)
     _forget_launch()
@@ -63,6 +68,10 @@ SETTINGS: dict[str, Callable[[Path], Outcomes]] = {
     "zero3": zero3,
     "fsdp2": fsdp2_cases,
 }
+
+
+def _resume(run: Run, directory: Path):
+    return train(run, directory / "resumed", checkpoint=str(directory / f"checkpoint-{run.save_steps}"))
 
 
 def _train_zero(run: Run, directory: Path):

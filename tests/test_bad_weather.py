@@ -1,0 +1,528 @@
+"""What goes wrong in real runs: odd rows and tokenizers, NaN, a full disk, a Hub that refuses, Ctrl-C."""
+
+import http.server
+import json
+import multiprocessing
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from tests.helpers import make_trainer, parameters_of, rows
+from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from trl_crisp import CRISPTrainer
+from trl_crisp.checkpoints import last_whole
+from trl_crisp.weighting import count_loss_items
+
+GREEDY = {"generation_kwargs": {"do_sample": False}, "shuffle_dataset": False}
+
+
+def logs_of(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+class Masked(CRISPTrainer):
+    """Leaves the rollouts of given rows out of the loss, as tool turns without a word of the model's own would be."""
+
+    masked_rows: slice
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        output["tool_mask"] = torch.ones_like(output["completion_mask"])
+        output["tool_mask"][self.masked_rows] = 0
+        mask = output["completion_mask"] * output["tool_mask"]
+        output["num_items_in_batch"] = count_loss_items(mask, self.args.loss_normalization)
+        return output
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_rows_whose_loss_mask_is_all_zero(tmp_path, normalization):
+    """They count for nothing: the step is that of the other rows alone."""
+
+    def run(masked: slice, dataset, batch: int):
+        trainer = make_trainer(
+            tmp_path,
+            dataset=dataset,
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            loss_normalization=normalization,
+            **GREEDY,
+        )
+        trainer.__class__, trainer.masked_rows = Masked, masked
+        # The parent shuffles a generation batch, which moves rows and changes no sum
+        trainer.train()
+        return trainer
+
+    some = run(slice(2, None), rows(4), 4)
+    alone = run(slice(0, 0), rows(2), 2)
+    assert logs_of(some)[0]["loss"] == pytest.approx(logs_of(alone)[0]["loss"], rel=1e-5)
+    for name, value in parameters_of(alone.model).items():
+        torch.testing.assert_close(parameters_of(some.model)[name], value, rtol=1e-3, atol=1e-4)
+
+    none = run(slice(None), rows(4), 4)
+    assert logs_of(none)[0]["loss"] == logs_of(none)[0]["grad_norm"] == 0.0
+
+
+def test_all_rollouts_truncated(tmp_path):
+    trainer = make_trainer(tmp_path, max_completion_length=2)
+    before = parameters_of(trainer.model)
+    trainer.train()
+    for log in logs_of(trainer):
+        assert log["completions/clipped_ratio"] == 1.0
+        assert log["reverse_kl"] > 0
+    assert any(not torch.equal(value, before[name]) for name, value in parameters_of(trainer.model).items())
+
+
+def test_a_prompt_of_special_tokens_alone(tmp_path):
+    dataset = Dataset.from_list([{"prompt": "<|begin_of_text|><|eot_id|>"}, {"prompt": "<|eot_id|>"}] * 4)
+    trainer = make_trainer(tmp_path, dataset=dataset)
+    trainer.train()
+    assert all(log["reverse_kl"] > 0 for log in logs_of(trainer))
+
+
+def test_pad_equal_to_eos(tmp_path):
+    """The token that ends a rollout is in the loss though padding has the same id."""
+
+    def run(tokenizer):
+        # An id that the model often gives at once ends some rollouts early, so that there is padding
+        model = tiny_model("llama")
+        trainer = CRISPTrainer(
+            model=model,
+            args=make_trainer(tmp_path, max_steps=2, **GREEDY).args,
+            train_dataset=rows(),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        return logs_of(trainer)
+
+    ends = tiny_tokenizer("llama")
+    ends.eos_token = _common_token(tmp_path)
+    same = tiny_tokenizer("llama")
+    same.eos_token = same.pad_token = ends.eos_token
+    one, other = run(ends), run(same)
+    assert 0 < one[0]["completions/clipped_ratio"] < 1
+    for a, b in zip(one, other, strict=True):
+        for key in ("completions/mean_length", "completions/clipped_ratio", "num_tokens"):
+            assert a[key] == b[key], key
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def _common_token(tmp_path) -> str:
+    """Return a token that ends some of the greedy rollouts of the tiny model early, and not all."""
+    trainer = make_trainer(tmp_path, max_steps=1, **GREEDY)
+    seen: list[torch.Tensor] = []
+    generate = trainer._generate_and_score_completions
+
+    def watched(inputs):
+        output = generate(inputs)
+        seen.append(output["completion_ids"])
+        return output
+
+    trainer._generate_and_score_completions = watched
+    trainer.train()
+    completions = seen[0].tolist()
+    for token in {token for row in completions for token in row}:
+        if 0 < sum(token in row[:-1] for row in completions) < len(completions):
+            return trainer.processing_class.convert_ids_to_tokens(token)
+    raise AssertionError("all rollouts have the same tokens; change the seed")
+
+
+def test_several_eos_ids(tmp_path):
+    model = tiny_model("llama")
+    ends = list(range(0, 200, 2))
+    model.generation_config.eos_token_id = [model.config.eos_token_id, *ends]
+    trainer = make_trainer(tmp_path, model=model, max_steps=1, max_completion_length=32)
+    seen = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: seen.append(generate(inputs)) or seen[-1]
+    trainer.train()
+    (output,) = seen
+    lengths = output["completion_mask"].sum(dim=1).tolist()
+    assert min(lengths) < 32
+    for row, length in zip(output["completion_ids"].tolist(), lengths, strict=True):
+        kept = row[:length]
+        assert not set(kept[:-1]) & set(ends)
+        assert kept[-1] in ends or length == 32
+    # Ended by one of them is not cut off
+    assert logs_of(trainer)[0]["completions/clipped_ratio"] == sum(n == 32 for n in lengths) / len(lengths)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_and_untied_heads_beyond_the_tokenizers_vocabulary(tmp_path, tied):
+    model = tiny_model("llama", tie_word_embeddings=tied, vocab_size=len(tiny_tokenizer()) + 64)
+    trainer = make_trainer(tmp_path, model=model, save_strategy="steps", save_steps=2, teacher_sync_steps=2)
+    trainer.train()
+    resumed = make_trainer(
+        tmp_path,
+        model=tiny_model("llama", tie_word_embeddings=tied, vocab_size=len(tiny_tokenizer()) + 64),
+        save_strategy="steps",
+        save_steps=2,
+        teacher_sync_steps=2,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in parameters_of(trainer.model).items():
+        assert torch.equal(parameters_of(resumed.model)[name], value), name
+    teacher, other = (t.teacher.state_dict()["weights"] for t in (trainer, resumed))
+    assert all(torch.equal(other[name], value) for name, value in teacher.items())
+
+
+class Poison(TrainerCallback):
+    """Makes the gradient of one micro-batch NaN in given steps, as an overflow in the backward would."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.now = steps, 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def poison(gradient):
+            return gradient * float("nan") if self.now in self.steps else gradient
+
+        next(p for p in model.parameters() if p.requires_grad).register_hook(poison)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1
+
+
+def test_a_step_with_a_nan_is_skipped_counted_and_logged(tmp_path, capsys):
+    before: dict = {}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            before[state.global_step + 1] = (parameters_of(model), len(optimizer.state))
+
+    trainer = make_trainer(
+        tmp_path, max_steps=4, gradient_accumulation_steps=2, callbacks=[Poison({2}), Watch()], weight_decay=0.1
+    )
+    trainer.train()
+    # Neither the gradient nor weight decay moved anything in step 2, and step 3 goes on
+    assert all(torch.equal(before[3][0][name], value) for name, value in before[2][0].items())
+    assert any(not torch.equal(before[4][0][name], value) for name, value in before[3][0].items())
+    assert all(torch.isfinite(value).all() for value in parameters_of(trainer.model).values())
+    assert [log["skipped_steps"] for log in logs_of(trainer)] == [0, 0, 1, 1]
+    assert "Step 2 is skipped: its gradient is not finite (1 so far)" in capsys.readouterr().out
+
+
+def test_three_in_a_row_stop_the_run(tmp_path):
+    trainer = make_trainer(
+        tmp_path, max_steps=9, save_strategy="steps", save_steps=2, callbacks=[Poison({1, 2, 4, 5, 6})]
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"steps 4 to 6 are not finite.*last good checkpoint is .*checkpoint-4"
+    ):
+        trainer.train()
+    # Two skipped, one fine, three skipped: the fine one began the count anew
+    assert trainer.state.global_step == 5
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def _train_on_a_small_disk(directory: Path, message: Path) -> None:
+    """In a process of its own: no file may have more than some bytes once the first checkpoint is there."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FillDisk(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+
+    trainer = make_trainer(directory, save_strategy="steps", save_steps=1, callbacks=[FillDisk()])
+    try:
+        trainer.train()
+    except Exception as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        message.write_text("\n".join([str(error), *error.__notes__]))
+
+
+def test_a_full_disk_while_saving(tmp_path):
+    directory, message = tmp_path / "run", tmp_path / "message.txt"
+    torch.set_num_threads(1)
+    process = multiprocessing.get_context("fork").Process(target=_train_on_a_small_disk, args=(directory, message))
+    process.start()
+    process.join(timeout=120)
+    said = (tmp_path / "message.txt").read_text() if message.is_file() else ""
+    assert f"Saving {directory}/checkpoint-2 failed" in said, said
+    assert f"go on from {directory}/checkpoint-1 with resume_from_checkpoint true" in said
+    # What was written of it makes room again, and the one before is whole
+    assert [path.name for path in directory.glob("checkpoint-*")] == ["checkpoint-1"]
+    trainer = make_trainer(directory, save_strategy="no")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
+class RefusingHub(http.server.BaseHTTPRequestHandler):
+    """A Hub that makes the repository and then takes no file."""
+
+    def _answer(self, status: int, body: dict) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self):
+        if self.path == "/api/repos/create":
+            self._answer(200, {"url": f"http://{self.headers['Host']}/me/model", "id": "me/model"})
+        else:
+            self._answer(403, {"error": "You have no write access to this repository."})
+
+    def do_GET(self):
+        self._answer(404, {"error": "not found"})
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("files")
+    save_tiny(directory / "model")
+    rows(16).to_json(directory / "rows.jsonl")
+    return directory
+
+
+def flags(files: Path, output_dir: Path, *more: str) -> list[str]:
+    text = (
+        f"--model_name_or_path {files}/model --dataset_name {files}/rows.jsonl --output_dir '{output_dir}' --use_cpu true "
+        "--bf16 false --gradient_checkpointing false --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+        "--max_completion_length 4 --logging_steps 1 --report_to none --deduplicate_prompts false"
+    )
+    return [*shlex.split(text), *more]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **more}
+
+
+def test_the_hub_refuses_the_push(files, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    arguments = flags(files, tmp_path / "out", "--max_steps", "1", "--save_strategy", "no")
+    try:
+        result = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "trl_crisp.train",
+                *arguments,
+                "--push_to_hub",
+                "true",
+                "--hub_model_id",
+                "me/model",
+            ],
+            env=environment(
+                HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_TOKEN="hf_of_nobody"
+            ),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    finally:
+        server.shutdown()
+    assert result.returncode == 1, result.stderr
+    assert "The push to me/model failed" in result.stderr
+    assert f"Nothing is lost: the trained model is in {tmp_path}/out" in result.stderr
+    assert f"hf upload me/model {tmp_path}/out . --exclude 'checkpoint-*'" in result.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path):
+    """As a terminal does: the signal goes to all processes, the launcher's among them."""
+    output_dir = tmp_path / "out dir"
+    arguments = flags(files, output_dir, "--max_steps", "500", "--save_strategy", "no")
+    command = [sys.executable, "-m", "trl_crisp.cli", "train", *arguments]
+    process = subprocess.Popen(
+        command,
+        env=environment(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "'loss'" in line:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    said += list(process.stdout)
+    status, text = process.wait(timeout=120), "".join(said)
+    assert status != 0
+    assert "Ctrl-C: finishing this step, then saving a checkpoint" in text, text
+    (checkpoint,) = output_dir.glob("checkpoint-*")
+    assert last_whole(output_dir) == checkpoint
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert f"Stopped after step {step}" in text
+    printed = text.split("Go on with:\n")[1].splitlines()[0].strip()
+    assert printed == shlex.join(["trl-crisp", "train", *arguments]) + " --resume_from_checkpoint true"
+
+    # It runs as printed, but for the number of steps
+    going_on = shlex.split(printed.replace("--max_steps 500", f"--max_steps {step + 1}"))[1:]
+    result = subprocess.run(
+        [sys.executable, "-m", "trl_crisp.cli", *going_on],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"going on from {checkpoint}" in result.stdout
+    assert (output_dir / "model.safetensors").is_file()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    from trl_crisp.interruption import SaveOnInterrupt
+
+    class Press(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[SaveOnInterrupt(), Press()]).train()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_stream_resumes(tmp_path, tuning):
+    """Rows of a local file, read as they come, shuffled; the resumed run is the uninterrupted one."""
+    rows(32).to_json(tmp_path / "rows.jsonl")
+
+    def trainer(name: str):
+        return make_trainer(
+            tmp_path / name,
+            dataset=load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", streaming=True),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if tuning == "lora" else None,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=2,
+            gradient_accumulation_steps=2,
+            teacher_sync_steps=3,
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    for step in (2, 4):
+        resumed = trainer("resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        for name, value in parameters_of(whole.model).items():
+            assert torch.equal(parameters_of(resumed.model)[name], value), (step, name)
+        assert [log["loss"] for log in logs_of(resumed)] == [log["loss"] for log in logs_of(whole)]
+
+
+def test_a_stream_without_a_row_that_fits(tmp_path):
+    stream = rows(8).to_iterable_dataset()
+    with pytest.raises(
+        ValueError, match=r"stream ended before the first step: of 8 rows read, 8 were dropped .*=3 tokens"
+    ):
+        make_trainer(tmp_path, dataset=stream, max_prompt_length=3).train()
+
+
+def test_unlogged_steps_come_back(tmp_path):
+    """A checkpoint between two lines of the log: the next line is the mean over all its steps."""
+
+    def trainer(name: str):
+        return make_trainer(tmp_path / name, max_steps=4, logging_steps=4, save_strategy="steps", save_steps=3)
+
+    whole = trainer("whole")
+    whole.train()
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    (one,), (other,) = logs_of(whole), logs_of(resumed)
+    for key in ("loss", "reverse_kl", "entropy", "completions/mean_length", "completions/relative_length"):
+        assert one[key] == other[key], key
+
+
+def test_limits_and_the_best_model_are_honoured(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        learning_rate=1.0,
+        eval_dataset=rows(4),
+    )
+    trainer.train()
+    losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    best = min(losses, key=lambda step: losses[step])
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    # With a limit of one, transformers leaves the best alone at the end
+    assert kept == {f"checkpoint-{best}"}
+    teacher = json.loads((tmp_path / f"checkpoint-{best}" / "teacher_state.json").read_text())
+    assert teacher["completed_steps"] == best - 1
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_teacher_is_pushed_with_a_resumable_checkpoint_and_nowhere_else(tmp_path, monkeypatch, tuning):
+    """What goes to the Hub under hub_strategy="checkpoint": the student at the top, all that a resume needs beside it."""
+    pushed: dict[str, set[str]] = {}
+
+    def upload_folder(self, folder_path, path_in_repo=".", ignore_patterns=(), **kwargs):
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        kept = {name for name in files if not any(fnmatch(name, f"{p}*") for p in ignore_patterns or ())}
+        pushed[path_in_repo or "."] = kept
+        upload: Future = Future()
+        upload.set_result(None)
+        return upload
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+
+    def init_hf_repo(self, token=None):
+        self.hub_model_id, self.push_in_progress = "me/model", None
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", init_hf_repo)
+    trainer = make_trainer(
+        tmp_path,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if tuning == "lora" else None,
+        push_to_hub=True,
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+        save_strategy="steps",
+        save_steps=2,
+        teacher_sync_steps=2,
+    )
+    trainer.train()
+    top, checkpoint = pushed["."], pushed["last-checkpoint"]
+    assert not [name for name in top if "teacher" in name]
+    assert {"teacher_state.json", "teacher.safetensors", "crisp_run.json", "checkpoint_files.json"} <= checkpoint
+    weights = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}[tuning]
+    assert weights in top
+    assert weights in checkpoint
+
+
+def test_a_failure_after_the_checkpoint_is_whole_says_so(tmp_path, monkeypatch):
+    def fail(self, folder):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", fail)
+    trainer = make_trainer(tmp_path, push_to_hub=True, save_strategy="steps", save_steps=2)
+    with pytest.raises(ConnectionError, match="no route") as raised:
+        trainer.train()
+    assert f"{tmp_path}/checkpoint-2 is whole; what failed came after it" in raised.value.__notes__[0]
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-2"

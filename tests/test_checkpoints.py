@@ -1,0 +1,182 @@
+"""Which checkpoints a run can go on from: whole ones, of the same run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.helpers import config
+from tests.tiny_models import tiny_model
+from trl_crisp.checkpoints import (
+    check_same_run,
+    checkpoints_in,
+    describe_run,
+    differences,
+    find_fault,
+    fingerprint,
+    last_whole,
+    remove_torn,
+    resolve_checkpoint,
+    seal,
+    write_json,
+)
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def make_checkpoint(directory: Path, step: int) -> Path:
+    checkpoint = directory / f"checkpoint-{step}"
+    (checkpoint / "global_step").mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    (checkpoint / "global_step" / "shard.pt").write_bytes(b"optimizer")
+    seal(checkpoint)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
+    return checkpoint
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda c: None, None),
+        (lambda c: (c / "trainer_state.json").unlink(), r"its trainer_state\.json is missing or torn"),
+        (lambda c: cut(c / "trainer_state.json"), r"its trainer_state\.json is missing or torn"),
+        (lambda c: (c / "checkpoint_files.json").unlink(), r"its checkpoint_files\.json is missing or torn"),
+        (lambda c: (c / "model.safetensors").unlink(), r"its model\.safetensors is missing"),
+        (lambda c: cut(c / "global_step" / "shard.pt"), r"its global_step/shard\.pt has 8 bytes instead of 9"),
+        # A second save to the same place that was cut off after its files and before the end mark
+        (seal, r"its trainer_state\.json is missing or torn"),
+    ],
+)
+def test_a_torn_checkpoint_is_detected(tmp_path, damage, fault):
+    checkpoint = make_checkpoint(tmp_path, 4)
+    damage(checkpoint)
+    found = find_fault(checkpoint)
+    assert found is None if fault is None else re.search(fault, found or "")
+
+
+def test_the_last_whole_one(tmp_path, capsys):
+    assert last_whole(tmp_path / "nowhere") is None
+    for step in (2, 10, 4):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-last").mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-10", "checkpoint-4", "checkpoint-2"]
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
+
+    (tmp_path / "checkpoint-10" / "model.safetensors").unlink()
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert resolve_checkpoint(True, tmp_path) == resolve_checkpoint("true", tmp_path) == str(tmp_path / "checkpoint-4")
+    said = capsys.readouterr().out
+    assert "checkpoint-10 is skipped: its model.safetensors is missing" in said
+    assert f"going on from {tmp_path}/checkpoint-4" in said
+
+
+def test_none_there(tmp_path, capsys):
+    torn = make_checkpoint(tmp_path, 2)
+    (torn / "trainer_state.json").unlink()
+    assert resolve_checkpoint(True, tmp_path) is None
+    said = capsys.readouterr().out
+    assert "checkpoint-2 is skipped" in said
+    assert "no whole checkpoint yet, so training starts afresh" in said
+
+
+@pytest.mark.parametrize("value", [None, "False", "false", False, "none"])
+def test_not_resuming(tmp_path, value):
+    make_checkpoint(tmp_path, 2)
+    assert resolve_checkpoint(value, tmp_path) is None
+
+
+def test_a_path(tmp_path):
+    whole, torn = make_checkpoint(tmp_path, 4), make_checkpoint(tmp_path, 6)
+    cut(torn / "model.safetensors")
+    assert resolve_checkpoint(str(whole), tmp_path / "elsewhere") == str(whole)
+    with pytest.raises(
+        ValueError, match=r"(?s)checkpoint-6' cannot be resumed.*6 bytes.*last whole one .*checkpoint-4"
+    ):
+        resolve_checkpoint(str(torn), tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)'nowhere'.*no such directory.*checkpoint-4.*true for the last one"
+    ):
+        resolve_checkpoint("nowhere", tmp_path)
+
+
+def test_only_a_torn_one_is_removed(tmp_path):
+    whole, torn = make_checkpoint(tmp_path, 4), make_checkpoint(tmp_path, 6)
+    cut(torn / "model.safetensors")
+    for path in (whole, torn, tmp_path / "checkpoint-8"):
+        remove_torn(path)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4"]
+
+
+def test_json_is_written_at_once(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_fingerprint():
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    assert before == fingerprint(tiny_model("llama")) != fingerprint(tiny_model("qwen3"))
+    # An adapter is not the model that the run began with
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(**LORA))
+    with torch.no_grad():
+        base = fingerprint(adapted)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(1.0)
+    assert fingerprint(adapted) == base
+    # A step of the optimizer is seen, in bfloat16 too
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    assert fingerprint(model) != before
+    assert fingerprint(model.bfloat16()) != before
+
+
+def test_what_differs_is_listed(tmp_path, capsys):
+    def run(**overrides):
+        return describe_run(
+            tiny_model("llama"), config(tmp_path, **overrides), overrides.get("instruction", "Be brief.")
+        )
+
+    saved = run()
+    assert differences(saved, run(learning_rate=1e-3, max_completion_length=4)) == []
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    write_json(checkpoint / "crisp_run.json", {"run": saved})
+    check_same_run(checkpoint, run(), allowed=False)
+
+    other = run(instruction="Be terse.", teacher_sync_steps=7)
+    with pytest.raises(
+        ValueError, match=r"(?s)instruction: 'Be brief.' .*'Be terse.' now.*teacher_sync_steps: .*7 now"
+    ) as e:
+        check_same_run(checkpoint, other, allowed=False)
+    assert "teacher_model_kind" not in str(e.value)
+    assert "allow_changed_resume=True" in str(e.value)
+    check_same_run(checkpoint, other, allowed=True)
+    assert "going on with other settings" in capsys.readouterr().out
+
+
+def test_another_model_or_adapter_differs(tmp_path):
+    args = config(tmp_path)
+    llama = describe_run(tiny_model("llama"), args, "")
+    assert differences(llama, describe_run(tiny_model("qwen3"), args, ""))[0].startswith("model: ")
+    adapters = [
+        describe_run(get_peft_model(tiny_model("llama"), LoraConfig(**{**LORA, "r": r})), args, "") for r in (2, 3)
+    ]
+    (line,) = differences(*adapters)
+    assert re.match(r"lora: .*'r': 2.*'r': 3", line)
+    # The same weights in another directory are the same model; where they are not known the name decides
+    moved = {**llama, "model": {**llama["model"], "name": "elsewhere"}}
+    assert differences(llama, moved) == []
+    sharded = [{**run, "model": {**run["model"], "weights": None}} for run in (llama, moved)]
+    assert differences(*sharded)[0].startswith("model: ")
