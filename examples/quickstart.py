@@ -56,6 +56,8 @@ QUICK_CAP_TOKENS = 96
 BF16_LEAST_SPEEDUP = 1.5
 
 PROMPTS = ("plain", "concise")
+# Of the answers to read; the results have all of them
+SHOWN_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,15 @@ def main() -> None:
     show(results, problems, before, after, console)
     console.print(f"\nWrote {output_dir / 'results.json'}, {figure} and the model in {output_dir / 'model'}.")
     console.print(f"Total: {seconds['total'] / 60:.1f} minutes; {results['cpu_s'] / 60:.1f} CPU minutes.")
+    programs = Path(sys.executable).parent
     console.print(
         "\nNext, your own model and problems (see --help for every field):\n"
-        f"  {Path(sys.executable).parent / 'trl-crisp'} train --model_name_or_path YOUR_MODEL --dataset_name "
-        "YOUR_PROMPTS.jsonl --instruction v2 --output_dir crisp-output\n"
+        f"  {programs / 'trl-crisp'} train --model_name_or_path YOUR_MODEL --dataset_name YOUR_PROMPTS.jsonl "
+        "--prompt_template '{prompt}' --instruction v2 --output_dir crisp-output\n"
         "or, on GPUs, the paper's setting:\n"
-        "  accelerate launch examples/train.py --config examples/configs/qwen3-8b-v2.yaml",
+        f"  {programs / 'pip'} install deepspeed\n"
+        f"  {programs / 'accelerate'} launch --config_file examples/accelerate/zero3.yaml examples/train.py --config "
+        "examples/configs/qwen3-8b-v2.yaml",
         highlight=False,
         soft_wrap=True,
     )
@@ -364,7 +369,9 @@ def measure(
     with stage(console, "answers", len(token_ids)) as advance:
 
         def show_progress(now: SamplingProgress) -> None:
-            advance(now.rows_done, f"{now.tokens_per_s:.0f} tokens/s, at most {now.left_at_most_s:.0f} s left")
+            left_s = now.left_at_most_s
+            left = "" if left_s is None else f", {left_s:.0f} s left if the rest runs to the cap"
+            advance(now.rows_done, f"{now.tokens_per_s:.0f} tokens/s{left}")
 
         # Both prompts in one batch: the few answers that run to the cap then take their time once
         completions = sample(
@@ -446,7 +453,7 @@ def train(
                 self.advance(
                     state.global_step,
                     f"loss {logs['loss']:.4f}, {logs['completions/mean_length']:.0f} tokens a rollout, "
-                    f"teacher refreshed {logs['teacher/refreshes']:.0f}x, about {left_s:.0f} s left",
+                    f"{logs['teacher/refreshes']:.0f} refreshes, {left_s:.0f} s left",
                 )
 
     trainer = CRISPTrainer(
@@ -522,7 +529,8 @@ def show(
     console.print(
         "Reductions: before/concise and after/plain against before/plain, after/concise against before/concise; paired "
         "bootstrap over problems. This model solves hardly any of these problems, before or after: read the lengths, "
-        "not the accuracy.",
+        "not the accuracy. It has little reasoning to shorten, and often leaves it out. The rollouts of a step are 8, so "
+        "their mean length in the figure jumps; the table is what tells.",
         highlight=False,
     )
     if results["protocol"]["quick"]:
@@ -531,9 +539,9 @@ def show(
         console.rule()
         console.print(f"[bold]Problem[/bold]  {escape(problem['question'])}", highlight=False)
         for label, answer in (("Before", old), ("After", new)):
-            console.print(
-                f"[bold]{label}, {answer.tokens} tokens[/bold]  {escape(answer.text.strip())}", highlight=False
-            )
+            text = answer.text.strip()
+            shown = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " ..."
+            console.print(f"[bold]{label}, {answer.tokens} tokens[/bold]  {escape(shown)}", highlight=False)
 
 
 def machine() -> dict[str, Any]:

@@ -6,9 +6,9 @@ Without arguments: SmolLM2-135M on a CPU, examples/configs/smollm2-cpu.yaml.
 import sys
 from pathlib import Path
 
-from trl_crisp.train import main, parse_args
+from trl_crisp.train import run
 
 QUICKSTART = Path(__file__).parent / "configs" / "smollm2-cpu.yaml"
 
 if __name__ == "__main__":
-    main(*parse_args(sys.argv[1:] or ["--config", str(QUICKSTART)]))
+    run(sys.argv[1:] or ["--config", str(QUICKSTART)])

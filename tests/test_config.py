@@ -46,6 +46,7 @@ DEFAULTS = [
     ("repetition_penalty", 1.0, "the rollouts are samples of the whole distribution"),
     ("max_completion_length", 8192, "Table Hyperparameters"),
     ("max_prompt_length", 1024, "Table Hyperparameters"),
+    ("resume_from_checkpoint", None, "TRL's"),
     ("allow_changed_resume", False, "ours, because a silent change trains toward something else"),
     ("beta", 1.0, "Eq. 1: reverse KL"),
     ("instruction", "v2", "the paper's default"),

@@ -102,7 +102,7 @@ def test_progress_counts_up_to_all_rows(model: LlamaForCausalLM, prompts: list[l
     assert reports[-1].rows_done == reports[-1].rows == len(prompts)
     assert reports[-1].tokens == sum(len(completion.token_ids) for completion in got)
     assert reports[-1].left_at_most_s == 0
-    assert all(report.left_at_most_s > 0 for report in reports[:-1])
+    assert all(report.left_at_most_s is None or report.left_at_most_s > 0 for report in reports[:-1])
 
 
 @pytest.mark.parametrize(

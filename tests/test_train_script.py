@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.tiny_models import save_tiny
 from trl_crisp.checkpoints import resolve_checkpoint
-from trl_crisp.train import check_model, main, make_parser, next_steps, parse_args
+from trl_crisp.train import check_model, main, make_parser, next_steps, parse_args, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
 
@@ -94,7 +94,7 @@ def test_shipped_config_trains(path, models, rows, tmp_path, capsys):
     output = capsys.readouterr().out
     kept = 16 if script_args.dataset_train_fraction else 20
     assert f"{kept} of {kept} rows kept" in output
-    assert f"The instruction replaces the student's own in {kept} rows" in output
+    assert f"In {kept} of them the teacher's instruction stands in the place of the student's own" in output
     assert f"is in {tmp_path}" in output
     assert "python -c" in output
 
@@ -239,6 +239,37 @@ def test_the_model_is_checked_before_the_rows(rows, tmp_path):
 def test_missing_rows_end_the_script(models, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"dataset_name='\./nowhere\.jsonl': there is no such file"):
         main(*parse_args(small(models(), "./nowhere.jsonl", tmp_path)))
+
+
+def test_as_a_program_an_error_of_ours_is_one_message(models, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        run(small(models(), "./nowhere.jsonl", tmp_path))
+    assert ended.value.code == 2
+    said = "\n" + capsys.readouterr().err
+    assert "\nerror: dataset_name='./nowhere.jsonl': there is no such file" in said
+    assert "Traceback" not in said
+    with pytest.raises(SystemExit):
+        run(small(models(), "./nowhere.jsonl", tmp_path, "--instruction", "v9"))
+    assert "'v9' is no name of the catalogue" in capsys.readouterr().err
+
+    # By a function of the standard library: its place in the code says more than its message
+    monkeypatch.setattr("trl_crisp.train.main", lambda *args: json.loads("{"))
+    with pytest.raises(ValueError, match="Expecting property name"):
+        run(small(models(), "./nowhere.jsonl", tmp_path))
+
+
+def test_help_begins_with_what_crisp_adds(capsys):
+    help_text = make_parser().format_help()
+    place = {flag: help_text.index(flag) for flag in ("--dataset_name", "--instruction ", "--adam_beta1", "--lora_r ")}
+    assert sorted(place, key=lambda flag: place[flag]) == [
+        "--dataset_name",
+        "--instruction ",
+        "--adam_beta1",
+        "--lora_r ",
+    ]
+    assert place["--lora_r "] > 0
+    # Refused by the config, so not offered
+    assert "--teacher_model_name_or_path" not in help_text
 
 
 def test_evaluation_on_the_held_out_rows(models, rows, tmp_path, caplog):

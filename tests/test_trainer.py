@@ -307,7 +307,7 @@ def test_the_start_reports_rows_and_one_pair(tmp_path, capsys):
     make_trainer(tmp_path, "qwen3", dataset=dataset, max_prompt_length=500)
     printed = capsys.readouterr().out
     assert "2 of 3 rows kept; 1 dropped for a prompt of more than 500 tokens" in printed
-    assert "replaces the student's own in 1 rows" in printed
+    assert "In 1 of them the teacher's instruction stands in the place of the student's own" in printed
     assert printed.count("--- student ---") == 1
     assert "<|im_start|>user\nSolve the following math problem step by step. 1 + 1?<|im_end|>" in printed
     assert "Be direct: avoid unnecessary elaboration" in printed

@@ -21,7 +21,7 @@ Train a model to reason in fewer tokens, through `accelerate launch`.
 example:
   trl-crisp train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name reasoning-gym:gsm_symbolic --instruction v1 \\
       --max_completion_length 1024 --output_dir qwen3-0.6b-crisp
-  trl-crisp train --config qwen3-8b-v2.yaml --accelerate_config zero3 --num_processes 8
+  trl-crisp train --config config.yaml --accelerate_config zero3 --num_processes 8
 """
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="trl-crisp",
         usage="trl-crisp COMMAND [options]",
         description="CRISP for TRL: a model learns from itself, told to be concise, to reason in fewer tokens.",
-        epilog="example:\n  trl-crisp train --config qwen3-8b-v2.yaml "
+        epilog="example:\n  trl-crisp train --config config.yaml "
         "--accelerate_config zero3\n\n`trl-crisp COMMAND --help` lists a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

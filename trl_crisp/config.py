@@ -75,6 +75,9 @@ class CRISPConfig(DistillationConfig):
         max_prompt_length (`int` or `None`, defaults to `1024`, in tokens):
             Rows whose student or teacher prompt is longer are dropped before training, counted and reported. Never
             truncated. `None` keeps all.
+        resume_from_checkpoint (`str`, *optional*, TRL's):
+            For the training script: `"true"` goes on from the last whole checkpoint in `output_dir`, and starts afresh where
+            there is none; or a checkpoint's path.
         allow_changed_resume (`bool`, defaults to `False`; ours, because a silent change trains toward something else):
             Go on from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this one's.
     """
@@ -93,6 +96,14 @@ class CRISPConfig(DistillationConfig):
     )
     max_completion_length: int | None = field(
         default=8192, metadata={"help": "Tokens that a rollout may have at most. The paper's is 8192."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Of the rollouts alone; that of the loss is loss_temperature. The paper's is 1."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "true: go on from the last whole checkpoint in output_dir, if any; or a checkpoint's path."},
     )
     instruction: str = field(
         default="v2",

@@ -64,7 +64,17 @@ class CRISPScriptArguments(ScriptArguments):
             Number of rows and seed of a reasoning-gym task, which makes its rows itself.
     """
 
-    prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "A dataset on the Hub, a .jsonl, .json, .parquet or .csv file, or reasoning-gym:TASK."},
+    )
+    prompt_column: str = field(
+        default="prompt",
+        metadata={
+            "help": "The column that holds the prompts: lists of messages, or strings, which the model reads without its chat "
+            "template (prompt_template makes messages of them)."
+        },
+    )
     prompt_template: str | None = field(
         default=None,
         metadata={"help": "Text with {column} placeholders, filled in from each row, that becomes a user message."},

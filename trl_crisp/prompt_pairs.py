@@ -28,8 +28,8 @@ class PromptReport:
             return "the prompts of the stream are checked as they are read."
         return (
             f"{self.rows - self.dropped} of {self.rows} rows kept; {self.dropped} dropped for a prompt of more than "
-            f"{max_prompt_tokens} tokens (the longest has {self.longest_tokens}). The instruction replaces the student's own "
-            f"in {self.replaced} rows."
+            f"{max_prompt_tokens} tokens (the longest has {self.longest_tokens}). In {self.replaced} of them the teacher's "
+            f"instruction stands in the place of the student's own, in {self.rows - self.replaced} beside the prompt."
         )
 
 

@@ -9,6 +9,7 @@ import gc
 import logging
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,32 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     parser.add_argument(
         "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="Values for the fields; flags win over them."
     )
+    _arrange_help(parser)
     return parser
+
+
+def _arrange_help(parser: argparse.ArgumentParser) -> None:
+    """Put what CRISP adds before the several hundred lines of what it takes over."""
+    from trl import DistillationConfig, ScriptArguments
+
+    from trl_crisp.config import CRISPConfig
+    from trl_crisp.data import CRISPScriptArguments
+
+    own = set(CRISPConfig.__dataclass_fields__) - set(DistillationConfig.__dataclass_fields__)
+    own |= set(CRISPScriptArguments.__dataclass_fields__) - set(ScriptArguments.__dataclass_fields__)
+    first = {"config", "model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint"}
+    positionals, options = parser._positionals, parser._optionals
+    for title, names in (("where from and where to", first), ("CRISP", own)):
+        group = parser.add_argument_group(title)
+        group._group_actions += [action for action in options._group_actions if action.dest in names]
+    taken = first | own
+    options._group_actions[:] = [action for action in options._group_actions if action.dest not in taken]
+    options.title = "TRL and transformers"
+    parser._action_groups[:] = [positionals, *parser._action_groups[2:], options]
+    for action in parser._actions:
+        # Refused by the config: the teacher is the student
+        if action.dest in ("teacher_model_name_or_path", "teacher_model_revision"):
+            action.help = argparse.SUPPRESS
 
 
 def parse_args(
@@ -139,6 +165,7 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
 
     from trl_crisp.checkpoints import resolve_checkpoint
     from trl_crisp.data import is_hub_id, load_prompts
+    from trl_crisp.instructions import resolve_instruction
     from trl_crisp.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
     from trl_crisp.trainer import CRISPTrainer
 
@@ -147,6 +174,7 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
     logging.getLogger("trl_crisp").setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
 
     # Before the dataset, which may take minutes to prepare
+    resolve_instruction(training_args.instruction)
     model = check_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     assert training_args.output_dir is not None  # TrainingArguments fills it in
     output_dir = Path(training_args.output_dir)
@@ -264,5 +292,25 @@ def next_steps(output_dir: Path, is_adapter: bool) -> str:
     return f'The {what} is in {output_dir}. Next, hear it answer:\n  python -c "{command}"'
 
 
+def run(argv: list[str] | None = None) -> None:
+    """
+    Parse and train, as a program: what this package found wrong with the input is one message, without a traceback.
+
+    Args:
+        argv: As in [`parse_args`].
+
+    Raises:
+        SystemExit: With status 2 after such a message, and as in [`main`].
+    """
+    try:
+        main(*parse_args(argv))
+    except (ValueError, OSError, ImportError) as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if Path(frames[-1][0].f_code.co_filename).parent != Path(__file__).parent:
+            raise
+        print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    main(*parse_args())
+    run()

@@ -21,6 +21,8 @@ from transformers.cache_utils import DynamicLayer
 _CACHE_GROWTH_TOKENS = 128
 # Ours: finished rows leave once they are an eighth of the batch, because taking them out copies the cache of the rest
 _COMPACT_SHARE = 1 / 8
+# Ours: steps of a batch before its pace is told; the first ones warm up
+_PACE_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingProgress:
-    """Where a call of [`sample`] stands. The time left is an upper bound: that of every open row reaching the cap."""
+    """
+    Where a call of [`sample`] stands. The time left is that of every open row reaching the cap, at the pace so far; `None` in
+    the first steps, which tell no pace.
+    """
 
     rows_done: int
     rows: int
     tokens: int
     tokens_per_s: float
-    left_at_most_s: float
+    left_at_most_s: float | None
 
 
 class _GrowingLayer(DynamicLayer):
@@ -163,17 +168,20 @@ def sample(
     start_s = last_report_s = time.monotonic()
     tokens = 0
 
-    def report(step: int, open_rows: int, step_s: float, batches_left: int) -> None:
+    def report(step: int, open_rows: int, batch_s: float, batches_left: int) -> None:
         if progress is None:
             return
         elapsed_s = time.monotonic() - start_s
+        steps_left = (max_new_tokens - step) * bool(open_rows) + max_new_tokens * batches_left
+        # The first token comes with the prompt
+        pace_s = batch_s / (step - 1) if step > _PACE_STEPS else None
         progress(
             SamplingProgress(
                 rows_done=sum(result is not None for result in results),
                 rows=len(results),
                 tokens=tokens,
                 tokens_per_s=tokens / max(elapsed_s, 1e-9),
-                left_at_most_s=step_s * ((max_new_tokens - step) * bool(open_rows) + max_new_tokens * batches_left),
+                left_at_most_s=0.0 if not steps_left else None if pace_s is None else pace_s * steps_left,
             )
         )
 
@@ -201,7 +209,7 @@ def sample(
                 open_rows = [row for row, index in enumerate(state.indices) if results[index] is None]
                 now_s = time.monotonic()
                 if now_s - last_report_s > 1 or not open_rows:
-                    report(step, len(open_rows), (now_s - batch_start_s) / step, batches_left)
+                    report(step, len(open_rows), now_s - batch_start_s, batches_left)
                     last_report_s = now_s
                 if not open_rows:
                     break
