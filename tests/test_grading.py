@@ -1,0 +1,246 @@
+r"""Grading: the paper's rules on the forms that answers take, and expressions that would hang a grader."""
+
+import time
+
+import pytest
+
+from trl_crisp.evaluation.grading import Grade, Grader, count_statuses, find_answer, find_box, grade
+
+# Response, gold answer, then whether the answer line, the literal box, and the response as a whole are right
+MATH = [
+    # The two formats, and both
+    ("So it is 42.\nAnswer: 42", "42", True, False, True),
+    (r"So it is \boxed{42}.", "42", False, True, True),
+    ("\\boxed{42}\nAnswer: 42", "42", True, True, True),
+    ("\\boxed{42}\nAnswer: 43", "42", False, True, True),
+    ("Answer: 41", "42", False, False, False),
+    # Wider than a box: the whole response is searched
+    ("I get 42 clips", "42", False, False, True),
+    ("I get 43 clips", "42", False, False, False),
+    # Several answer lines: the last one counts
+    ("Answer: 41\nNo.\nAnswer: 42", "42", True, False, True),
+    ("Answer: 42\nNo.\nAnswer: 41", "42", False, False, False),
+    ("answer : 42", "42", True, False, True),
+    ("ANSWER:42", "42", True, False, True),
+    ("The answer is: 42", "42", False, False, True),
+    # What stands around it
+    ("Answer: 42.", "42", True, False, True),
+    ('Answer: "42"?', "42", True, False, True),
+    ("Answer: $42$", "42", True, False, True),
+    ("Answer: \\(42\\)", "42", True, False, True),
+    ("**Answer:** 42", "42", True, False, True),
+    ("Answer: **42**", "42", True, False, True),
+    ("Answer: `42`", "42", True, False, True),
+    ("Answer: x = 42", "42", True, False, True),
+    # Fractions and decimals
+    ("Answer: 1/2", r"\frac{1}{2}", True, False, True),
+    ("Answer: 0.5", r"\frac{1}{2}", True, False, True),
+    ("Answer: \\dfrac{1}{2}", r"\frac12", True, False, True),
+    (r"\boxed{\frac{3}{4}}", "0.75", False, True, True),
+    ("Answer: 2/4", r"\frac{1}{2}", True, False, True),
+    ("Answer: 1/3", "0.33", False, False, False),
+    ("Answer: 3.0", "3", True, False, True),
+    ("Answer: -\\frac{1}{2}", r"-\frac{1}{2}", True, False, True),
+    # A factorial keeps its mark
+    ("Answer: 5!", "120", True, False, True),
+    # ... and the whole response, where a 5 stands, is wide
+    ("Answer: 5!", "5", False, False, True),
+    # Tuples, intervals, sets
+    ("Answer: (1, 2)", "(1,2)", True, False, True),
+    ("Answer: (2, 1)", "(1,2)", False, False, False),
+    (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)", False, True, True),
+    ("Answer: [0, 1)", "[0,1)", True, False, True),
+    ("Answer: (0, 1)", "[0,1]", False, False, False),
+    ("Answer: [-2,7]", r"x \in [-2,7]", True, False, True),
+    (r"Answer: (-\infty, 2) \cup (3, \infty)", r"(-\infty,2)\cup(3,\infty)", True, False, True),
+    ("Answer: {2, 1}", r"\{1,2\}", True, False, True),
+    ("Answer: 2, 1", "1,2", True, False, True),
+    # Units, money, degrees, percentages
+    ("Answer: 10 cm", "10", True, False, True),
+    ("Answer: 10", r"10\text{ cm}", True, False, True),
+    ("Answer: $18", "18", True, False, True),
+    (r"Answer: \$18.90", "18.90", True, False, True),
+    (r"Answer: 70^\circ", "70", True, False, True),
+    ("Answer: 50%", "50", True, False, True),
+    ("Answer: 50%", "0.5", True, False, True),
+    (r"Answer: 50\%", r"50\%", True, False, True),
+    ("Answer: 5%", "50", False, False, False),
+    # Large numbers
+    ("Answer: 1,000", "1000", True, False, True),
+    ("Answer: 12,345,678", "12345678", True, False, True),
+    ("Answer: 2^{10}", "1024", True, False, True),
+    # Text
+    ("Answer: Friday", r"\text{Friday}", True, False, True),
+    (r"Answer: \text{Friday}", "Friday", True, False, True),
+    ("Answer: Monday", r"\text{Friday}", False, False, False),
+    (r"\boxed{\text{even}}", r"\text{even}", False, True, True),
+    # Zero, roots, expressions, matrices, LaTeX spacing
+    ("Answer: -0", "0", True, False, True),
+    ("Answer: 0", "-0", True, False, True),
+    ("Answer: -42", "42", False, False, False),
+    (r"Answer: \sqrt 2", r"\sqrt{2}", True, False, True),
+    ("Answer: sqrt(2)", r"\sqrt{2}", True, False, True),
+    (r"Answer: 11\sqrt2", r"11\sqrt{2}", True, False, True),
+    ("Answer: 1 + 2x", "2x+1", True, False, True),
+    (r"Answer: \frac{ 1 }{ 2 } \, ", r"\frac{1}{2}", True, False, True),
+    (r"Answer: 3\,\pi", r"3\pi", True, False, True),
+    (
+        r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}",
+        r"\begin{pmatrix}1\\2\end{pmatrix}",
+        False,
+        True,
+        True,
+    ),
+    # Inside the thinking: the paper's rules look at the whole response
+    ("<think>\nMaybe \\boxed{42}?\n</think>\nAnswer: 41", "42", False, True, True),
+    ("<think>\nAnswer: 42\n</think>\nIt is 41.\nAnswer: 41", "42", False, False, False),
+    # Boxes in boxes, and one that is cut off
+    (r"\boxed{\boxed{42}}", "42", False, True, True),
+    (r"first \boxed{42}, then \boxed{4", "42", False, True, True),
+    # Digits of other scripts
+    ("Answer: ٤٢", "42", True, False, True),
+    ("Answer: 42", "42", True, False, True),
+    ("Answer: ४२", "42", True, False, True),
+    ("Answer: x²", "x2", False, False, False),
+]
+
+
+@pytest.fixture(scope="module")
+def graded() -> list[Grade]:
+    with Grader(workers=2, timeout_s=20.0) as grader:
+        return grader.grade_all([(response, gold) for response, gold, *_ in MATH])
+
+
+@pytest.mark.parametrize("case", range(len(MATH)), ids=lambda i: f"{MATH[i][0]!r} for {MATH[i][1]}"[:60])
+def test_form(graded, case):
+    _, _, answer, boxed, correct = MATH[case]
+    found = graded[case]
+    assert (found.answer_correct, found.boxed_correct, found.correct) == (answer, boxed, correct), found
+    assert not correct or found.status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("", None),
+        ("No line here", None),
+        ("Answer:", None),
+        ("Answer:   \nnext", "next"),
+        ("Answer: .,;", None),
+        ("Answer: 5!", "5!"),
+        ("Answer: 42. ", "42"),
+        ("**Answer:** **42**", "42"),
+    ],
+)
+def test_answer_line(response, answer):
+    assert find_answer(response) == answer
+
+
+def test_the_authors_rules_to_the_letter():
+    assert find_answer("**Answer:** **42**", exact=True) == "** **42**"
+    assert grade("Answer: ٤٢", "42", exact=True).correct is False
+    # Their second path still finds a number between asterisks
+    assert grade("Answer: **42**", "42", exact=True) == Grade(False, False, True, "ok", "**42**")
+
+
+@pytest.mark.parametrize(
+    ("response", "box"),
+    [
+        ("", None),
+        (r"\boxed{", None),
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\fbox{3}", None),
+        (r"\boxed{}", ""),
+    ],
+)
+def test_box(response, box):
+    assert find_box(response) == box
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "answer", "boxed", "status"),
+    [
+        ("Answer: B", "B", True, False, "ok"),
+        ("Answer: b", "B", True, False, "ok"),
+        ("Answer: (B)", "B", True, False, "ok"),
+        ("Answer: B) 42 metres", "(B)", True, False, "ok"),
+        ("Answer: **B**", "B", True, False, "ok"),
+        ("Answer: $B$", "B", True, False, "ok"),
+        ("Answer: C\nAnswer: B", "B", True, False, "ok"),
+        (r"\boxed{B}", "B", False, True, "ok"),
+        (r"\boxed{\text{B}}", "B", False, True, "ok"),
+        (r"\boxed{\textbf{(B)}}", "B", False, True, "ok"),
+        ("Answer: C", "B", False, False, "ok"),
+        ("Answer: Because", "B", False, False, "unparseable"),
+        ("I think it is B", "B", False, False, "unparseable"),
+        ("", "B", False, False, "unparseable"),
+    ],
+)
+def test_letter_choice(response, gold, answer, boxed, status):
+    found = grade(response, gold, kind="choice")
+    assert (found.answer_correct, found.boxed_correct, found.status) == (answer, boxed, status)
+    assert found.correct is (answer or boxed)
+
+
+@pytest.mark.parametrize("response", ["", "   \n", "I do not know."])
+def test_nothing_that_could_be_an_answer(response):
+    found = grade(response, "42")
+    assert (found.correct, found.status) == (False, "unparseable")
+
+
+BOMBS = [
+    "Answer: 9^(9^(9^9))",
+    r"\boxed{9^{9^{9^{9}}}}",
+    "Answer: " + r"\sqrt{" * 400 + "2" + "}" * 400,
+    "Answer: " + "7" * 1_000_000,
+    r"\boxed{" + "(1+" * 5000 + "1" + ")" * 5000 + "}",
+    "Answer: 100000!!!",
+]
+
+
+def test_bombs_neither_hang_nor_kill_nor_count_as_graded_right():
+    timeout_s = 2.0
+    pairs = [(bomb, "42") for bomb in BOMBS] + [("Answer: 42", "42")] * 20
+    started_s = time.monotonic()
+    with Grader(workers=2, timeout_s=timeout_s) as grader:
+        grades = grader.grade_all(pairs)
+    elapsed_s = time.monotonic() - started_s
+    assert all(found.correct for found in grades[len(BOMBS) :])
+    assert not any(found.correct for found in grades[: len(BOMBS)])
+    counts = count_statuses(grades)
+    assert sum(counts.values()) == len(pairs)
+    assert counts["timeout"] + counts["error"] >= 1
+    # At most three comparisons each, and a process to start again after each
+    assert elapsed_s < len(BOMBS) * 3 * (timeout_s + 10)
+
+
+def test_a_bomb_costs_its_time_out_only():
+    with Grader(workers=1, timeout_s=1.0) as grader:
+        grader.grade_all([("Answer: 42", "42")])
+        started_s = time.monotonic()
+        (found,) = grader.grade_all([("Answer: 9^(9^(9^9)) or so", "42")])
+        # The answer line and the whole response, and a new process between them
+        assert time.monotonic() - started_s < 2 * 1.0 + 15
+        assert found.correct is False
+        assert grader.grade_all([("Answer: 42", "42")])[0].correct
+
+
+def test_grades_do_not_depend_on_the_number_of_workers_and_progress_is_told():
+    pairs = [(response, gold) for response, gold, *_ in MATH[:20]]
+    told: list[int] = []
+    with Grader(workers=3) as three, Grader(workers=1) as one:
+        assert three.grade_all(pairs, on_progress=told.append) == one.grade_all(pairs)
+        assert three.grade_all([]) == []
+    assert told == list(range(1, 21))
+
+
+def test_bad_input_is_named():
+    with Grader() as grader:
+        with pytest.raises(ValueError, match=r"pair 1 has the gold answer ' '"):
+            grader.grade_all([("Answer: 1", "1"), ("Answer: 1", " ")])
+        with pytest.raises(ValueError, match="give one letter"):
+            grader.grade_all([("Answer: B", "42")], kind="choice")
+    with pytest.raises(ValueError, match="timeout_s=0"):
+        Grader(timeout_s=0)

@@ -1,0 +1,113 @@
+"""Benchmarks from files in their own columns; what is not there is named, with the ways to have it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from trl_crisp.evaluation.problems import BENCHMARKS, MATH_TEMPLATE, load_benchmark
+
+ROWS = {
+    "math500": {"problem": "What is $1+1$?", "answer": "2", "level": 3, "unique_id": "test/1.json", "solution": ""},
+    "aime24": {"ID": "2024-I-1", "Problem": "What is 20 + 4?", "Answer": "024"},
+    "aime25": {"problem": "Find it.", "answer": 70, "id": "0"},
+    "gsm8k": {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24\n#### 1,072"},
+    "gpqa-diamond": {
+        "Question": "Which one?",
+        "Correct Answer": "right\n",
+        "Incorrect Answer 1": "wrong 1",
+        "Incorrect Answer 2": "wrong 2",
+        "Incorrect Answer 3": "wrong 3",
+        "High-level domain": "Physics",
+    },
+    "mmlu": {"question": "Which one?", "choices": ["p", "q", "r", "s"], "answer": 2, "subject": "law"},
+}
+
+
+def write(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "kind", "level"),
+    [
+        ("math500", "2", "math", "3"),
+        ("aime24", "24", "math", None),
+        ("aime25", "70", "math", None),
+        ("gsm8k", "1072", "math", None),
+        ("mmlu", "C", "choice", "law"),
+    ],
+)
+def test_each_benchmark_in_its_own_columns(tmp_path, name, answer, kind, level):
+    benchmark = load_benchmark(name, file=write(tmp_path / "rows.jsonl", ROWS[name]))
+    (problem,) = benchmark.problems
+    assert (problem.answer, problem.kind, problem.level) == (answer, kind, level)
+    assert problem.prompt.count("Remember to put your answer on its own line") == 1
+    assert benchmark.source == "rows.jsonl"
+    assert benchmark.revision.startswith("sha256:")
+
+
+def test_every_benchmark_has_a_row_here():
+    assert set(ROWS) == set(BENCHMARKS)
+
+
+def test_the_papers_prompt():
+    prompt = MATH_TEMPLATE.format(problem="What is 1 + 1?")
+    assert prompt == (
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+        "(without quotes) where $Answer is the answer to the problem.\n\nWhat is 1 + 1?\n\nRemember to put your answer on its "
+        'own line after "Answer:".'
+    )
+    # The sentence that the instruction replaces
+    from trl_crisp.instructions import build_teacher_prompt
+
+    text, replaced = build_teacher_prompt(prompt, "Be brief.", "Solve the following math problem step by step.")
+    assert replaced
+    assert isinstance(text, str)
+    assert "step by step" not in text
+
+
+def test_choices_are_shuffled_the_same_way_each_time(tmp_path):
+    path = write(tmp_path / "rows.jsonl", *[ROWS["gpqa-diamond"]] * 40)
+    problems = load_benchmark("gpqa-diamond", file=path).problems
+    assert problems == load_benchmark("gpqa-diamond", file=path).problems
+    assert {problem.answer for problem in problems} == set("ABCD")
+    for problem in problems:
+        assert f"{problem.answer}) right\n" in problem.prompt
+        assert all(f") wrong {i}" in problem.prompt for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "parquet", "csv"])
+def test_own_problems(tmp_path, extension):
+    rows = Dataset.from_list(
+        [{"question": f"What is {i} + 1?", "answer": str(i + 1), "level": "easy"} for i in range(5)]
+    )
+    path = tmp_path / f"own.{extension}"
+    {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[extension](path)
+    benchmark = load_benchmark(str(path), limit=3)
+    assert [problem.answer for problem in benchmark.problems] == ["1", "2", "3"]
+    assert [problem.id for problem in benchmark.problems] == ["0", "1", "2"]
+    assert benchmark.problems[0].level == "easy"
+    assert "What is 0 + 1?" in benchmark.problems[0].prompt
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"'math5000' is unknown.*math500, aime24.*question and answer"):
+        load_benchmark("math5000")
+    with pytest.raises(ValueError, match="limit=0"):
+        load_benchmark("math500", limit=0)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_benchmark("math500", file=tmp_path / "nowhere.jsonl")
+    own = write(tmp_path / "own.jsonl", {"question": "1 + 1?", "reply": "2"})
+    with pytest.raises(ValueError, match=r"own.jsonl, row 0: there is no column 'answer'; it has question, reply"):
+        load_benchmark(str(own))
+    with pytest.raises(ValueError, match=r"no column 'problem'.*the benchmark's own rows"):
+        load_benchmark("math500", file=own)
+
+
+def test_offline_names_both_ways(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"(?s)HuggingFaceH4/MATH-500.*HF_HUB_OFFLINE is set.*give a local file"):
+        load_benchmark("math500")

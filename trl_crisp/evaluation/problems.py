@@ -1,0 +1,209 @@
+"""Benchmarks as rows of one form: a prompt, the right answer, how it is graded, a difficulty where the benchmark has one."""
+
+import hashlib
+import random
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_crisp.data import FILE_BUILDERS, raise_for_hub
+from trl_crisp.evaluation.grading import Kind
+
+# DAPO's wording, which the paper trains and evaluates with (method's prompts, Figure 2)
+MATH_TEMPLATE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\nRemember to put your answer on its own line "
+    'after "Answer:".'
+)
+# Ours: the paper names letter match and does not print its prompt; in the form of the one above
+CHOICE_TEMPLATE = (
+    "Answer the following multiple choice question. The last line of your response should be of the form Answer: $Letter "
+    "(without quotes) where $Letter is the letter of the right choice.\n\n{problem}\n\n{choices}\n\nRemember to put your answer on "
+    'its own line after "Answer:".'
+)
+# Ours: of the order of GPQA's choices, which the dataset has in four columns
+CHOICE_SEED = 42
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    One problem.
+
+    Attributes:
+        id: Names it in the results.
+        prompt: The user's message.
+        answer: The right one, for [`~trl_crisp.evaluation.grading.grade`].
+        kind: How it is graded.
+        level: Its difficulty or subject, where the benchmark has one.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    kind: Kind = "math"
+    level: str | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    Problems and where they came from.
+
+    Attributes:
+        name: As it was asked for.
+        source: A Hub id, or a file's name.
+        revision: The commit of the dataset on the Hub, or `sha256:...` of the file.
+        problems: In the order of the source.
+    """
+
+    name: str
+    source: str
+    revision: str
+    problems: list[Problem]
+
+
+@dataclass(frozen=True)
+class _OnTheHub:
+    dataset: str
+    split: str
+    convert: Callable[[dict[str, Any], int], Problem]
+    config: str | None = None
+
+
+def load_benchmark(name: str, limit: int | None = None, file: str | Path | None = None) -> Benchmark:
+    """
+    Load a benchmark by its name, or problems of one's own from a file.
+
+    Args:
+        name: One of [`BENCHMARKS`], or the path of a .jsonl, .json, .parquet or .csv file with `question` (or `problem`) and
+            `answer`, and optionally `id` and `level`.
+        limit: The first so many problems.
+        file: A local copy of the named benchmark's rows, with its own columns.
+
+    Raises:
+        ValueError: For an unknown name, a limit below 1, or rows without the columns.
+        FileNotFoundError, PermissionError, ConnectionError: Where the rows cannot be had; with both ways to have them.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: give the number of problems, at least 1, or leave it out for all.")
+    known = BENCHMARKS.get(name)
+    path = Path(file if file is not None else name)
+    if known is None and path.suffix.lower() not in FILE_BUILDERS:
+        raise ValueError(
+            f"benchmark {name!r} is unknown. Choose one of {', '.join(BENCHMARKS)}, or give a file that ends in one of "
+            f"{', '.join(FILE_BUILDERS)} with the columns question and answer."
+        )
+    if known is None or file is not None:
+        rows, source, revision = _rows_of_file(path)
+    else:
+        rows, source, revision = _rows_of_hub(known)
+    convert = known.convert if known is not None else _own_problem
+    problems = []
+    for number, row in enumerate(rows[:limit]):
+        try:
+            problems.append(convert(row, number))
+        except KeyError as error:
+            raise ValueError(
+                f"{source}, row {number}: there is no column {error}; it has {', '.join(row)}. "
+                + (
+                    "Give a copy of the benchmark's own rows."
+                    if known is not None
+                    else "It needs question (or problem) and answer."
+                )
+            ) from error
+    if not problems:
+        raise ValueError(f"{source} has no problems.")
+    return Benchmark(name, source, revision, problems)
+
+
+def _rows_of_file(path: Path) -> tuple[list[dict[str, Any]], str, str]:
+    from datasets import load_dataset
+
+    if not path.is_file():
+        raise FileNotFoundError(f"benchmark file {str(path)!r}: there is no such file (looked for {path.absolute()}).")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    builder = FILE_BUILDERS[path.suffix.lower()]
+    return list(load_dataset(builder, data_files=str(path), split="train")), path.name, f"sha256:{digest}"
+
+
+def _rows_of_hub(known: _OnTheHub) -> tuple[list[dict[str, Any]], str, str]:
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    try:
+        revision = HfApi().dataset_info(known.dataset).sha or "main"
+        rows = load_dataset(known.dataset, name=known.config, split=known.split, revision=revision)
+    except Exception as error:
+        raise_for_hub(error, "dataset", known.dataset, "benchmark")
+    return list(rows), known.dataset, revision
+
+
+def _text(value: Any) -> str:
+    # AIME's answers are numbers in some copies, and those of its files have leading zeros
+    return value.strip() if isinstance(value, str) else str(value)
+
+
+def _math(row: dict[str, Any], number: int, *, level: str | None = None) -> Problem:
+    return Problem(
+        id=_text(row.get("unique_id", row.get("id", number))),
+        prompt=MATH_TEMPLATE.format(problem=row["problem"]),
+        answer=_text(row["answer"]),
+        level=None if level is None else _text(row[level]),
+    )
+
+
+def _math500(row: dict[str, Any], number: int) -> Problem:
+    return _math(row, number, level="level")
+
+
+def _aime(row: dict[str, Any], number: int) -> Problem:
+    row = {key.lower(): value for key, value in row.items()}
+    return _math({**row, "answer": str(int(row["answer"]))}, number)
+
+
+def _gsm8k(row: dict[str, Any], number: int) -> Problem:
+    # The solution ends in a line of its own: #### 1,234
+    answer = row["answer"].rpartition("####")[2].replace(",", "").strip()
+    return Problem(id=str(number), prompt=MATH_TEMPLATE.format(problem=row["question"]), answer=answer)
+
+
+def _choice(question: str, choices: list[str], right: int, id: str, level: str | None) -> Problem:
+    letters = string.ascii_uppercase
+    listed = "\n".join(f"{letter}) {choice.strip()}" for letter, choice in zip(letters, choices, strict=False))
+    prompt = CHOICE_TEMPLATE.format(problem=question.strip(), choices=listed)
+    return Problem(id=id, prompt=prompt, answer=letters[right], kind="choice", level=level)
+
+
+def _gpqa(row: dict[str, Any], number: int) -> Problem:
+    choices = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+    order = random.Random(f"{CHOICE_SEED} {number}").sample(range(4), 4)
+    shuffled = [choices[i] for i in order]
+    return _choice(row["Question"], shuffled, order.index(0), str(number), row.get("High-level domain"))
+
+
+def _mmlu(row: dict[str, Any], number: int) -> Problem:
+    return _choice(row["question"], list(row["choices"]), int(row["answer"]), str(number), row.get("subject"))
+
+
+def _own_problem(row: dict[str, Any], number: int) -> Problem:
+    question = row["question"] if "question" in row or "problem" not in row else row["problem"]
+    level = row.get("level")
+    return Problem(
+        id=_text(row.get("id", number)),
+        prompt=MATH_TEMPLATE.format(problem=question),
+        answer=_text(row["answer"]),
+        level=None if level is None else _text(level),
+    )
+
+
+BENCHMARKS: dict[str, _OnTheHub] = {
+    "math500": _OnTheHub("HuggingFaceH4/MATH-500", "test", _math500),
+    "aime24": _OnTheHub("HuggingFaceH4/aime_2024", "train", _aime),
+    "aime25": _OnTheHub("math-ai/aime25", "test", _aime),
+    "gsm8k": _OnTheHub("openai/gsm8k", "test", _gsm8k, config="main"),
+    "gpqa-diamond": _OnTheHub("Idavidrein/gpqa", "train", _gpqa, config="gpqa_diamond"),
+    "mmlu": _OnTheHub("cais/mmlu", "test", _mmlu, config="all"),
+}
