@@ -4,6 +4,7 @@ A failure here after an upgrade says what changed upstream and which code of our
 """
 
 import inspect
+import json
 import math
 import re
 from collections import defaultdict
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from trl import DistillationConfig, DistillationTrainer
 from trl.models.utils import _ForwardRedirection
 
@@ -89,20 +90,25 @@ def test_what_we_override_is_still_there():
     ours = {
         "_check_learning_rate",
         "_select_rows",
-        "_describe_rows",
         "_count_generation_prompt_tokens",
         "_find_think_ids",
         "_record_rollouts",
         "_check_teacher_is_not_uniform",
+        "_describe_failed_save",
+        "_restore_unlogged",
     }
     overridden = {name for name in private if hasattr(DistillationTrainer, name)}
     assert {
         "_compute_loss",
         "_generate_and_score_completions",
         "_prepare_inputs",
+        "_get_train_sampler",
+        "_save_checkpoint",
         "_save_optimizer_and_scheduler",
+        "_save_rng_state",
         "_load_optimizer_and_scheduler",
     } <= overridden, "DistillationTrainer lost a member that CRISPTrainer overrides"
+    assert ours <= private
     assert not ours & set(dir(DistillationTrainer)), "DistillationTrainer now has a member of a name of ours"
 
 
@@ -326,6 +332,47 @@ def test_a_window_of_the_sampler_is_one_generation_batch(tmp_path):
     assert windows[0] == windows[1] == windows[2]
     assert windows[3] == windows[4] == windows[5]
     assert len(set(windows[0] + windows[3])) == 12
+
+
+def test_the_samplers_order_is_its_generators(tmp_path):
+    """row_order.py seeds it anew for each epoch; the first one is TRL's."""
+    trainer = make_trainer(tmp_path, dataset=rows(13))
+    ours = trainer._get_train_sampler()
+    theirs = DistillationTrainer._get_train_sampler(trainer)
+    assert (theirs.shuffle, theirs.seed) == (True, trainer.args.seed)
+    first, second = list(theirs), list(theirs)
+    assert list(ours) == list(ours) == first
+    assert first != second
+    assert len(ours) == len(theirs)
+
+
+def test_the_end_mark_of_a_checkpoint_is_written_after_all_else(tmp_path, monkeypatch):
+    """checkpoints.py takes a checkpoint without trainer_state.json for torn, and seals the others' names before it."""
+    written = []
+    for owner, name in ((Trainer, "save_model"), (Trainer, "_save_rng_state"), (TrainerState, "save_to_json")):
+        original = getattr(owner, name)
+
+        def recorded(self, *args, _name=name, _original=original, **kwargs):
+            written.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", lambda **kwargs: written.append("rotate"))
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert written == ["save_model", "_save_rng_state", "save_to_json", "rotate"]
+    checkpoint = tmp_path / "checkpoint-1"
+    listed = set(json.loads((checkpoint / "checkpoint_files.json").read_text()))
+    there = {path.name for path in checkpoint.iterdir()}
+    assert there - listed == {"trainer_state.json", "checkpoint_files.json"}
+
+
+def test_the_counters_of_the_log_are_attributes(tmp_path):
+    """trainer.py puts those of a checkpoint back once the loop has set them to zero."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer._tr_loss.shape == ()
+    assert trainer._globalstep_last_logged == 1
 
 
 def test_rollouts_are_made_at_the_first_micro_batch_of_each_step(tmp_path, monkeypatch):
