@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_models import save_tiny, tiny_llama
 from trl_crisp.evaluation.metrics import paired_bootstrap_reduction, repeats_itself, share
-from trl_crisp.evaluation.sampling import SamplingProgress, next_tokens, sample
+from trl_crisp.evaluation.sampling import Completion, SamplingProgress, next_tokens, sample
 from trl_crisp.report.figures import completion_length_figure, refresh_steps
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -91,6 +91,17 @@ def test_a_row_depends_neither_on_the_batch_nor_on_the_others(
     assert together == sample(model, prompts, batch_size=1, **arguments)
     assert together[:4] == sample(model, prompts[:4], batch_size=3, **arguments)
     assert together != sample(model, prompts, **{**arguments, "seed": 2})
+
+
+def test_a_part_of_the_prompts_gives_the_same_answers_at_their_places(
+    model: LlamaForCausalLM, prompts: list[list[int]]
+) -> None:
+    arguments = {"max_new_tokens": 30, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 1}
+    told: dict[int, Completion] = {}
+    whole = sample(model, prompts, on_completion=told.__setitem__, **arguments)
+    assert [told[index] for index in range(len(prompts))] == whole
+    places = [4, 1]
+    assert sample(model, [prompts[place] for place in places], places=places, **arguments) == [whole[4], whole[1]]
 
 
 def test_progress_counts_up_to_all_rows(model: LlamaForCausalLM, prompts: list[list[int]]) -> None:

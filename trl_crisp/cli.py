@@ -1,4 +1,4 @@
-"""The command `trl-crisp`: arguments only. `trl-crisp train` is `accelerate launch -m trl_crisp.train`."""
+"""The command `trl-crisp`: arguments only. `trl-crisp train` is `accelerate launch -m trl_crisp.train`; `eval` measures."""
 
 import argparse
 import importlib.resources
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return COMMANDS[args.command](args.arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, PermissionError, ConnectionError) as error:
         print(f"trl-crisp {args.command}: error: {error}", file=sys.stderr)
         return 2
 
@@ -107,7 +107,77 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train}
+def evaluate(argv: list[str]) -> int:
+    """
+    Measure accuracy and tokens, and print them; with --baseline, what changed.
+
+    Args:
+        argv: See `trl-crisp eval --help`.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: For what cannot be measured.
+    """
+    args = make_eval_parser().parse_args(argv)
+
+    from trl_crisp.evaluation.evaluating import EvaluationSettings
+    from trl_crisp.evaluation.evaluating import evaluate as run
+    from trl_crisp.evaluation.results import compare, load_results
+    from trl_crisp.report.console import print_evaluation, progress
+
+    # Before the hours of sampling
+    baseline = load_results(args.baseline) if args.baseline else None
+    fields = {name: value for name, value in vars(args).items() if name in EvaluationSettings.__dataclass_fields__}
+    settings = EvaluationSettings(**{**fields, "budgets": tuple(args.budgets)})
+    with progress() as on_progress:
+        results = run(settings, args.output, on_progress)
+    print_evaluation(results, compare(baseline, results, args.max_new_tokens) if baseline else None)
+    print(f"Wrote {args.output / 'results.json'} and, with the answers, {args.output / 'samples.jsonl'}.")
+    return 0
+
+
+def make_eval_parser() -> argparse.ArgumentParser:
+    """Return the parser of `trl-crisp eval`; its defaults are the paper's protocol."""
+    parser = argparse.ArgumentParser(
+        prog="trl-crisp eval",
+        description="Measure a model's accuracy and tokens on a benchmark, by default under the paper's protocol.",
+        epilog="example:\n  trl-crisp eval --model Qwen/Qwen3-0.6B --benchmark math500 --limit 50 --samples 1 --output base\n"
+        "  trl-crisp eval --model qwen3-crisp --benchmark math500 --limit 50 --samples 1 --output after --baseline base\n\n"
+        "A run that was interrupted goes on where it was when the same command is given again.",
+        formatter_class=_EvalHelp,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="Hub id, directory, or directory with an adapter")
+    add(
+        "--benchmark",
+        required=True,
+        help="math500, aime24, aime25, gsm8k, gpqa-diamond, mmlu, or a jsonl, json, parquet or csv file with question and answer",
+    )
+    add("--file", help="a local copy of the named benchmark's rows, for a machine without a network")
+    add(
+        "--instruction",
+        default="",
+        help="none, or one of the catalogue (v1, v2, ...), a text, a .txt file: the concise prompt",
+    )
+    add("--samples", type=int, default=8, help="answers a problem")
+    add("--temperature", type=float, default=0.6, help="0 is greedy")
+    add("--top-p", "--top_p", type=float, default=0.95)
+    add("--top-k", "--top_k", type=int, default=20)
+    add("--max-new-tokens", "--max_new_tokens", type=int, default=30_000, help="an answer is cut there")
+    add("--budgets", type=int, nargs="*", default=[], help="smaller caps to measure the same samples at, in tokens")
+    add("--limit", type=int, help="the first so many problems")
+    add("--seed", type=int, default=0)
+    add("--batch-size", "--batch_size", type=int, default=32, help="answers at once")
+    add("--exact", action="store_true", help="grade by the authors' rules to the letter")
+    add("--baseline", type=Path, help="results of another run of the same problems, to compare with")
+    add("--output", type=Path, required=True, help="directory for samples.jsonl and results.json")
+    return parser
+
+
+class _EvalHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate}
 
 
 def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:

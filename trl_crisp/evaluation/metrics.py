@@ -1,5 +1,7 @@
-"""What is counted in answers: lengths with intervals, shares, repetition. Plain numpy, no torch."""
+"""What is counted in answers: accuracy, lengths with intervals, shares, repetition. Plain numpy, no torch."""
 
+import math
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,9 @@ COMPRESSION_RATIO_LIMIT = 10.0
 # parallel sentences of a worked solution, and 60 characters more than a ruler or "1, 1, 1" in a list.
 LOOP_COPIES = 4
 LOOP_CHARACTERS = 60
+# The words whose loss was seen to go with lost accuracy in self-distillation (epistemic suppression)
+EPISTEMIC_WORDS = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")
+_EPISTEMIC = re.compile(rf"\b(?:{'|'.join(EPISTEMIC_WORDS)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -48,29 +53,82 @@ def paired_bootstrap_reduction(
     Raises `ValueError` for arrays of different lengths, fewer than two problems, a mean of zero before, or a confidence
     outside (0, 1).
     """
-    before, after = _problem_means(before_tokens), _problem_means(after_tokens)
-    if len(before) != len(after):
-        raise ValueError(
-            f"{len(before)} problems before and {len(after)} after: a paired interval needs the same problems on both "
-            "sides, in the same order."
-        )
-    if len(before) < 2:
-        raise ValueError(f"{len(before)} problem(s) have no interval: measure at least two, better 64 or more.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}: give a share between 0 and 1, such as 0.95.")
+    before, after = _paired(before_tokens, after_tokens, confidence)
     if before.sum() == 0:
         raise ValueError(
             "All answers before have length 0, so a reduction is not defined: check how they were sampled."
         )
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(before), size=(resamples, len(before)))
+    drawn = _resample(len(before), resamples, seed)
     sums_before = before[drawn].sum(axis=1)
     # A resample of only empty answers has no reduction; with lengths above 0 on most problems it does not occur
     valid = sums_before > 0
     reductions = 1 - after[drawn].sum(axis=1)[valid] / sums_before[valid]
+    return _interval(1 - after.mean() / before.mean(), reductions, confidence)
+
+
+def paired_bootstrap_difference(
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The difference mean(after) - mean(before), such as that of two accuracies, with a percentile bootstrap interval.
+
+    Arrays, resampling and errors are those of [`paired_bootstrap_reduction`].
+    """
+    first, second = _paired(before, after, confidence)
+    differences = second - first
+    drawn = _resample(len(first), resamples, seed)
+    return _interval(differences.mean(), differences[drawn].mean(axis=1), confidence)
+
+
+def _paired(before: ArrayLike, after: ArrayLike, confidence: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    first, second = _problem_means(before), _problem_means(after)
+    if len(first) != len(second):
+        raise ValueError(
+            f"{len(first)} problems before and {len(second)} after: a paired interval needs the same problems on both "
+            "sides, in the same order."
+        )
+    if len(first) < 2:
+        raise ValueError(f"{len(first)} problem(s) have no interval: measure at least two, better 64 or more.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: give a share between 0 and 1, such as 0.95.")
+    return first, second
+
+
+def _resample(problems: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(problems, size=(resamples, problems))
+
+
+def _interval(estimate: float, values: NDArray[np.float64], confidence: float) -> Interval:
     tail = (1 - confidence) / 2
-    low, high = np.quantile(reductions, [tail, 1 - tail])
-    return Interval(float(1 - after.mean() / before.mean()), float(low), float(high), confidence)
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return Interval(float(estimate), float(low), float(high), confidence)
+
+
+def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
+    """The chance that at least one of k answers to a problem is correct: the unbiased estimate, mean over problems.
+
+    `correct` holds the samples of each problem, at least k of them each; with k = 1 it is mean@k of all samples. Raises
+    `ValueError` for no problems, or a problem with fewer samples than k.
+    """
+    if not len(correct):
+        raise ValueError("pass@k of no problems is not defined: pass at least one.")
+    shares = []
+    for samples in correct:
+        n, right = len(samples), sum(bool(flag) for flag in samples)
+        if not 1 <= k <= n:
+            raise ValueError(f"pass@{k} of a problem with {n} samples: k has to be between 1 and the samples.")
+        # 1 - C(n - right, k) / C(n, k): all k drawn from the wrong ones
+        shares.append(1 - math.comb(n - right, k) / math.comb(n, k))
+    return float(np.mean(shares))
+
+
+def epistemic_words(text: str) -> int:
+    """How many words of doubt and checking a text has (wait, perhaps, maybe ...)."""
+    return len(_EPISTEMIC.findall(text))
 
 
 def _problem_means(tokens: ArrayLike) -> NDArray[np.float64]:

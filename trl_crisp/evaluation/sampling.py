@@ -136,7 +136,9 @@ def sample(
     seed: int = 0,
     batch_size: int = 32,
     eos_token_ids: set[int] | None = None,
+    places: Sequence[int] | None = None,
     progress: Callable[[SamplingProgress], None] | None = None,
+    on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
     """One answer per prompt, in the order of the prompts.
 
@@ -148,7 +150,10 @@ def sample(
         seed: Of the random numbers, together with the place of the prompt.
         batch_size: Rows at once. 32 is ours, it fits most models; more is faster where memory allows.
         eos_token_ids: The ids that end an answer; those of the model's generation config if not given.
+        places: The place of each prompt that its random numbers go by, for a part of the prompts of a larger call; 0 to the
+            number of prompts if not given.
         progress: Called about once a second, and at the end of each batch.
+        on_completion: Called with a prompt's index and its answer as soon as that has ended.
 
     Raises:
         ValueError: An empty prompt, a cap or a batch size below 1, a temperature below 0, or no known eos.
@@ -191,7 +196,8 @@ def sample(
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             batches_left = (len(order) - 1) // batch_size - first // batch_size
-            state = _Batch(model, [prompt_token_ids[index] for index in batch], batch, seed, max_new_tokens)
+            seeds = [[seed, index if places is None else places[index]] for index in batch]
+            state = _Batch(model, [prompt_token_ids[index] for index in batch], batch, seeds, max_new_tokens)
             batch_start_s = time.monotonic()
             for step in range(1, max_new_tokens + 1):
                 ids = next_tokens(
@@ -205,7 +211,10 @@ def sample(
                     tokens += 1
                     state.tokens[index].append(token_id)
                     if end or step == max_new_tokens:
-                        results[index] = Completion(state.tokens[index], end)
+                        completion = Completion(state.tokens[index], end)
+                        results[index] = completion
+                        if on_completion is not None:
+                            on_completion(index, completion)
                 open_rows = [row for row, index in enumerate(state.indices) if results[index] is None]
                 now_s = time.monotonic()
                 if now_s - last_report_s > 1 or not open_rows:
@@ -223,7 +232,12 @@ class _Batch:
     """The rows of a batch that are still computed: their cache, attention mask, next logits and random numbers."""
 
     def __init__(
-        self, model: Any, prompts: list[Sequence[int]], indices: list[int], seed: int, max_new_tokens: int
+        self,
+        model: Any,
+        prompts: list[Sequence[int]],
+        indices: list[int],
+        seeds: list[list[int]],
+        max_new_tokens: int,
     ) -> None:
         self.model = model
         self.indices = indices
@@ -236,7 +250,7 @@ class _Batch:
         for row, ids in enumerate(prompts):
             input_ids[row, width_tokens - len(ids) :] = torch.tensor(ids)
             self.mask[row, width_tokens - len(ids) :] = 1
-        uniforms = [np.random.default_rng([seed, index]).random(max_new_tokens) for index in indices]
+        uniforms = [np.random.default_rng(row_seed).random(max_new_tokens) for row_seed in seeds]
         self.uniforms = torch.tensor(np.stack(uniforms), dtype=torch.float32).clamp_(max=1 - 2**-24).to(device)
         self.mask = self.mask.to(device)
         self.cache = _new_cache(model)

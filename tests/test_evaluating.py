@@ -1,0 +1,234 @@
+"""`trl-crisp eval` on a tiny model: protocol, samples on disk, going on after an interruption, numbers by hand."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from trl_crisp.cli import main
+from trl_crisp.evaluation.evaluating import EvaluationSettings, evaluate
+from trl_crisp.evaluation.results import (
+    SCHEMA_VERSION,
+    Sample,
+    SampleFile,
+    compare,
+    load_results,
+    summarize,
+    write_results,
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("files")
+    save_tiny(directory / "model", "qwen3")
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1), "level": ["even", "odd"][i % 2]} for i in range(6)]
+    (directory / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def settings(files: Path, **overrides) -> EvaluationSettings:
+    fields = {
+        "model": str(files / "model"),
+        "benchmark": str(files / "own.jsonl"),
+        "samples": 2,
+        "max_new_tokens": 24,
+        "budgets": (8,),
+        "batch_size": 4,
+    }
+    return EvaluationSettings(**{**fields, **overrides})
+
+
+def flags(files: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("eval", "--model", str(files / "model"), "--benchmark", str(files / "own.jsonl"), "--samples", "2"),
+        *("--max-new-tokens", "24", "--budgets", "8", "--output", str(output), *more),
+    ]
+
+
+def test_results_hold_the_protocol_and_every_sample(files, tmp_path):
+    results = evaluate(settings(files), tmp_path)
+    assert load_results(tmp_path) == json.loads((tmp_path / "results.json").read_text())
+    protocol = results["protocol"]
+    for name, value in {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "seed": 0, "instruction": ""}.items():
+        assert protocol[name] == value
+    assert protocol["benchmark_revision"].startswith("sha256:")
+    assert set(protocol["versions"]) == {"trl-crisp", "transformers", "torch", "math-verify"}
+    assert len(results["problems"]) == 6
+    assert set(results["summary"]) == {"8", "24"}
+    assert set(results["summary"]["8"]) == {"all", "level even", "level odd"}
+    summary = results["summary"]["24"]["all"]
+    tokens = [sample["tokens"] for problem in results["problems"] for sample in problem["samples"]]
+    assert summary["mean_tokens"] == pytest.approx(np.mean(tokens))
+    assert results["summary"]["8"]["all"]["mean_tokens"] == pytest.approx(np.mean([min(n, 8) for n in tokens]))
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 12
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(files, tmp_path):
+    whole = evaluate(settings(files), tmp_path / "whole")
+    path = tmp_path / "part" / "samples.jsonl"
+    path.parent.mkdir()
+    lines = (tmp_path / "whole" / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    # Killed in the middle of the sixth line
+    path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    again = evaluate(settings(files), path.parent)
+    assert again["problems"] == whole["problems"]
+    assert sorted(path.read_bytes().splitlines()) == sorted(b"".join(lines).splitlines())
+    # All there: nothing is sampled again, and another number of problems or samples goes on from it
+    before = path.stat().st_mtime_ns
+    evaluate(settings(files), path.parent)
+    assert path.stat().st_mtime_ns == before
+    fewer = evaluate(settings(files, limit=3, samples=1), path.parent)
+    assert [len(problem["samples"]) for problem in fewer["problems"]] == [1, 1, 1]
+    assert fewer["problems"][0]["samples"] == whole["problems"][0]["samples"][:1]
+
+
+def test_killed_for_real(files, tmp_path):
+    """A process that dies while it samples leaves whole lines, and the second one does the rest."""
+    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path / "samples.jsonl"
+    while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    there = path.read_bytes().count(b"\n") - 1
+    assert there >= 3
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert path.read_bytes().count(b"\n") == 13
+    assert "sampling: 12/12" in result.stderr or there == 12
+
+
+def test_samples_of_another_run_are_refused(files, tmp_path):
+    evaluate(settings(files, limit=1), tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)samples of another run:.*seed: 0 there, 1 now.*another --output"):
+        evaluate(settings(files, limit=1, seed=1), tmp_path)
+
+
+def test_instruction_and_template_flags_change_the_prompt(files, tmp_path):
+    plain = evaluate(settings(files, limit=1), tmp_path / "plain")
+    concise = evaluate(settings(files, limit=1, instruction="v1"), tmp_path / "concise")
+    assert concise["protocol"]["instruction"].startswith("Solve the following math problem concisely")
+    assert plain["problems"] != concise["problems"]
+
+
+def test_an_adapter_is_the_model_that_it_makes(files, tmp_path):
+    model = get_peft_model(
+        tiny_model("qwen3").from_pretrained(files / "model"),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tiny_tokenizer("qwen3").save_pretrained(tmp_path / "merged")
+    one = evaluate(settings(files, model=str(tmp_path / "adapter"), limit=2), tmp_path / "one")
+    other = evaluate(settings(files, model=str(tmp_path / "merged"), limit=2), tmp_path / "other")
+    assert one["problems"] == other["problems"]
+    assert one["problems"] != evaluate(settings(files, limit=2), tmp_path / "base")["problems"]
+
+
+def test_the_command(files, tmp_path, capsys):
+    assert main(flags(files, tmp_path / "base", "--temperature", "0")) == 0
+    assert main(flags(files, tmp_path / "same", "--temperature", "0", "--baseline", str(tmp_path / "base"))) == 0
+    printed = capsys.readouterr().out
+    assert "Against the baseline" in printed
+    assert "+0.0 [+0.0, +0.0]" in printed
+    assert main(["eval", "--model", "m", "--benchmark", "math5000", "--output", str(tmp_path / "x")]) == 2
+    assert "'math5000' is unknown" in capsys.readouterr().err
+    assert main(flags(files, tmp_path / "x", "--baseline", str(tmp_path / "nowhere"))) == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "--help"])
+    assert ended.value.code == 0
+    assert "trl-crisp eval --model Qwen/Qwen3-0.6B --benchmark math500" in capsys.readouterr().out
+
+
+def problem(name: str, *samples: tuple[int, bool], level: str | None = None) -> dict:
+    """A problem whose samples have so many tokens, and are right or not (at 50 tokens only where they are short)."""
+    rows = []
+    for tokens, correct in samples:
+        grade = {"answer_correct": correct, "boxed_correct": False, "correct": correct, "status": "ok"}
+        grade |= {"repeats": False, "epistemic_words": 2}
+        cut = {**grade, "correct": correct and tokens <= 50, "status": "ok" if tokens <= 50 else "unparseable"}
+        rows.append(
+            {
+                "tokens": tokens,
+                "thinking_tokens": tokens // 2,
+                "ended_by_eos": tokens < 100,
+                "grades": {"50": cut, "100": grade},
+            }
+        )
+    return {"id": name, "level": level, "samples": rows}
+
+
+def test_summary_by_hand():
+    problems = [problem("a", (40, True), (60, True)), problem("b", (100, False), (20, True))]
+    at_100, at_50 = summarize(problems, 100, 2), summarize(problems, 50, 2)
+    assert (at_100["accuracy"], at_100["pass_at_k"], at_100["mean_tokens"]) == (0.75, 1.0, 55.0)
+    assert (at_100["truncated"], at_100["median_tokens"]) == (0.25, 50.0)
+    assert at_100["epistemic_words_per_1000_tokens"] == pytest.approx(8 / 220 * 1000)
+    # Longer answers count at the budget, and by what they say up to there
+    assert (at_50["accuracy"], at_50["mean_tokens"], at_50["truncated"]) == (0.5, 40.0, 0.5)
+    assert at_50["unparseable"] == 0.5
+    assert at_100["mean_thinking_tokens"] + at_100["mean_answer_tokens"] == at_100["mean_tokens"]
+
+
+def test_comparison_by_hand():
+    base = {"problems": [problem(str(i), (80, i % 2 == 0), (80, True)) for i in range(8)]}
+    other = {"problems": [problem(str(i), (40, i % 2 == 0), (20, i < 4)) for i in range(8)]}
+    found = compare(base, other, 100)
+    assert found["reduction"]["estimate"] == pytest.approx(1 - 30 / 80)
+    assert found["accuracy_change"]["estimate"] == pytest.approx(np.mean([0] * 4 + [-0.5] * 4))
+    # The base is right in half of the samples of the odd problems, and in all of the even ones
+    groups = found["by_pass_rate"]
+    assert [group["problems"] for group in groups.values()] == [0, 0, 4, 4]
+    assert groups["0% to 25%"]["reduction"] is None
+    with pytest.raises(ValueError, match=r"1 problems are in one of the results only, such as '7'"):
+        compare(base, {"problems": other["problems"][:7]}, 100)
+    with pytest.raises(ValueError, match="not graded at a budget of 99 tokens; the budgets there are 50, 100"):
+        compare(base, other, 99)
+
+
+def test_schema(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, {"problems": []})
+    assert load_results(path)["schema_version"] == SCHEMA_VERSION
+    for content, message in (
+        ("{", "no JSON"),
+        ('{"schema": "other"}', "its schema is 'other'"),
+        ("[]", "its schema is None"),
+        ('{"schema": "trl-crisp evaluation", "schema_version": 0}', "schema version 0, and this trl-crisp reads 1"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_results(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_results(tmp_path / "nowhere.json")
+
+
+def test_sample_file_keeps_any_text(tmp_path):
+    file = SampleFile(tmp_path / "samples.jsonl", {"seed": 0})
+    sample = Sample("a/1", 0, 'ünï "q" \u2028 \n\\boxed{1}', 7, 0, True, {"4": 3})
+    file.add(sample)
+    assert SampleFile(tmp_path / "samples.jsonl", {"seed": 0}).samples == {("a/1", 0): sample}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("samples", 0, "samples=0"),
+        ("budgets", (25,), "budget 25 is not between"),
+        ("max_new_tokens", 0, "max_new_tokens=0"),
+    ],
+)
+def test_settings_that_make_no_sense(files, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        settings(files, **{field: value})

@@ -1,0 +1,255 @@
+"""What an evaluation leaves on disk: samples as they finish, one line each, and one JSON file with protocol and numbers.
+
+`samples.jsonl`: a first line with the protocol, then a line a sample ([`Sample`]). It is only appended to, so a run that was
+interrupted goes on with what is missing; a last line that was cut off is dropped.
+
+`results.json` (schema version 1):
+
+- `schema`, `schema_version`
+- `protocol`: the model, the problems and their revision, the prompts, the sampling, the grader, the versions of the libraries
+- `problems`: id, level, and each sample's measures (tokens, thinking and answer tokens, how it ended, the grades at each budget)
+- `summary`: by budget in tokens, for `all` problems and for each level: see [`summarize`]
+- `wall_s`, `tokens_per_s`: of the sampling of this run alone
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_crisp.evaluation.metrics import (
+    Interval,
+    paired_bootstrap_difference,
+    paired_bootstrap_reduction,
+    pass_at_k,
+    share,
+)
+
+SCHEMA = "trl-crisp evaluation"
+SCHEMA_VERSION = 1
+# Ours: of the base's pass rate, for the table of what happens to problems that it finds hard and easy
+PASS_RATE_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One sampled answer.
+
+    Attributes:
+        problem: The problem's id.
+        number: Which of the problem's samples, from 0.
+        text: The answer, with special tokens that are part of it (such as `<think>`), without the one that ended it.
+        tokens: Its length, the ending token included.
+        thinking_tokens: How many of them are thinking, 0 where the model does not think.
+        ended_by_eos: Not cut at the cap.
+        characters_at: By budget in tokens, as a string: how much of the text the first so many tokens are, where the answer
+            is longer.
+    """
+
+    problem: str
+    number: int
+    text: str
+    tokens: int
+    thinking_tokens: int
+    ended_by_eos: bool
+    characters_at: dict[str, int]
+
+
+class SampleFile:
+    """
+    The samples of a run, on disk as they finish.
+
+    Args:
+        path: The file; made with its directory where it is not there.
+        protocol: What the samples depend on. A file of another protocol is refused.
+
+    Raises:
+        ValueError: For a file of another protocol, naming what differs.
+    """
+
+    def __init__(self, path: Path, protocol: dict[str, Any]) -> None:
+        self.path = path
+        self.samples: dict[tuple[str, int], Sample] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            # Cut off when the process was killed
+            path.write_bytes(b"".join(lines[:-1]))
+            lines = lines[:-1]
+        if not lines:
+            path.write_text(json.dumps({"protocol": protocol}) + "\n", encoding="utf-8")
+            return
+        before = json.loads(lines[0])["protocol"]
+        now = json.loads(json.dumps(protocol))
+        if differing := [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]:
+            listed = "".join(
+                f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in sorted(differing)
+            )
+            raise ValueError(f"{path} has samples of another run:{listed}\nGive another --output, or remove the file.")
+        for line in lines[1:]:
+            sample = Sample(**json.loads(line))
+            self.samples[sample.problem, sample.number] = sample
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+        self.samples[sample.problem, sample.number] = sample
+
+
+def summarize(problems: Sequence[dict[str, Any]], budget_tokens: int, k: int) -> dict[str, Any]:
+    """
+    Return the measures of some problems at a budget.
+
+    Args:
+        problems: As in the file: each with `samples`.
+        budget_tokens: Answers that are longer count at this length, and by what they say up to there.
+        k: Of pass@k: the samples of each problem.
+
+    Returns:
+        `problems`, `samples`; `accuracy` (mean@k, dual), `answer_accuracy`, `boxed_accuracy`, `pass_at_k`; of the tokens
+        `mean_tokens`, `median_tokens`, `p90_tokens`, `p99_tokens`, `mean_thinking_tokens`, `mean_answer_tokens`; the shares
+        `truncated`, `repeats`, `unparseable`, `not_graded` (a time-out or an error); `epistemic_words_per_1000_tokens`.
+    """
+    key = str(budget_tokens)
+    samples = [sample for problem in problems for sample in problem["samples"]]
+    grades = [sample["grades"][key] for sample in samples]
+    tokens = np.array([min(sample["tokens"], budget_tokens) for sample in samples], dtype=float)
+    thinking = np.array([min(sample["thinking_tokens"], budget_tokens) for sample in samples], dtype=float)
+    correct = [[sample["grades"][key]["correct"] for sample in problem["samples"]] for problem in problems]
+    words = sum(grade["epistemic_words"] for grade in grades)
+    return {
+        "problems": len(problems),
+        "samples": len(samples),
+        "accuracy": pass_at_k(correct, 1),
+        "answer_accuracy": share([grade["answer_correct"] for grade in grades]),
+        "boxed_accuracy": share([grade["boxed_correct"] for grade in grades]),
+        "pass_at_k": pass_at_k(correct, k),
+        "mean_tokens": float(tokens.mean()),
+        "median_tokens": float(np.median(tokens)),
+        "p90_tokens": float(np.quantile(tokens, 0.9)),
+        "p99_tokens": float(np.quantile(tokens, 0.99)),
+        "mean_thinking_tokens": float(thinking.mean()),
+        "mean_answer_tokens": float((tokens - thinking).mean()),
+        "truncated": share([not s["ended_by_eos"] or s["tokens"] > budget_tokens for s in samples]),
+        "repeats": share([grade["repeats"] for grade in grades]),
+        "unparseable": share([grade["status"] == "unparseable" for grade in grades]),
+        "not_graded": share([grade["status"] in ("timeout", "error") for grade in grades]),
+        "epistemic_words_per_1000_tokens": 1000 * words / max(float(tokens.sum()), 1.0),
+    }
+
+
+def summaries(problems: Sequence[dict[str, Any]], budgets_tokens: Sequence[int], k: int) -> dict[str, Any]:
+    """Return [`summarize`] by budget, for `all` problems and for each level."""
+    levels = sorted({problem["level"] for problem in problems if problem["level"] is not None})
+    return {
+        str(budget): {
+            "all": summarize(problems, budget, k),
+            **{
+                f"level {level}": summarize([p for p in problems if p["level"] == level], budget, k)
+                for level in levels
+            },
+        }
+        for budget in budgets_tokens
+    }
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write a results file at once."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(
+        json.dumps({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **results}, indent=1) + "\n", encoding="utf-8"
+    )
+    partial.replace(path)
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """
+    Read a results file, or the one in a directory.
+
+    Raises:
+        FileNotFoundError: Where there is none.
+        ValueError: For a file of another kind, or of a schema that this version does not read.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file. `trl-crisp eval --output DIRECTORY` writes one.")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is no JSON: {error}. `trl-crisp eval` writes results.json whole; write it again."
+        ) from error
+    schema = results.get("schema") if isinstance(results, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} is no result of trl-crisp eval: its schema is {schema!r}, not {SCHEMA!r}.")
+    if results["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {results['schema_version']}, and this trl-crisp reads {SCHEMA_VERSION}. Read it with the "
+            "trl-crisp that is in its protocol's versions, or evaluate again."
+        )
+    return results
+
+
+def compare(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> dict[str, Any]:
+    """
+    Return what changed from one result to another, over the problems of both.
+
+    Args:
+        base: The baseline's results.
+        other: The others'.
+        budget_tokens: One that both were measured at; longer answers count at it.
+
+    Returns:
+        `reduction` of the mean tokens and `accuracy_change`, with paired bootstrap 95% intervals over problems; and
+        `by_pass_rate`, the same in groups of problems by the base's pass rate.
+
+    Raises:
+        ValueError: Where the problems, or the budgets, are not the same.
+    """
+    pairs = list(_pairs(base, other, budget_tokens))
+    groups = {}
+    for low, high in itertools.pairwise(PASS_RATE_EDGES):
+        last = high == PASS_RATE_EDGES[-1]
+        group = [pair for pair in pairs if low <= pair[2].mean() < high or (last and pair[2].mean() == high)]
+        groups[f"{low:.0%} to {high:.0%}"] = _changes(group)
+    return {"budget_tokens": budget_tokens, **_changes(pairs), "by_pass_rate": groups}
+
+
+def _pairs(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> Iterator[tuple[np.ndarray, ...]]:
+    sides = [{problem["id"]: problem for problem in results["problems"]} for results in (base, other)]
+    if differing := sorted(sides[0].keys() ^ sides[1].keys()):
+        raise ValueError(
+            f"{len(differing)} problems are in one of the results only, such as {differing[0]!r}: evaluate both with the same "
+            "--benchmark and --limit."
+        )
+    key = str(budget_tokens)
+    for name in sides[0]:
+        row = []
+        for side in sides:
+            samples = side[name]["samples"]
+            if any(key not in sample["grades"] for sample in samples):
+                raise ValueError(
+                    f"problem {name!r} was not graded at a budget of {budget_tokens} tokens; the budgets there are "
+                    f"{', '.join(samples[0]['grades'])}."
+                )
+            row.append(np.array([min(sample["tokens"], budget_tokens) for sample in samples], dtype=float))
+            row.append(np.array([sample["grades"][key]["correct"] for sample in samples], dtype=float))
+        yield row[0], row[2], row[1], row[3]
+
+
+def _changes(pairs: list[tuple[np.ndarray, ...]]) -> dict[str, Any]:
+    if len(pairs) < 2:
+        return {"problems": len(pairs), "reduction": None, "accuracy_change": None}
+    tokens_before, tokens_after, correct_before, correct_after = (
+        np.array([values.mean() for values in column]) for column in zip(*pairs, strict=True)
+    )
+    reduction: Interval = paired_bootstrap_reduction(tokens_before, tokens_after)
+    change: Interval = paired_bootstrap_difference(correct_before, correct_after)
+    return {"problems": len(pairs), "reduction": asdict(reduction), "accuracy_change": asdict(change)}
