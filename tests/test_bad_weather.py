@@ -27,6 +27,7 @@ from trl_crisp import CRISPTrainer
 from trl_crisp.checkpoints import last_whole
 from trl_crisp.weighting import count_loss_items
 
+DDP = str(Path(__file__).parent.parent / "examples" / "accelerate" / "ddp-cpu.yaml")
 GREEDY = {"generation_kwargs": {"do_sample": False}, "shuffle_dataset": False}
 
 
@@ -341,10 +342,11 @@ def test_the_hub_refuses_the_push(files, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path):
-    """As a terminal does: the signal goes to all processes, the launcher's among them."""
+@pytest.mark.parametrize("launch", [[], ["--accelerate_config", DDP, "--main_process_port", "0"]], ids=["one", "two"])
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch):
+    """As a terminal does: the signal goes to all processes, the launcher's among them; with one and two that train."""
     output_dir = tmp_path / "out dir"
-    arguments = flags(files, output_dir, "--max_steps", "500", "--save_strategy", "no")
+    arguments = [*launch, *flags(files, output_dir, "--max_steps", "500", "--save_strategy", "no")]
     command = [sys.executable, "-m", "trl_crisp.cli", "train", *arguments]
     process = subprocess.Popen(
         command,

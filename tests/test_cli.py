@@ -152,7 +152,8 @@ def test_an_error_of_the_training_is_the_last_line(tmp_path):
     command = [sys.executable, "-m", "trl_crisp.cli", "train", "--model_name_or_path", "./nowhere", "--use_cpu"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 1
-    assert run.stderr.strip().splitlines()[-1].startswith("FileNotFoundError: model_name_or_path='./nowhere'")
+    assert run.stderr.strip().splitlines()[-1].startswith("error: model_name_or_path='./nowhere'")
+    assert "Traceback" not in run.stderr
 
 
 def test_an_error_in_one_of_many_processes_is_pointed_at(monkeypatch, capsys):

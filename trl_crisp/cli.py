@@ -1,6 +1,7 @@
 """The command `trl-crisp`: arguments only. `trl-crisp train` is `accelerate launch -m trl_crisp.train`; `eval` measures."""
 
 import argparse
+import contextlib
 import importlib.resources
 import os
 import shlex
@@ -8,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from trl_crisp import __version__
 
@@ -88,10 +90,10 @@ def train(argv: list[str]) -> int:
     # of the training is not followed by one of the launcher.
     args = launch_parser.parse_args([*launch_argv, "--quiet", "-m", "trl_crisp.train", *training_argv])
     os.environ[COMMAND_VARIABLE] = shlex.join(["trl-crisp", "train", *typed])
-    # Ctrl-C is the training's, which saves a checkpoint. The terminal gives it to each process; a launcher that took it too
-    # would kill the others half a minute later, in the middle of a step.
+    # Ctrl-C is the training's, which finishes its step and saves a checkpoint; torch's launcher would kill it half a minute
+    # later
     args.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"
-    before = signal.signal(signal.SIGINT, lambda signum, frame: None)
+    before = signal.signal(signal.SIGINT, _hand_on)
     try:
         launch_command(args)
     except ChildFailedError as failure:
@@ -105,6 +107,16 @@ def train(argv: list[str]) -> int:
     finally:
         signal.signal(signal.SIGINT, before)
     return 0
+
+
+def _hand_on(signum: int, frame: FrameType | None) -> None:
+    """Send a signal to the processes launched from here that the terminal, which signals a group, has not sent it to."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(child.pid) != os.getpgrp():
+                os.kill(child.pid, signum)
 
 
 def evaluate(argv: list[str]) -> int:
