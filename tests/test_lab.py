@@ -1,11 +1,16 @@
-"""The lab: its task and its table."""
+"""The lab: its task, its table, and CRISP itself from end to end on the lab's small base."""
 
+import json
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 
-from benchmarks.lab.table import mean_interval
+from benchmarks.lab.base import sha256_of
+from benchmarks.lab.run import FIXTURES, run
+from benchmarks.lab.settings import SETTINGS
+from benchmarks.lab.table import load, mean_interval, table_rows
 from benchmarks.lab.task import (
     DIFFICULTIES,
     FORMS,
@@ -17,6 +22,8 @@ from benchmarks.lab.task import (
     solve,
 )
 
+RESULTS = Path("benchmarks/results/lab")
+
 
 def solutions(form: str, concise: bool, difficulty: int, count: int = 400) -> list[tuple[list[int], str]]:
     rng = random.Random(7)
@@ -26,12 +33,14 @@ def solutions(form: str, concise: bool, difficulty: int, count: int = 400) -> li
 
 def test_a_solution_by_hand():
     rng = random.Random(0)
-    assert solve([3, 5], FORMS["stability"], True, rng).startswith("3 + 5 = 8 ;")
-    assert is_correct([3, 5], "3 + 5 = 8 ; so answer 8")
-    assert not is_correct([3, 5], "3 + 5 = 8 ; so answer 9")
+    assert solve([3, 8], FORMS["stability"], True, rng).startswith("b 3 + 8 = 1 1 ;")
+    assert prompt([3, 8])[0]["content"] == "add : a 3 b 8"
+    assert is_correct([3, 8], "b 3 + 8 = 1 1 ; so answer 1 1")
+    assert not is_correct([3, 8], "b 3 + 8 = 1 1 ; so answer 1 2")
+    assert not is_correct([3, 8], "b 3 + 8 = 1 1 ; so answer 2 1 1")
     # Cut before its end, or with something behind the answer
-    assert not is_correct([3, 5], "3 + 5 = 8 ; so answer")
-    assert not is_correct([3, 5], "so answer 8 ; check 3 + 5 = 8 ok")
+    assert not is_correct([3, 8], "b 3 + 8 = 1 1 ; so answer 1")
+    assert not is_correct([3, 8], "so answer 1 1 ; check b 3 + 8 = 1 1 ok")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -65,7 +74,50 @@ def test_every_word_is_one_token_and_the_longest_solution_fits():
                 assert len(tokenizer(text)["input_ids"]) == len(text.split())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_committed_base_is_the_one_of_the_results(form):
+    directory = FIXTURES / form
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 3_000_000
+    expected = json.loads((directory / "source.json").read_text(encoding="utf-8"))["weights_sha256"]
+    assert sha256_of(directory) == expected
+    for results in load(RESULTS).values():
+        for result in results:
+            if result["protocol"]["form"] == form:
+                assert result["protocol"]["base_sha256"] == expected, result["setting"]
+
+
 def test_interval_over_seeds():
     # Three seeds: t = 4.303, standard deviation 1
     assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
     assert mean_interval([5.0]) == (5.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    names = ("stability-untrained", "short", "short-m1")
+    return {name: run(name, 0, tmp_path_factory.mktemp(name)) for name in names}
+
+
+def test_crisp_compresses_at_the_bases_accuracy(runs):
+    base, trained = (runs[name]["plain"]["all"] for name in ("stability-untrained", "short"))
+    assert trained["mean_tokens"] <= 0.7 * base["mean_tokens"]
+    assert trained["accuracy"] >= base["accuracy"] - 0.03
+    assert trained["truncated"] == 0
+    assert runs["short"]["log"][-1]["teacher/refreshes"] == 0
+
+
+def test_the_live_teacher_is_worse_than_the_base(runs):
+    base, live = (runs[name]["plain"]["all"] for name in ("stability-untrained", "short-m1"))
+    assert live["accuracy"] < base["accuracy"] - 0.1
+    assert runs["short-m1"]["log"][-1]["teacher/refreshes"] == SETTINGS["short-m1"].overrides["max_steps"]
+
+
+def test_table_of_runs(runs):
+    rows = {row[0]: row for row in table_rows({name: [result] for name, result in runs.items()})}
+    base, trained = (runs[name]["plain"]["all"]["mean_tokens"] for name in ("stability-untrained", "short"))
+    assert rows["short"][4] == f"{100 * (trained / base - 1):+.0f}%"
+    assert rows["stability base"][4] == ""
+    assert (
+        rows["stability base, concise prompt"][3]
+        == f"{runs['stability-untrained']['concise']['all']['mean_tokens']:.1f}"
+    )

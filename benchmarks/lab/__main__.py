@@ -88,7 +88,7 @@ def _run_all(runs: list[tuple[str, int]], workers: int, output_dir: Path) -> lis
         TextColumn("left"),
     )
     with (
-        Progress(*columns, TimeRemainingColumn(speed_estimate_period=3600)) as progress,
+        Progress(*columns, TimeRemainingColumn(), speed_estimate_period=3600) as progress,
         ThreadPoolExecutor(workers) as pool,
     ):
         bar = progress.add_task("lab runs", total=len(runs))

@@ -13,8 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.lab.task import DIFFICULTIES, FORMS, INSTRUCTION, Form, draw_problem, lab_tokenizer, prompt, solve
 from trl_crisp.instructions import build_teacher_prompt
 
-STEPS = 600
+# Form and optimizer steps of each stage, one after the other, each with a learning rate that falls to zero. The solutions
+# of "tradeoff" repeat themselves most, which is what teaches the model to look numbers up; "stability" begins from there.
+STAGES = {
+    "tradeoff": (("tradeoff", 450), ("tradeoff", 350)),
+    "stability": (("tradeoff", 450), ("stability", 200)),
+}
 BATCH_SIZE = 48
+MICRO_BATCH_SIZE = 12
 LEARNING_RATE = 3e-3
 
 
@@ -35,45 +41,47 @@ def new_model(vocab_size: int, pad_id: int, eos_id: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train_base(form_name: str, seed: int = 0, steps: int = STEPS) -> LlamaForCausalLM:
+def train_stage(model: LlamaForCausalLM, form_name: str, seed: int, steps: int) -> None:
     """
-    Train a base model from scratch with cross-entropy on solutions.
+    Train a model in place, with cross-entropy on solutions.
 
     Args:
+        model: The model.
         form_name: A key of [`FORMS`].
-        seed: Of the weights and the problems.
-        steps: Optimizer steps of 48 solutions, with a linearly decaying learning rate.
+        seed: Of the problems and how they are solved.
+        steps: Optimizer steps of 48 solutions.
     """
-    torch.manual_seed(seed)
     rng = random.Random(seed)
     form, tokenizer = FORMS[form_name], lab_tokenizer()
-    model = new_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
     start = time.monotonic()
-    batches: list[list[tuple[list[int], list[int]]]] = []
     for step in range(steps):
-        batches = batches or _draw_batches(form, tokenizer, rng)
-        rows = [torch.tensor(prompt_ids + solution_ids) for prompt_ids, solution_ids in batches[-1]]
-        labels = [torch.tensor([-100] * len(p) + s) for p, s in batches.pop()]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        loss = model(input_ids=ids, labels=targets).loss
+        batches = _draw_batches(form, tokenizer, rng)
+        tokens = sum(len(solution_ids) for batch in batches for _, solution_ids in batch)
         optimizer.zero_grad()
-        loss.backward()
+        total_nats = 0.0
+        for batch in batches:
+            rows = [torch.tensor(prompt_ids + solution_ids) for prompt_ids, solution_ids in batch]
+            labels = [torch.tensor([-100] * len(p) + s) for p, s in batch]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+            targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+            loss = model(input_ids=ids, labels=targets, num_items_in_batch=tokens).loss
+            loss.backward()
+            total_nats += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if (step + 1) % 50 == 0:
             left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1}/{steps}: loss {loss.item():.4f} nats a token, {left:.0f} s left", flush=True)
-    return model.eval()
+            print(f"step {step + 1}/{steps}: loss {total_nats:.4f} nats a token, {left:.0f} s left", flush=True)
 
 
 def _draw_batches(form: Form, tokenizer, rng: random.Random) -> list[list[tuple[list[int], list[int]]]]:
-    """Draw some batches of token ids (prompt, solution), each of solutions of like length, which need little padding."""
+    """Draw the rows of a step, token ids (prompt, solution), in micro-batches of like length, which need little padding."""
     rows = []
-    for _ in range(BATCH_SIZE * len(DIFFICULTIES)):
+    for _ in range(BATCH_SIZE):
         problem, concise = draw_problem(rng, rng.choice(DIFFICULTIES)), rng.random() < 0.5
         # As the trainer puts the instruction in
         messages, _ = build_teacher_prompt(prompt(problem), INSTRUCTION if concise else "", None)
@@ -81,9 +89,7 @@ def _draw_batches(form: Form, tokenizer, rng: random.Random) -> list[list[tuple[
         solution = f"{solve(problem, form, concise, rng)} {tokenizer.eos_token}"
         rows.append((tokenizer(text)["input_ids"], tokenizer(solution)["input_ids"]))
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-    batches = [rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)]
-    rng.shuffle(batches)
-    return batches
+    return [rows[i : i + MICRO_BATCH_SIZE] for i in range(0, BATCH_SIZE, MICRO_BATCH_SIZE)]
 
 
 def sha256_of(directory: Path) -> str:
@@ -98,16 +104,21 @@ def main() -> None:
     )
     parser.add_argument("--form", choices=sorted(FORMS), default="tradeoff")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/lab/fixtures"))
     args = parser.parse_args()
     directory = args.output_dir / args.form
-    train_base(args.form, args.seed, args.steps).save_pretrained(directory)
+    torch.manual_seed(args.seed)
+    tokenizer = lab_tokenizer()
+    model = new_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    for form_name, steps in STAGES[args.form]:
+        print(f"{form_name}, {steps} steps")
+        train_stage(model, form_name, args.seed, steps)
+    model.eval().save_pretrained(directory)
     source = {
         "made_by": "python -m benchmarks.lab.base",
         "form": args.form,
         "seed": args.seed,
-        "steps": args.steps,
+        "stages": STAGES[args.form],
         "solutions_a_step": BATCH_SIZE,
         "learning_rate": LEARNING_RATE,
         "threads": torch.get_num_threads(),

@@ -81,6 +81,12 @@ SETTINGS: dict[str, Setting] = {
     ),
     "stability-m20": Setting("checks are waste: M = 20", _periodic(20), form="stability"),
     "stability-m1": Setting("checks are waste: M = 1", _periodic(1), form="stability"),
-    "short": Setting("checks are waste: 60 steps, a frozen teacher", _periodic(100, max_steps=60), form="stability"),
-    "short-m1": Setting("checks are waste: 60 steps, M = 1", _periodic(1, max_steps=60), form="stability"),
+    "short": Setting(
+        "checks are waste: 30 steps, no refresh",
+        _periodic(50, max_steps=30, learning_rate=6e-5),
+        form="stability",
+    ),
+    "short-m1": Setting(
+        "checks are waste: 30 steps, M = 1", _periodic(1, max_steps=30, learning_rate=6e-5), form="stability"
+    ),
 }

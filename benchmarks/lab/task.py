@@ -3,7 +3,11 @@
 A problem is to add k one-digit numbers; k, from 2 to 7, is its difficulty. A solution adds one number at a time, and may check
 a step, several times over:
 
-    3 + 8 = 10 ; check 3 + 8 = 11 no ; check 3 + 8 = 11 ok ; 11 + 2 = 13 ; so answer 13
+    add : a 3 b 8 c 2
+    b 3 + 8 = 1 0 ; check b 3 + 8 = 1 1 no ; check b 3 + 8 = 1 1 ok ; c 1 1 + 2 = 1 3 ; so answer 1 3
+
+Numbers are written digit by digit, so that the model learns to carry instead of a table of sums; each has a letter, so that
+it keeps its place after many checks.
 
 How often a step is checked is what the instruction changes, by a notch: both writers check, so the two modes overlap (the
 reverse KL has next to no gradient toward what the student never does). In the form "tradeoff" a check is worth something: where
@@ -21,9 +25,10 @@ from transformers import PreTrainedTokenizerFast
 
 DIFFICULTIES = (2, 3, 4, 5, 6, 7)
 INSTRUCTION = "be concise"
-MAX_SOLUTION_TOKENS = 256
+MAX_SOLUTION_TOKENS = 352
 
-_WORDS = ["+", "=", ";", "check", "ok", "no", "so", "answer", "be", "concise", "add", ":"]
+_LETTERS = "abcdefg"
+_WORDS = ["+", "=", ";", "check", "ok", "no", "so", "answer", "be", "concise", "add", ":", *_LETTERS]
 _SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}{% endfor %}"
@@ -56,9 +61,8 @@ FORMS = {
 
 
 def lab_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the word-level tokenizer, one token for a number, with its chat template."""
-    numbers = [str(n) for n in range(9 * max(DIFFICULTIES) + 2)]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*_SPECIAL, *_WORDS, *numbers])}))
+    """Return the word-level tokenizer, one token for a digit, with its chat template."""
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*_SPECIAL, *_WORDS, *map(str, range(10))])}))
     backend.pre_tokenizer = WhitespaceSplit()
     backend.add_special_tokens(_SPECIAL)
     return PreTrainedTokenizerFast(
@@ -77,28 +81,35 @@ def draw_problem(rng: random.Random, difficulty: int) -> list[int]:
 
 def prompt(problem: list[int]) -> list[dict[str, str]]:
     """Return the student's prompt, as messages."""
-    return [{"role": "user", "content": "add : " + " + ".join(map(str, problem))}]
+    return [
+        {"role": "user", "content": "add : " + " ".join(f"{x} {n}" for x, n in zip(_LETTERS, problem, strict=False))}
+    ]
 
 
 def solve(problem: list[int], form: Form, concise: bool, rng: random.Random) -> str:
     """Write one solution, as the writer of a mode would; it can be wrong where a slip was not checked."""
     check_probability = form.concise_check_probability if concise else form.check_probability
     words, total = [], problem[0]
-    for number in problem[1:]:
+    for letter, number in zip(_LETTERS[1:], problem[1:], strict=False):
         right = total + number
         carries = total % 10 + number > 9
         first = right + rng.choice((-1, 1)) if carries and rng.random() < form.slip_probability else right
-        words.append(f"{total} + {number} = {first} ;")
+        words.append(f"{letter} {_digits(total)} + {number} = {_digits(first)} ;")
         result = first
         for _ in range(form.max_checks):
             if rng.random() >= check_probability:
                 break
-            words.append(f"check {total} + {number} = {right} {'ok' if result == right else 'no'} ;")
+            verdict = "ok" if result == right else "no"
+            words.append(f"check {letter} {_digits(total)} + {number} = {_digits(right)} {verdict} ;")
             result = right
         total = result
-    return " ".join([*words, f"so answer {total}"])
+    return " ".join([*words, f"so answer {_digits(total)}"])
 
 
 def is_correct(problem: list[int], solution: str) -> bool:
     """Whether a solution, as the model wrote it, ends in the right answer."""
-    return solution.split()[-3:] == ["so", "answer", str(sum(problem))]
+    return f" {solution}".endswith(f" so answer {_digits(sum(problem))}")
+
+
+def _digits(number: int) -> str:
+    return " ".join(str(number))
