@@ -51,7 +51,8 @@ def commands() -> list[list[str]]:
 
 
 def test_commands_name_files_and_flags_that_exist():
-    """Scripts and configs are there, and `trl-crisp train` knows every flag."""
+    """Scripts and configs are there, and the commands know every flag."""
+    from trl_crisp.cli import make_eval_parser
     from trl_crisp.train import make_parser
 
     flags = set(make_parser()._option_string_actions) | {"--accelerate_config"}
@@ -63,6 +64,8 @@ def test_commands_name_files_and_flags_that_exist():
                 assert (ROOT / word).is_file(), word
         if words[:2] == ["trl-crisp", "train"]:
             assert {word for word in words if word.startswith("--")} <= flags, words
+        if words[:2] == ["trl-crisp", "eval"]:
+            make_eval_parser().parse_args(words[2:])
     assert programs == {"bash", "pip", "trl-crisp", "accelerate"}
 
 
@@ -118,8 +121,19 @@ def test_lora_beside_the_quickstart_is_that_of_the_committed_runs():
         reductions[name] = run["summary"]["reduction"]["plain_before_to_plain_after"]
         assert f"{-reductions[name]['estimate']:.0%}" in config, name
     best, slow = reductions["lora_1e-3_"], reductions["lora_3e-4_"]
-    shown = f"{-best['estimate']:.0%} [{-best['high']:.0%}, {-best['low']:.0%}], seed 0; at 3e-4 {-slow['estimate']:.0%}"
+    shown = (
+        f"{-best['estimate']:.0%} [{-best['high']:.0%}, {-best['low']:.0%}], seed 0; at 3e-4 {-slow['estimate']:.0%}"
+    )
     assert shown in README.replace("\n", " ")
+
+
+def test_points_of_resuming_are_those_of_the_committed_run():
+    result = json.loads((ROOT / "benchmarks" / "results" / "resume.json").read_text(encoding="utf-8"))
+    text = " ".join(README.split("## Stop, and go on")[1].split("## What")[0].split())
+    assert f"of {result['tried']} points" in text
+    assert f"{result['survived']} resumed to the same bits" in text
+    shares = {name: row["bytes_of_teacher"] / row["bytes"] for name, row in result["checkpoint"].items()}
+    assert f"(full: {shares['full']:.0%} of the checkpoint, LoRA: {shares['lora']:.0%}, in that run)" in text
 
 
 def test_ratios_to_sdft_are_those_of_the_committed_run():

@@ -14,7 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.tiny_models import save_tiny
 from trl_crisp.checkpoints import resolve_checkpoint
-from trl_crisp.train import check_model, main, make_parser, next_steps, parse_args, run
+from trl_crisp.models import check_model
+from trl_crisp.train import main, make_parser, next_steps, parse_args, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
 

@@ -167,6 +167,7 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
     from trl_crisp.data import is_hub_id, load_prompts
     from trl_crisp.instructions import resolve_instruction
     from trl_crisp.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
+    from trl_crisp.models import check_model
     from trl_crisp.trainer import CRISPTrainer
 
     # The first process alone says what happens to the rows
@@ -235,42 +236,6 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
     accelerator.free_memory()
     del trainer
     gc.collect()
-
-
-def check_model(name: str | None, revision: str, trust_remote_code: bool) -> str:
-    """
-    Check that the model can be had, by reading its config, and return its name.
-
-    Raises:
-        ValueError: Where no model is named.
-        FileNotFoundError: Where there is no such directory, model or revision.
-        PermissionError, ConnectionError: See [`~trl_crisp.data.raise_for_hub`].
-    """
-    from transformers import AutoConfig
-
-    from trl_crisp.data import raise_for_hub
-
-    if not name:
-        raise ValueError(
-            "no model: set model_name_or_path to a model on the Hub, such as Qwen/Qwen3-8B, or to a local directory."
-        )
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model_name_or_path={name!r}: the directory has no config.json, so it holds no model. Give the "
-                "directory that save_pretrained wrote; merge an adapter into its base model first."
-            )
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"model_name_or_path={name!r}: there is no such directory (looked for {path.absolute()}). Check the path; "
-            "a model on the Hub is named OWNER/NAME."
-        )
-    try:
-        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise_for_hub(error, "model", name, "model_name_or_path")
-    return name
 
 
 def describe_failed_push(error: Exception, repository: str | None, output_dir: Path) -> str:

@@ -126,7 +126,7 @@ def load_model(settings: EvaluationSettings) -> tuple["PreTrainedModel", "PreTra
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_crisp.train import check_model
+    from trl_crisp.models import check_model
 
     path = Path(settings.model)
     is_adapter = (path / "adapter_config.json").is_file()
