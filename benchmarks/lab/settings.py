@@ -27,6 +27,8 @@ class Setting:
         mask_truncated: Leave truncated rollouts out of the loss.
         form: The form of the task.
         curve: Measure accuracy and length along the run too, which takes a third of its time.
+        paper: What the paper has for it: the change of the mean tokens and the accuracy on MATH-500, Qwen3-8B at step 99, where
+            the base has 4,884 tokens and 95.7, unless told.
     """
 
     about: str
@@ -35,6 +37,7 @@ class Setting:
     mask_truncated: bool = False
     form: str = "tradeoff"
     curve: bool = False
+    paper: str = ""
 
 
 def _periodic(steps: int, **overrides: Any) -> dict[str, Any]:
@@ -44,32 +47,48 @@ def _periodic(steps: int, **overrides: Any) -> dict[str, Any]:
 SETTINGS: dict[str, Setting] = {
     "untrained": Setting("the base, with and without the instruction", {"max_steps": 0}),
     "frozen": Setting(
-        "a teacher that is never refreshed", {"teacher_model_kind": "base", "teacher_sync_steps": None}, curve=True
+        "a teacher that is never refreshed",
+        {"teacher_model_kind": "base", "teacher_sync_steps": None},
+        curve=True,
+        paper="-18%, 95.1",
     ),
-    "m50": Setting("the paper's M", _periodic(50), curve=True),
+    "m50": Setting("the paper's M", _periodic(50), curve=True, paper="-57%, 95.7 (v1); -32%, 95.7 (v2)"),
     "m20": Setting("M = 20", _periodic(20)),
-    "m10": Setting("M = 10", _periodic(10)),
+    "m10": Setting("M = 10", _periodic(10), paper="-64%; AIME 2024: 49.6 instead of 76.2"),
     "m5": Setting("M = 5", _periodic(5), curve=True),
-    "m1": Setting("M = 1", _periodic(1), curve=True),
+    "m1": Setting("M = 1", _periodic(1), curve=True, paper="grows, 60.8: collapse"),
     "ema": Setting(
         "an average instead of refreshes",
         {"teacher_model_kind": "ema", "teacher_sync_steps": None, "teacher_update_rate": 0.02},
     ),
-    "jsd": Setting("Jensen-Shannon divergence", _periodic(50, beta=0.5)),
-    "forward-kl": Setting("forward KL", _periodic(50, beta=0.0)),
+    "jsd": Setting("Jensen-Shannon divergence", _periodic(50, beta=0.5), paper="-33%, 94.8"),
+    "forward-kl": Setting("forward KL", _periodic(50, beta=0.0), paper="grows to 29,135 tokens, 5.7: collapse"),
     "token": Setting("TRL's mean over all tokens", _periodic(50, loss_normalization="token")),
-    "cap-40": Setting("rollouts of at most 40 tokens", _periodic(50, max_completion_length=40)),
+    "cap-40": Setting(
+        "rollouts of at most 40 tokens",
+        _periodic(50, max_completion_length=40),
+        paper="cap 1k instead of 8k: -30%, no loss",
+    ),
     "cap-80": Setting("rollouts of at most 80 tokens", _periodic(50, max_completion_length=80)),
     "cap-80-masked": Setting(
         "the same, truncated rollouts out of the loss", _periodic(50, max_completion_length=80), mask_truncated=True
     ),
-    "cap-256": Setting("rollouts of at most 256 tokens", _periodic(50, max_completion_length=256)),
+    "cap-256": Setting(
+        "rollouts of at most 256 tokens",
+        _periodic(50, max_completion_length=256),
+        paper="cap 30k: -6.5 points on AIME 2024",
+    ),
     "temperature-0.6": Setting("rollouts at temperature 0.6", _periodic(50, temperature=0.6)),
     "temperature-1.3": Setting("rollouts at temperature 1.3", _periodic(50, temperature=1.3)),
     "lora-3e-5": Setting("LoRA at the full learning rate", _periodic(50), lora_rank=16),
     "lora-3e-4": Setting("LoRA at 10 times it", _periodic(50, learning_rate=3e-4), lora_rank=16),
     "lora-3e-3": Setting("LoRA at 100 times it", _periodic(50, learning_rate=3e-3), lora_rank=16),
-    "long-m20": Setting("a long run: where the sweet spot ends", _periodic(20, max_steps=300), curve=True),
+    "long-m20": Setting(
+        "a long run: where the sweet spot ends",
+        _periodic(20, max_steps=300),
+        curve=True,
+        paper="holds to about 2x compression, then the harder set falls first",
+    ),
     "long-frozen": Setting(
         "the same with a frozen teacher",
         {"teacher_model_kind": "base", "teacher_sync_steps": None, "max_steps": 300},
@@ -82,11 +101,11 @@ SETTINGS: dict[str, Setting] = {
     "stability-m20": Setting("checks are waste: M = 20", _periodic(20), form="stability"),
     "stability-m1": Setting("checks are waste: M = 1", _periodic(1), form="stability"),
     "short": Setting(
-        "checks are waste: 30 steps, no refresh",
-        _periodic(50, max_steps=30, learning_rate=6e-5),
+        "checks are waste: 24 steps, no refresh",
+        _periodic(50, max_steps=24, learning_rate=7e-5),
         form="stability",
     ),
     "short-m1": Setting(
-        "checks are waste: 30 steps, M = 1", _periodic(1, max_steps=30, learning_rate=6e-5), form="stability"
+        "checks are waste: 24 steps, M = 1", _periodic(1, max_steps=24, learning_rate=7e-5), form="stability"
     ),
 }

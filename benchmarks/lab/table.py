@@ -14,7 +14,9 @@ from trl_crisp.report.figures import refresh_steps
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom, for intervals over a handful of seeds
 _T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-COLUMNS = ("setting", "about", "seeds", "mean tokens", "change", "accuracy %", "k = 2", "k = 7", "refreshes")
+COLUMNS = ("setting", "about", "seeds", "mean tokens", "change", "accuracy %", "k = 2", "k = 7", "refreshes", "paper")
+# Of the base's two rows, which are one setting
+BASE_PAPER = {"plain": "4,884 tokens, 95.7", "concise": "-39%, 95.6 (v1); -22%, 94.2 (v2)"}
 DIFFICULTY_COLUMNS = ("setting", "change of", *(f"k = {k}" for k in DIFFICULTIES))
 
 
@@ -72,6 +74,7 @@ def table_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
             ]
             refreshes = {r["log"][-1]["teacher/refreshes"] for r in results if r["log"]}
             cells.append(" ".join(f"{count:.0f}" for count in sorted(refreshes)))
+            cells.append(BASE_PAPER[side] if name == "untrained" else SETTINGS[name].paper)
             rows.append(tuple(cells))
     return rows
 
@@ -114,6 +117,28 @@ def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a table for benchmarks/README.md."""
     lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def tables(runs: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Return the tables of benchmarks/README.md by the names of their marks."""
+    seconds = sum(result["cpu_seconds"] for results in runs.values() for result in results)
+    count = sum(map(len, runs.values()))
+    return {
+        "settings": markdown(COLUMNS, table_rows(runs)),
+        "difficulty": markdown(DIFFICULTY_COLUMNS, difficulty_rows(runs)),
+        "time": f"{count} runs, {seconds / 3600:.1f} CPU hours.",
+    }
+
+
+def with_tables(text: str, runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a text with the tables between their marks, `<!-- lab:NAME -->` and `<!-- /lab:NAME -->`."""
+    for name, table in tables(runs).items():
+        opening, closing = f"<!-- lab:{name} -->", f"<!-- /lab:{name} -->"
+        before, _, rest = text.partition(opening)
+        _, mark, after = rest.partition(closing)
+        assert mark, f"the text has no {opening} ... {closing}"
+        text = f"{before}{opening}\n{table}\n{closing}{after}"
+    return text
 
 
 def print_table(directory: Path, names: list[str] | None = None) -> None:
@@ -174,11 +199,13 @@ def main() -> None:
     )
     parser.add_argument("--directory", type=Path, default=Path("benchmarks/results/lab"))
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--readme", type=Path, help="put the tables between the marks of this file")
     args = parser.parse_args()
     runs = load(args.directory)
-    print(markdown(COLUMNS, table_rows(runs)))
-    print()
-    print(markdown(DIFFICULTY_COLUMNS, difficulty_rows(runs)))
+    if args.readme:
+        args.readme.write_text(with_tables(args.readme.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    else:
+        print("\n\n".join(tables(runs).values()))
     if args.figure:
         draw(args.directory, args.figure)
 
