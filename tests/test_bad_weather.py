@@ -434,9 +434,32 @@ def test_a_stream_resumes(tmp_path, tuning):
 def test_a_stream_without_a_row_that_fits(tmp_path):
     stream = rows(8).to_iterable_dataset()
     with pytest.raises(
-        ValueError, match=r"stream ended before the first step: of 8 rows read, 8 were dropped .*=3 tokens"
+        ValueError, match=r"rows ended before the first step: of 8 rows read, 8 were dropped .*=3 tokens"
     ):
         make_trainer(tmp_path, dataset=stream, max_prompt_length=3).train()
+
+
+def test_fewer_rows_than_a_step_needs(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"rows ended before the first step: of 3 rows read, 0 were dropped .* needs 4\."
+    ):
+        make_trainer(tmp_path, dataset=rows(3)).train()
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_half_overwritten(tmp_path, monkeypatch):
+    """The second run dies in its first save, to the place of a whole checkpoint with files of the same sizes."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(tmp_path, **options).train()
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-2"
+
+    def die(self, output_dir):
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(CRISPTrainer, "_save_rng_state", die)
+    with pytest.raises(SystemExit):
+        make_trainer(tmp_path, learning_rate=1e-2, **options).train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+    assert last_whole(tmp_path) is None
 
 
 def test_unlogged_steps_come_back(tmp_path):

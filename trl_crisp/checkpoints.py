@@ -49,8 +49,6 @@ def write_json(path: Path, value: Any) -> None:
 def seal(checkpoint: str | Path) -> None:
     """Write down which files the checkpoint has, all of which are on disk now."""
     checkpoint = Path(checkpoint)
-    # Those of an earlier save to the same place say nothing about this one
-    (checkpoint / STATE_FILE).unlink(missing_ok=True)
     files = {
         str(path.relative_to(checkpoint)): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))

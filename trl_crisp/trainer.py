@@ -378,8 +378,8 @@ class CRISPTrainer(DistillationTrainer):
             trial, ignore_keys_for_eval: As in the parent.
 
         Raises:
-            ValueError: For a checkpoint that is torn, or of a run with another instruction, schedule, adapter or model; for a
-                stream without a row to train on.
+            ValueError: For a checkpoint that is torn, or of a run with another instruction, schedule, adapter or model; for
+                fewer rows than a step needs.
             FileNotFoundError: For a path where there is no checkpoint.
         """
         # The first process decides for all, for whom the directory may look different
@@ -388,9 +388,9 @@ class CRISPTrainer(DistillationTrainer):
         if checkpoint is not None:
             check_same_run(checkpoint, self._run, self.args.allow_changed_resume)
         output = super().train(checkpoint, trial, ignore_keys_for_eval)
-        if self.state.global_step == 0:
+        if self.state.global_step == 0 < self.state.max_steps:
             raise ValueError(
-                f"the stream ended before the first step: of {self._report.rows} rows read, {self._report.dropped} were dropped "
+                f"the rows ended before the first step: of {self._report.rows} rows read, {self._report.dropped} were dropped "
                 f"for a prompt of more than max_prompt_length={self.args.max_prompt_length} tokens, and a step needs "
                 f"{self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes}. "
                 "Give more rows, a smaller batch, or a larger max_prompt_length."
@@ -399,8 +399,9 @@ class CRISPTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            remove_torn(checkpoint)
+        if self.args.should_save and checkpoint.is_dir():
+            # Of an earlier run, or torn: half overwritten, it would pass for a whole one
+            shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
