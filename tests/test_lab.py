@@ -10,7 +10,7 @@ import pytest
 from benchmarks.lab.base import sha256_of
 from benchmarks.lab.run import FIXTURES, run
 from benchmarks.lab.settings import SETTINGS
-from benchmarks.lab.table import load, mean_interval, table_rows
+from benchmarks.lab.table import load, mean_interval, table_rows, with_tables
 from benchmarks.lab.task import (
     DIFFICULTIES,
     FORMS,
@@ -121,3 +121,8 @@ def test_table_of_runs(runs):
         rows["stability base, concise prompt"][3]
         == f"{runs['stability-untrained']['concise']['all']['mean_tokens']:.1f}"
     )
+
+
+def test_the_readmes_tables_are_those_of_the_committed_runs():
+    text = Path("benchmarks/README.md").read_text(encoding="utf-8")
+    assert with_tables(text, load(RESULTS)) == text
