@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.helpers import config
+from tests.helpers import config, make_trainer, parameters_of
 from tests.tiny_models import tiny_model
 from trl_crisp.checkpoints import (
     check_same_run,
@@ -21,8 +21,8 @@ from trl_crisp.checkpoints import (
     remove_torn,
     resolve_checkpoint,
     seal,
-    write_json,
 )
+from trl_crisp.json_files import write_json
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -178,3 +178,24 @@ def test_another_model_or_adapter_differs(tmp_path):
     assert differences(llama, moved) == []
     sharded = [{**run, "model": {**run["model"], "weights": None}} for run in (llama, moved)]
     assert differences(*sharded)[0].startswith("model: ")
+
+
+@pytest.mark.parametrize(("before", "after"), [("periodic", "base"), ("live", "periodic"), ("periodic", "live")])
+def test_going_on_with_another_schedule_takes_the_state_over(tmp_path, before, after):
+    """Where the user allows it: a saved teacher's weights stay, and one that was the student begins as the student."""
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    steps = {"periodic": {"teacher_sync_steps": 2}}
+    first = make_trainer(tmp_path, teacher_model_kind=before, **steps.get(before, {}), **options)
+    first.train()
+    with pytest.raises(ValueError, match=rf"(?s)teacher_model_kind: '{before}' in the checkpoint, '{after}' now"):
+        make_trainer(tmp_path, teacher_model_kind=after, **options).train(resume_from_checkpoint=True)
+
+    # It goes on from step 3, where nothing is left to do but to load
+    second = make_trainer(tmp_path, teacher_model_kind=after, allow_changed_resume=True, **options)
+    second.train(resume_from_checkpoint=True)
+    expected = first.teacher.state_dict()["weights"] if before == "periodic" else parameters_of(first.model)
+    found = second.teacher.state_dict()["weights"]
+    assert bool(found) is (after != "live")
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+    assert second.teacher.refreshes == first.teacher.refreshes

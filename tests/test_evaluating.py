@@ -119,6 +119,10 @@ def test_instruction_and_template_flags_change_the_prompt(files, tmp_path):
     concise = evaluate(settings(files, limit=1, instruction="v1"), tmp_path / "concise")
     assert concise["protocol"]["instruction"].startswith("Solve the following math problem concisely")
     assert plain["problems"] != concise["problems"]
+    flags = {"enable_thinking": False}
+    unthinking = evaluate(settings(files, limit=1, chat_template_kwargs=flags), tmp_path / "unthinking")
+    assert unthinking["protocol"]["chat_template_kwargs"] == flags
+    assert plain["problems"] != unthinking["problems"]
 
 
 def test_an_adapter_is_the_model_that_it_makes(files, tmp_path):

@@ -21,6 +21,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_crisp.config import CRISPConfig
+from trl_crisp.json_files import write_json
 
 FILES_FILE = "checkpoint_files.json"
 RUN_FILE = "crisp_run.json"
@@ -37,13 +38,6 @@ _COMPARED_FIELDS = (
     "teacher_sync_steps",
     "teacher_update_rate",
 )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file at once: a process that is killed leaves the old one, or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def seal(checkpoint: str | Path) -> None:

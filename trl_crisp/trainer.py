@@ -33,10 +33,10 @@ from trl_crisp.checkpoints import (
     remove_torn,
     resolve_checkpoint,
     seal,
-    write_json,
 )
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
 from trl_crisp.instructions import Prompt, resolve_instruction
+from trl_crisp.json_files import write_json
 from trl_crisp.losses import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
 from trl_crisp.nonfinite import SkipNonFiniteSteps
 from trl_crisp.precision import check_step_size

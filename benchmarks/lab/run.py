@@ -1,7 +1,6 @@
 """One run of the lab: a setting and a seed through CRISPTrainer, measured with and without the instruction."""
 
 import importlib.metadata
-import json
 import math
 import platform
 import random
@@ -29,6 +28,7 @@ from benchmarks.lab.task import (
 from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.evaluation.sampling import sample
 from trl_crisp.instructions import build_teacher_prompt
+from trl_crisp.json_files import write_json
 from trl_crisp.weighting import count_loss_items
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -192,6 +192,4 @@ def _train(model, setting: Setting, fields: dict[str, Any], seed: int, output_di
 def write(result: dict[str, Any], path: Path) -> None:
     """Write a result so that a killed run leaves none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, result)

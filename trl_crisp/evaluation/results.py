@@ -28,6 +28,7 @@ from trl_crisp.evaluation.metrics import (
     pass_at_k,
     share,
 )
+from trl_crisp.json_files import write_json
 
 SCHEMA = "trl-crisp evaluation"
 SCHEMA_VERSION = 1
@@ -161,11 +162,7 @@ def summaries(problems: Sequence[dict[str, Any]], budgets_tokens: Sequence[int],
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write a results file at once."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(
-        json.dumps({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **results}, indent=1) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    write_json(path, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **results})
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
