@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.resources
+import json
 import os
 import shlex
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from trl_crisp import __version__
 
@@ -178,11 +180,35 @@ def make_eval_parser() -> argparse.ArgumentParser:
     add("--budgets", type=int, nargs="*", default=[], help="smaller caps to measure the same samples at, in tokens")
     add("--limit", type=int, help="the first so many problems")
     add("--seed", type=int, default=0)
-    add("--batch-size", "--batch_size", type=int, default=32, help="answers at once")
+    add(
+        "--chat-template-kwargs",
+        "--chat_template_kwargs",
+        type=_json_object,
+        help="flags of the chat template, as JSON: '{\"enable_thinking\": false}'",
+    )
+    add(
+        "--engine", choices=["transformers", "vllm"], default="transformers", help="vllm is faster, on a GPU above all"
+    )
+    add(
+        "--batch-size",
+        "--batch_size",
+        type=int,
+        help="answers at once; 32 with transformers, vLLM's own choice with vllm",
+    )
     add("--exact", action="store_true", help="grade by the authors' rules to the letter")
     add("--baseline", type=Path, help="results of another run of the same problems, to compare with")
     add("--output", type=Path, required=True, help="directory for samples.jsonl and results.json")
     return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} has to be a JSON object, such as {{"enable_thinking": false}}')
+    return value
 
 
 class _EvalHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -1,23 +1,25 @@
 """One evaluation: problems -> prompts -> samples on disk -> grades -> results. `trl-crisp eval` runs it."""
 
 import importlib.metadata
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_crisp.evaluation.grading import Grader, find_answer
-from trl_crisp.evaluation.metrics import epistemic_words, repeats_itself
 from trl_crisp.evaluation.problems import Benchmark, Problem, load_benchmark
 from trl_crisp.evaluation.results import Sample, SampleFile, summaries, write_results
+from trl_crisp.evaluation.scoring import score_samples
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from trl_crisp.evaluation.engines import Engine
+    from trl_crisp.evaluation.sampling import Completion
 
 # Ours: more than any benchmark has problems, so that a larger --limit leaves the random numbers of the others as they are
 _PLACES = 1_000_000
+Tell = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class EvaluationSettings:
         budgets: Smaller caps, in tokens, that the same samples are measured at too.
         limit: The first so many problems.
         seed: Of the sampling.
-        batch_size: Answers at once (ours).
+        batch_size: Answers at once; the engine's own choice if `None`.
+        engine: One of [`~trl_crisp.evaluation.engines.ENGINES`].
         exact: Grade by the authors' rules to the letter.
         chat_template_kwargs: Flags of the chat template, such as `enable_thinking`.
     """
@@ -53,13 +56,14 @@ class EvaluationSettings:
     budgets: tuple[int, ...] = ()
     limit: int | None = None
     seed: int = 0
-    batch_size: int = 32
+    batch_size: int | None = None
+    engine: str = "transformers"
     exact: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} has to be at least 1.")
         if too_large := [budget for budget in self.budgets if not 1 <= budget <= self.max_new_tokens]:
             raise ValueError(
@@ -75,7 +79,7 @@ class EvaluationSettings:
 def evaluate(
     settings: EvaluationSettings,
     output_dir: Path,
-    on_progress: Callable[[str, int, int, str], None] | None = None,
+    on_progress: Tell | None = None,
 ) -> dict[str, Any]:
     """
     Sample, grade and summarize; go on where an earlier call with the same settings was interrupted.
@@ -92,18 +96,39 @@ def evaluate(
         ValueError: For settings, problems, or samples on disk that do not fit.
         FileNotFoundError, PermissionError, ConnectionError, ImportError: Where model, problems or engine cannot be had.
     """
+    from trl_crisp.evaluation.engines import load_engine
     from trl_crisp.instructions import resolve_instruction
 
     instruction = resolve_instruction(settings.instruction)
     benchmark = load_benchmark(settings.benchmark, settings.limit, settings.file)
-    model, tokenizer = load_model(settings)
-    prompts = [_prompt_ids(problem, instruction, tokenizer, settings) for problem in benchmark.problems]
-    protocol = describe_sampling(settings, instruction, benchmark, model)
+
+    def longest(tokenizer: "PreTrainedTokenizerBase") -> int:
+        prompts = prompt_token_ids(benchmark.problems, instruction, tokenizer, settings.chat_template_kwargs)
+        return max(map(len, prompts)) + settings.max_new_tokens
+
+    engine = load_engine(settings.engine, settings.model, longest, settings.batch_size)
+    return measure(engine, settings, instruction, benchmark, output_dir, on_progress)
+
+
+def measure(
+    engine: "Engine",
+    settings: EvaluationSettings,
+    instruction: str,
+    benchmark: Benchmark,
+    output_dir: Path,
+    on_progress: Tell | None = None,
+) -> dict[str, Any]:
+    """As [`evaluate`], with what it loads and resolves at hand."""
+    prompts = prompt_token_ids(benchmark.problems, instruction, engine.tokenizer, settings.chat_template_kwargs)
+    check_positions(engine.config, max(map(len, prompts)), settings.max_new_tokens)
+    protocol = describe_sampling(settings, instruction, benchmark, engine)
     file = SampleFile(output_dir / "samples.jsonl", protocol)
     started_s = time.monotonic()
-    tokens = _sample(settings, benchmark, prompts, model, tokenizer, file, on_progress)
+    tokens = _sample(settings, benchmark, prompts, engine, file, on_progress)
     wall_s = time.monotonic() - started_s
-    problems = grade_samples(benchmark.problems, file.samples, settings, on_progress)
+    problems = score_samples(
+        benchmark.problems, file.samples, settings.samples, settings.all_budgets, settings.exact, on_progress
+    )
     results = {
         "protocol": {
             **protocol,
@@ -120,87 +145,79 @@ def evaluate(
     return results
 
 
-def load_model(settings: EvaluationSettings) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load the model, with its adapter where the directory holds one, and its tokenizer, onto the GPU if there is one."""
-    import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def check_positions(config: "PretrainedConfig", prompt_tokens: int, max_new_tokens: int) -> None:
+    """
+    Raise `ValueError` where a prompt and its answer have more tokens than the model has positions.
 
-    from trl_crisp.models import check_model
-
-    path = Path(settings.model)
-    is_adapter = (path / "adapter_config.json").is_file()
-    if not is_adapter:
-        check_model(settings.model, "main", False)
-    # An adapter answers faster when it is merged
-    model: Any = (
-        AutoPeftModelForCausalLM.from_pretrained(settings.model, dtype="auto").merge_and_unload()
-        if is_adapter
-        else AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
-    )
-    has_tokenizer = not is_adapter or (path / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(settings.model if has_tokenizer else model.config._name_or_path)
-    if not tokenizer.chat_template:
+    A model whose rotary embedding is stretched has more than its config's `max_position_embeddings`, and is not checked.
+    """
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions is None or rope.get("rope_type", "default") != "default":
+        return
+    if prompt_tokens + max_new_tokens > positions:
         raise ValueError(
-            f"model {settings.model!r} has no chat template, so the prompts cannot be put as a user's messages. Use a model "
-            "trained on conversations, or set tokenizer.chat_template and save the tokenizer beside the model."
+            f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens needs "
+            f"{prompt_tokens + max_new_tokens} positions, and the model was made for {positions}: beyond them its answers mean "
+            f"nothing. Give --max-new-tokens {positions - prompt_tokens} or less."
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), tokenizer
 
 
 def describe_sampling(
-    settings: EvaluationSettings, instruction: str, benchmark: Benchmark, model: "PreTrainedModel"
+    settings: EvaluationSettings, instruction: str, benchmark: Benchmark, engine: "Engine"
 ) -> dict[str, Any]:
     """Return everything that a sample depends on."""
     values = asdict(settings)
     # These say how fast, of how many, and what is made of the samples afterwards
     for name in ("batch_size", "samples", "limit", "file", "exact"):
         values.pop(name)
-    packages = ("trl-crisp", "transformers", "torch", "math-verify")
+    described = engine.describe()
+    packages = ("trl-crisp", "math-verify")
     return {
         **values,
-        "engine": "transformers",
+        **described,
         "instruction": instruction,
-        "model_revision": getattr(model.config, "_commit_hash", None),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type if model.device.type != "cpu" else f"{platform.machine()} CPU",
         "benchmark_source": benchmark.source,
         "benchmark_revision": benchmark.revision,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {**{name: importlib.metadata.version(name) for name in packages}, **described["versions"]},
     }
 
 
-def _prompt_ids(
-    problem: Problem, instruction: str, tokenizer: "PreTrainedTokenizerBase", settings: EvaluationSettings
-) -> list[int]:
+def prompt_token_ids(
+    problems: Sequence[Problem],
+    instruction: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int]]:
+    """Return each problem's prompt as the model reads it, with the instruction where training puts it."""
     from trl_crisp.config import DAPO_OPENING_SENTENCE
     from trl_crisp.instructions import build_teacher_prompt
 
-    messages, _ = build_teacher_prompt(
-        [{"role": "user", "content": problem.prompt}], instruction, DAPO_OPENING_SENTENCE
-    )
-    rendered: Any = tokenizer.apply_chat_template(
-        messages,  # type: ignore[arg-type]
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **(settings.chat_template_kwargs or {}),
-    )
-    return list(rendered["input_ids"])
+    prompts = []
+    for problem in problems:
+        messages, _ = build_teacher_prompt(
+            [{"role": "user", "content": problem.prompt}], instruction, DAPO_OPENING_SENTENCE
+        )
+        rendered: Any = tokenizer.apply_chat_template(
+            messages,  # type: ignore[arg-type]
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **(chat_template_kwargs or {}),
+        )
+        prompts.append(list(rendered["input_ids"]))
+    return prompts
 
 
 def _sample(
     settings: EvaluationSettings,
     benchmark: Benchmark,
     prompts: list[list[int]],
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    engine: "Engine",
     file: SampleFile,
-    on_progress: Callable[[str, int, int, str], None] | None,
+    on_progress: Tell | None,
 ) -> int:
-    from trl_crisp.evaluation.sampling import Completion, SamplingProgress, sample
-
     total = len(prompts) * settings.samples
     # The first sample of every problem before the second of any: an interrupted run has seen all problems
     missing = [
@@ -212,32 +229,29 @@ def _sample(
     there = total - len(missing)
     tokens = 0
 
-    def keep(index: int, completion: Completion) -> None:
+    def keep(index: int, completion: "Completion") -> None:
         nonlocal tokens
         place, number = missing[index]
         tokens += len(completion.token_ids)
-        file.add(make_sample(benchmark.problems[place].id, number, prompts[place], completion, tokenizer, settings))
+        problem_id = benchmark.problems[place].id
+        file.add(make_sample(problem_id, number, prompts[place], completion, engine.tokenizer, settings.all_budgets))
 
-    def tell(now: SamplingProgress) -> None:
+    def tell(done: int, note: str) -> None:
         if on_progress is not None:
-            left = (
-                "" if now.left_at_most_s is None else f", {now.left_at_most_s:.0f} s left if the rest runs to the cap"
-            )
-            on_progress("sampling", there + now.rows_done, total, f"{now.tokens_per_s:.0f} tokens/s{left}")
+            on_progress("sampling", there + done, total, note)
 
     if missing:
-        sample(
-            model,
+        engine.generate(
             [prompts[place] for place, _ in missing],
+            [number * _PLACES + place for place, number in missing],
+            keep,
+            tell,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=settings.top_k,
             seed=settings.seed,
             batch_size=settings.batch_size,
-            places=[number * _PLACES + place for place, number in missing],
-            progress=tell,
-            on_completion=keep,
         )
     return tokens
 
@@ -246,9 +260,9 @@ def make_sample(
     problem_id: str,
     number: int,
     prompt_ids: Sequence[int],
-    completion: Any,
+    completion: "Completion",
     tokenizer: "PreTrainedTokenizerBase",
-    settings: EvaluationSettings,
+    budgets_tokens: Sequence[int],
 ) -> Sample:
     """Return a completion as it is kept."""
     from trl_crisp.thinking import count_thinking_tokens
@@ -269,78 +283,6 @@ def make_sample(
         thinking_tokens=thinking,
         ended_by_eos=completion.ended_by_eos,
         characters_at={
-            str(budget): len(str(tokenizer.decode(ids[:budget])))
-            for budget in settings.all_budgets
-            if budget < len(ids)
+            str(budget): len(str(tokenizer.decode(ids[:budget]))) for budget in budgets_tokens if budget < len(ids)
         },
     )
-
-
-def grade_samples(
-    problems: Sequence[Problem],
-    samples: dict[tuple[str, int], Sample],
-    settings: EvaluationSettings,
-    on_progress: Callable[[str, int, int, str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Return the problems as in results.json, each sample graded at each budget."""
-    jobs = list(_texts_to_grade(problems, samples, settings))
-    grades: dict[tuple[str, int, str], Any] = {}
-    with Grader(exact=settings.exact) as grader:
-        for kind in ("math", "choice"):
-            of_kind = [job for job in jobs if job[0].kind == kind]
-
-            def tell(done: int, total: int = len(of_kind)) -> None:
-                if on_progress is not None:
-                    on_progress("grading", done, total, "")
-
-            graded = grader.grade_all([(text, problem.answer) for problem, _, _, text in of_kind], kind, tell)  # type: ignore[arg-type]
-            for (problem, number, budget, _), grade in zip(of_kind, graded, strict=True):
-                grades[problem.id, number, budget] = grade
-    rows = []
-    texts = {(problem.id, number, budget): text for problem, number, budget, text in jobs}
-    for problem in problems:
-        rows.append(
-            {
-                "id": problem.id,
-                "level": problem.level,
-                "answer": problem.answer,
-                "samples": [
-                    _measures(samples[problem.id, number], grades, texts, settings)
-                    for number in range(settings.samples)
-                ],
-            }
-        )
-    return rows
-
-
-def _texts_to_grade(
-    problems: Sequence[Problem], samples: dict[tuple[str, int], Sample], settings: EvaluationSettings
-) -> Iterator[tuple[Problem, int, str, str]]:
-    for problem in problems:
-        for number in range(settings.samples):
-            sample = samples[problem.id, number]
-            for budget in map(str, settings.all_budgets):
-                yield problem, number, budget, sample.text[: sample.characters_at.get(budget, len(sample.text))]
-
-
-def _measures(
-    sample: Sample,
-    grades: dict[tuple[str, int, str], Any],
-    texts: dict[tuple[str, int, str], str],
-    settings: EvaluationSettings,
-) -> dict[str, Any]:
-    by_budget = {}
-    for budget in map(str, settings.all_budgets):
-        key = (sample.problem, sample.number, budget)
-        by_budget[budget] = {
-            **asdict(grades[key]),
-            "answer": find_answer(texts[key], settings.exact),
-            "repeats": repeats_itself(texts[key]),
-            "epistemic_words": epistemic_words(texts[key]),
-        }
-    return {
-        "tokens": sample.tokens,
-        "thinking_tokens": sample.thinking_tokens,
-        "ended_by_eos": sample.ended_by_eos,
-        "grades": by_budget,
-    }
