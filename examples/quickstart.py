@@ -94,7 +94,7 @@ def main() -> None:
 
     bf16_speedup = measure_bf16_speedup()
     flags = training_flags(args, model_dir, bf16=bf16_speedup >= BF16_LEAST_SPEEDUP)
-    script_args, training_args, model_args = parse_training_args(flags)
+    script_args, training_args, model_args, _ = parse_training_args(flags)
     assert model_args.model_name_or_path is not None
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     # Float32 whatever the training's products are in: the answers' cost is reading the weights, not multiplying, and in

@@ -83,7 +83,7 @@ def logged(checkpoint):
 def test_shipped_config_trains(path, models, rows, tmp_path, capsys):
     kind = "qwen3" if "qwen3" in path.stem else "deepseek" if "deepseek" in path.stem else "llama"
     args = parse_args(["--config", str(path), *small(models(kind), rows, tmp_path, "--save_steps", "2")])
-    script_args, training_args, model_args = args
+    script_args, training_args, model_args, _ = args
     main(*args)
 
     written = yaml.safe_load(path.read_text())
@@ -104,7 +104,7 @@ def test_the_papers_configs_are_the_papers(capsys):
     papers = [path for path in CONFIGS if path.stem not in ("qwen3-8b-lora-1gpu", "smollm2-cpu")]
     assert len(papers) == 5
     for path in papers:
-        script_args, training_args, _ = parse_args(["--config", str(path), "--use_cpu"])
+        script_args, training_args, *_ = parse_args(["--config", str(path), "--use_cpu"])
         assert script_args.dataset_name == "BytedTsinghua-SIA/DAPO-Math-17k"
         assert script_args.deduplicate_prompts
         assert (script_args.dataset_train_fraction, script_args.dataset_split_seed) == (0.8, 42)
@@ -176,7 +176,7 @@ def test_flags_win_over_the_file_and_env_is_set(tmp_path, monkeypatch):
     monkeypatch.delenv("CRISP_TEST", raising=False)
     path = tmp_path / "config.yaml"
     path.write_text("learning_rate: 1e-5\nmax_steps: 7\nuse_cpu: true\nenv:\n  CRISP_TEST: 3\n")
-    _, training_args, _ = parse_args([f"--config={path}", "--max_steps", "9"])
+    _, training_args, *_ = parse_args([f"--config={path}", "--max_steps", "9"])
     assert (training_args.learning_rate, training_args.max_steps) == (1e-5, 9)
     assert os.environ.pop("CRISP_TEST") == "3"
 
@@ -305,7 +305,7 @@ def test_resume(models, rows, tmp_path, capsys, value):
 def test_resume_in_yaml(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"resume_from_checkpoint: true\nuse_cpu: true\noutput_dir: {tmp_path}/none\n")
-    _, training_args, _ = parse_args(["--config", str(path)])
+    _, training_args, *_ = parse_args(["--config", str(path)])
     assert resolve_checkpoint(training_args.resume_from_checkpoint, tmp_path / "none") is None
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return COMMANDS[args.command](args.arguments)
-    except (ValueError, FileNotFoundError, PermissionError, ConnectionError) as error:
+    except (ValueError, FileNotFoundError, PermissionError, ConnectionError, ImportError) as error:
         print(f"trl-crisp {args.command}: error: {error}", file=sys.stderr)
         return 2
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from trl_crisp.config import CRISPConfig
     from trl_crisp.data import CRISPScriptArguments
+    from trl_crisp.evaluation.in_training import BenchmarkArguments, BenchmarkCallback
+    from trl_crisp.trainer import CRISPTrainer
 
 EXAMPLE = """\
 example:
@@ -32,14 +34,15 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def make_parser(prog: str | None = None) -> "TrlParser":
-    """Return the parser of the script's arguments: the rows, the training, the model."""
+    """Return the parser of the script's arguments: the rows, the training, the model, the measurements."""
     from trl import ModelConfig, TrlParser
 
     from trl_crisp.config import CRISPConfig
     from trl_crisp.data import CRISPScriptArguments
+    from trl_crisp.evaluation.in_training import BenchmarkArguments
 
     parser = TrlParser(
-        [CRISPScriptArguments, CRISPConfig, ModelConfig],  # type: ignore[list-item]
+        [CRISPScriptArguments, CRISPConfig, ModelConfig, BenchmarkArguments],  # type: ignore[list-item]
         prog=prog,
         usage="%(prog)s [--config FILE.yaml] [options]",
         description="Train a model to reason in fewer tokens; the teacher is the model itself, told to be concise.",
@@ -62,9 +65,11 @@ def _arrange_help(parser: argparse.ArgumentParser) -> None:
 
     from trl_crisp.config import CRISPConfig
     from trl_crisp.data import CRISPScriptArguments
+    from trl_crisp.evaluation.in_training import BenchmarkArguments
 
     own = set(CRISPConfig.__dataclass_fields__) - set(DistillationConfig.__dataclass_fields__)
     own |= set(CRISPScriptArguments.__dataclass_fields__) - set(ScriptArguments.__dataclass_fields__)
+    own |= set(BenchmarkArguments.__dataclass_fields__)
     first = {"config", "model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint"}
     positionals, options = parser._positionals, parser._optionals
     for title, names in (("where from and where to", first), ("CRISP", own)):
@@ -82,7 +87,7 @@ def _arrange_help(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(
     argv: list[str] | None = None, prog: str | None = None
-) -> tuple["CRISPScriptArguments", "CRISPConfig", "ModelConfig"]:
+) -> tuple["CRISPScriptArguments", "CRISPConfig", "ModelConfig", "BenchmarkArguments"]:
     """
     Parse the script's arguments.
 
@@ -101,8 +106,8 @@ def parse_args(
     if unknown:
         flag = next((item for item in unknown if item.startswith("-")), unknown[0])
         raise ValueError(f"unknown argument {flag!r}.{did_you_mean(flag, parser._option_string_actions)}")
-    script_args, training_args, model_args = parser.parse_args_and_config(argv)
-    return script_args, training_args, model_args
+    script_args, training_args, model_args, benchmark_args = parser.parse_args_and_config(argv)
+    return script_args, training_args, model_args, benchmark_args
 
 
 def check_config(parser: "TrlParser", argv: list[str]) -> list[str]:
@@ -152,9 +157,14 @@ def did_you_mean(name: str, known: Any) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", model_args: "ModelConfig") -> None:
+def main(
+    script_args: "CRISPScriptArguments",
+    training_args: "CRISPConfig",
+    model_args: "ModelConfig",
+    benchmark_args: "BenchmarkArguments | None" = None,
+) -> None:
     """
-    Train, save, and push where asked to.
+    Train, measure where asked to, save, and push where asked to.
 
     Raises:
         ValueError: For arguments that do not fit each other or the rows.
@@ -203,6 +213,7 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
         peft_config=get_peft_config(model_args),
         callbacks=[interrupt],
     )
+    benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
     try:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
@@ -215,6 +226,8 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
         sys.exit(EXIT_CODE)
     # By a user's call it would push too, which has its own place below
     trainer.save_model(str(output_dir), _internal_call=True)
+    if benchmark is not None:
+        trainer.accelerator.print(benchmark.describe_best(trainer.state))
     trainer.accelerator.print(next_steps(output_dir, is_adapter=model_args.use_peft))
 
     if training_args.push_to_hub:
@@ -229,13 +242,42 @@ def main(script_args: "CRISPScriptArguments", training_args: "CRISPConfig", mode
         trainer.accelerator.print(f"It is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
     accelerator = trainer.accelerator
-    # Finishes the trackers and ends the process group
-    accelerator.end_training()
-    # The wrapped model and the optimizer hold the group too: if its threads lived until the interpreter shuts down, they
-    # would now and then abort a process that has done all its work (pytorch/pytorch#190489)
+    # The wrapped model and the optimizer hold the process group too: if its threads lived until the interpreter shuts down, they
+    # would now and then abort a process that has done all its work (pytorch/pytorch#190489). DeepSpeed's need the group to go.
     accelerator.free_memory()
     del trainer
     gc.collect()
+    # Finishes the trackers and ends the process group
+    accelerator.end_training()
+
+
+def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments") -> "BenchmarkCallback":
+    """Make the trainer measure accuracy and tokens along the run; see [`BenchmarkArguments`]."""
+    from trl_crisp.evaluation.evaluating import EvaluationSettings
+    from trl_crisp.evaluation.in_training import BenchmarkCallback
+    from trl_crisp.report.console import progress
+
+    assert benchmark_args.eval_benchmark is not None
+    settings = EvaluationSettings(
+        model=trainer.model.config._name_or_path,
+        benchmark=benchmark_args.eval_benchmark,
+        file=benchmark_args.eval_benchmark_file,
+        limit=benchmark_args.eval_benchmark_limit,
+        samples=benchmark_args.eval_benchmark_samples,
+        max_new_tokens=benchmark_args.eval_benchmark_max_new_tokens,
+        batch_size=benchmark_args.eval_benchmark_batch_size,
+        seed=trainer.args.seed,
+        chat_template_kwargs=trainer.args.chat_template_kwargs,
+    )
+    callback = BenchmarkCallback(
+        trainer,
+        settings,
+        benchmark_args.eval_benchmark_steps,
+        benchmark_args.eval_benchmark_max_accuracy_drop,
+        progress,
+    )
+    trainer.add_callback(callback)
+    return callback
 
 
 def describe_failed_push(error: Exception, repository: str | None, output_dir: Path) -> str:
@@ -271,7 +313,7 @@ def run(argv: list[str] | None = None) -> None:
         main(*parse_args(argv))
     except (ValueError, OSError, ImportError) as error:
         frames = list(traceback.walk_tb(error.__traceback__))
-        if Path(frames[-1][0].f_code.co_filename).parent != Path(__file__).parent:
+        if Path(__file__).parent not in Path(frames[-1][0].f_code.co_filename).parents:
             raise
         print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_crisp.evaluation.grading import require_math_verify
 from trl_crisp.evaluation.problems import Benchmark, Problem, load_benchmark
 from trl_crisp.evaluation.results import Sample, SampleFile, summaries, write_results
 from trl_crisp.evaluation.scoring import score_samples
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Ours: more than any benchmark has problems, so that a larger --limit leaves the random numbers of the others as they are
 _PLACES = 1_000_000
+# Called with a stage, how many are done of how many, and a note
 Tell = Callable[[str, int, int, str], None]
 
 
@@ -75,6 +77,12 @@ class EvaluationSettings:
         """The budgets in tokens, the cap the last of them."""
         return sorted({*self.budgets, self.max_new_tokens})
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What [`~trl_crisp.evaluation.engines.Engine.generate`] takes."""
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "batch_size")
+        return {name: getattr(self, name) for name in names}
+
 
 def evaluate(
     settings: EvaluationSettings,
@@ -94,11 +102,13 @@ def evaluate(
 
     Raises:
         ValueError: For settings, problems, or samples on disk that do not fit.
-        FileNotFoundError, PermissionError, ConnectionError, ImportError: Where model, problems or engine cannot be had.
+        FileNotFoundError, PermissionError, ConnectionError: Where the model or the problems cannot be had.
+        ImportError: Where math-verify or the engine is not installed.
     """
     from trl_crisp.evaluation.engines import load_engine
     from trl_crisp.instructions import resolve_instruction
 
+    require_math_verify()
     instruction = resolve_instruction(settings.instruction)
     benchmark = load_benchmark(settings.benchmark, settings.limit, settings.file)
 
@@ -219,12 +229,10 @@ def _sample(
     on_progress: Tell | None,
 ) -> int:
     total = len(prompts) * settings.samples
-    # The first sample of every problem before the second of any: an interrupted run has seen all problems
     missing = [
         (place, number)
-        for number in range(settings.samples)
-        for place, problem in enumerate(benchmark.problems)
-        if (problem.id, number) not in file.samples
+        for place, number in in_sampling_order(len(prompts), settings.samples)
+        if (benchmark.problems[place].id, number) not in file.samples
     ]
     there = total - len(missing)
     tokens = 0
@@ -243,17 +251,22 @@ def _sample(
     if missing:
         engine.generate(
             [prompts[place] for place, _ in missing],
-            [number * _PLACES + place for place, number in missing],
+            [random_place(place, number) for place, number in missing],
             keep,
             tell,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
+            **settings.sampling,
         )
     return tokens
+
+
+def in_sampling_order(problems: int, samples: int) -> list[tuple[int, int]]:
+    """Return (place, number) of all samples: the first of every problem before the second of any, as a run may be interrupted."""
+    return [(place, number) for number in range(samples) for place in range(problems)]
+
+
+def random_place(place: int, number: int) -> int:
+    """Return what a sample's random numbers go by, together with the seed: a problem's place, and which of its samples it is."""
+    return number * _PLACES + place
 
 
 def make_sample(

@@ -16,6 +16,7 @@ math-verify runs in processes of its own, which are killed when an answer takes 
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -42,6 +43,12 @@ _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 _STRIPPED = ".,;:?\"' \t"
 _EMPHASIS = "*_`"
 _CHOICE = re.compile(r"^[^A-Za-z0-9]*(?:\\(?:text|mathrm|textbf|mathbf)\{)?[^A-Za-z0-9]*([A-Za-z])(?![A-Za-z])")
+
+
+def require_math_verify() -> None:
+    """Raise `ImportError` where math-verify is not installed, before anything is sampled that could not be graded."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError('Grading needs math-verify, which is not installed: pip install "trl-crisp[eval]".')
 
 
 @dataclass(frozen=True)
