@@ -98,6 +98,55 @@ def test_prompt_column_is_renamed_and_others_stay(tmp_path):
     assert train[0] == {"prompt": message("1+1?"), "teacher_prompt": message("Briefly: 1+1?")}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_columns_of_the_authors_prompt_set(tmp_path, streaming):
+    """Messages as JSON strings, the student's as `sft_prompt` and the teacher's as `sd_prompt` (their prepare_length_prune_data.py)."""
+    rows = [
+        {
+            "question": question,
+            "sd_prompt": json.dumps(message(f"Solve concisely. {question}")),
+            "sft_prompt": json.dumps(message(f"Solve. {question}")),
+            "teacher_solution": "",
+            "ground_truth": "2",
+        }
+        for question in ("1+1?", "[0, 2] has how many?")
+    ]
+    path = write_rows(tmp_path / "self_distill_prompts.parquet", rows)
+    args = arguments(
+        path,
+        prompt_column="sft_prompt",
+        teacher_prompt_column="sd_prompt",
+        dataset_streaming=streaming,
+        deduplicate_prompts=not streaming,
+    )
+    train, _ = load_prompts(args)
+    assert [row["prompt"] for row in train] == [message("Solve. 1+1?"), message("Solve. [0, 2] has how many?")]
+    assert [row["teacher_prompt"] for row in train] == [
+        message("Solve concisely. 1+1?"),
+        message("Solve concisely. [0, 2] has how many?"),
+    ]
+
+
+def test_a_string_that_only_looks_like_json_stays_a_string(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "[1, 2] has how many?"}, {"prompt": '["a"]'}])
+    train, _ = load_prompts(arguments(path))
+    assert [row["prompt"] for row in train] == ["[1, 2] has how many?", '["a"]']
+
+
+def test_a_row_that_breaks_the_form_is_named(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": json.dumps(message("1?"))}, {"prompt": "2?"}])
+    with pytest.raises(
+        Exception, match=r"column 'prompt' has messages as JSON in its first row, and in another '2\?'"
+    ):
+        load_prompts(arguments(path))
+
+
+def test_a_teacher_prompt_column_that_there_is_not(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1?"}])
+    with pytest.raises(ValueError, match=r"teacher_prompt_column='v1': .*no such column; it has prompt"):
+        load_prompts(arguments(path, teacher_prompt_column="v1"))
+
+
 def test_plain_strings_say_that_no_chat_template_applies(tmp_path, caplog):
     path = write_rows(tmp_path / "rows.jsonl", [{"problem": "1+1?"}])
     train, _ = load_prompts(arguments(path, prompt_column="problem"))

@@ -8,7 +8,7 @@ private members of `DistillationTrainer`: `_compute_loss`, `_generate_and_score_
 """
 
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.utils import pad
 
-__all__ = ["ChunkedDivergenceFunction", "pad", "prepare_deepspeed", "prepare_fsdp"]
+__all__ = ["ChunkedDivergenceFunction", "pad", "prepare_deepspeed", "prepare_fsdp", "unwrap_model_for_generation"]

@@ -48,7 +48,11 @@ class CRISPScriptArguments(ScriptArguments):
     Parameters that CRISP adds:
         prompt_column (`str`, defaults to `"prompt"`, TRL's name):
             The column with the prompts: strings, which the model reads as they are, or lists of messages, which go
-            through its chat template.
+            through its chat template. Strings that hold such a list as JSON are read as messages.
+        teacher_prompt_column (`str`, *optional*):
+            The column with the teacher's prompts, of the same type, which take the place of the instruction. The authors' prompt
+            set has the student's as `sft_prompt` and the teacher's as `sd_prompt` (code: prepare_length_prune_data.py).
+            A column named `teacher_prompt` is one without it.
         prompt_template (`str`, *optional*):
             Text with `{column}` placeholders that is filled in from each row and becomes a user message; braces that
             are meant literally are doubled. Takes the place of `prompt_column`.
@@ -74,6 +78,10 @@ class CRISPScriptArguments(ScriptArguments):
             "help": "The column that holds the prompts: lists of messages, or strings, which the model reads without its chat "
             "template (prompt_template makes messages of them)."
         },
+    )
+    teacher_prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "The column that holds the teacher's prompts, which take the place of the instruction."},
     )
     prompt_template: str | None = field(
         default=None,
@@ -181,6 +189,14 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
     if first is None:
         raise ValueError(f"dataset_name={args.dataset_name!r} has no rows. Check the file, or the split.")
     columns = list(first)
+    column = args.teacher_prompt_column
+    if column is not None:
+        if column not in columns:
+            raise ValueError(
+                f"teacher_prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}."
+            )
+        dataset = _rename(dataset, columns, column, "teacher_prompt")
+        dataset = _read_json_messages(dataset, first[column], "teacher_prompt", column)
     if args.prompt_template is not None:
         _check_template(args.prompt_template, columns)
         return dataset.map(_fill_template, fn_kwargs={"template": args.prompt_template})
@@ -190,10 +206,9 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
             f"prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}. Name "
             "the one with the prompts as prompt_column, or write a prompt_template."
         )
-    if column != "prompt":
-        if "prompt" in columns:
-            dataset = dataset.remove_columns("prompt")
-        dataset = dataset.rename_column(column, "prompt")
+    dataset = _rename(dataset, columns, column, "prompt")
+    if _json_messages(first[column]) is not None:
+        return _read_json_messages(dataset, first[column], "prompt", column)
     _check_prompt(first[column], column)
     if not args.dataset_streaming and (nulls := dataset.data.column("prompt").null_count):
         raise ValueError(f"prompt_column={column!r}: {nulls} of {len(dataset)} rows have none. Remove those rows.")
@@ -396,6 +411,40 @@ def _pick_split(splits: dict[str, "DatasetLike"], wanted: str, field_name: str, 
     if wanted not in splits:
         raise ValueError(f"{field_name}={wanted!r}: {name!r} has no such split; it has {', '.join(splits)}.")
     return splits[wanted]
+
+
+def _rename(dataset: "DatasetLike", columns: list[str], column: str, name: str) -> "DatasetLike":
+    if column == name:
+        return dataset
+    return (dataset.remove_columns(name) if name in columns else dataset).rename_column(column, name)
+
+
+def _json_messages(value: Any) -> list[dict[str, Any]] | None:
+    """Return the messages that a string holds as JSON, or `None` where it is a prompt of its own."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        messages = json.loads(value)
+    except json.JSONDecodeError:
+        return None
+    fit = messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    return messages if fit else None
+
+
+def _read_json_messages(dataset: "DatasetLike", first: Any, name: str, column: str) -> "DatasetLike":
+    if _json_messages(first) is None:
+        return dataset
+
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        messages = _json_messages(row[name])
+        if messages is None:
+            raise ValueError(
+                f"column {column!r} has messages as JSON in its first row, and in another {str(row[name])[:80]!r}. Mend or "
+                "remove such rows."
+            )
+        return {name: messages}
+
+    return dataset.map(read)
 
 
 def _check_template(template: str, columns: list[str]) -> None:

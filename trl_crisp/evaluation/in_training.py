@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trl_crisp._upstream import unwrap_model_for_generation
 from trl_crisp.evaluation.engines import TransformersEngine
 from trl_crisp.evaluation.evaluating import (
     EvaluationSettings,
@@ -169,8 +170,6 @@ class BenchmarkCallback(TrainerCallback):
         )
 
     def _measure(self, args: TrainingArguments, state: TrainerState) -> tuple[float, float]:
-        from trl.models import unwrap_model_for_generation
-
         trainer, start_s = self.trainer, time.monotonic()
         directory = Path(args.output_dir or ".", "evaluation", self.name, f"step-{state.global_step}")
         # Of a run before this one, or of one that was killed: other weights may have written it
