@@ -1,9 +1,12 @@
 r"""Grading: the paper's rules on the forms that answers take, and expressions that would hang a grader."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 
+from benchmarks import grading as speed
 from trl_crisp.evaluation.grading import Grade, Grader, count_statuses, find_answer, find_box, grade
 
 # Response, gold answer, then whether the answer line, the literal box, and the response as a whole are right
@@ -244,3 +247,28 @@ def test_bad_input_is_named():
             grader.grade_all([("Answer: B", "42")], kind="choice")
     with pytest.raises(ValueError, match="timeout_s=0"):
         Grader(timeout_s=0)
+
+
+def test_the_measurement_of_speed(tmp_path, monkeypatch):
+    """Its JSON is committed; here the same code on three problems, and on one bomb."""
+    (tmp_path / "math500.jsonl").write_text(
+        json.dumps({"solution": r"So \boxed{\frac12}.", "answer": r"\frac{1}{2}"}) + "\n"
+    )
+    rows = [{"answer": "5 + 1 = 6\n#### 6"}, {"answer": "Much.\n#### 1,200"}]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    solutions = speed.read_solutions(tmp_path / "math500.jsonl", tmp_path / "gsm8k.jsonl")
+    assert [answer for _, answer in solutions] == [r"\frac{1}{2}", "6", "1200"]
+    monkeypatch.setattr(speed, "BOMBS", {"a tower of powers": speed.BOMBS["a tower of powers"]})
+    result = speed.measure(solutions, 12, 2)
+    assert result["right"] == 12
+    assert result["bombs"]["a tower of powers"]["status"] == "timeout"
+    assert result["bombs"]["a tower of powers"]["others_right"] == 10
+
+
+def test_the_committed_measurement_of_speed():
+    result = json.loads(Path("benchmarks/results/grading.json").read_text(encoding="utf-8"))
+    assert result["protocol"]["responses"] == result["right"] == 5000
+    assert result["seconds"] < 60
+    assert set(result["bombs"]) == set(speed.BOMBS)
+    # The answer line and the whole response, each with its own time-out, and what starting a process again takes
+    assert all(bomb["seconds"] < 3 * result["protocol"]["timeout_s"] for bomb in result["bombs"].values())

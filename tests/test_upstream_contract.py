@@ -70,6 +70,10 @@ UPSTREAM = {
     "pad": ("tensors padding_value padding_side pad_to_multiple_of", "trainer.py pads the teacher's prompts"),
     "prepare_deepspeed": ("model accelerator", "teacher.py"),
     "prepare_fsdp": ("model accelerator", "teacher.py"),
+    "unwrap_model_for_generation": (
+        "model accelerator gather_deepspeed3_params generation_kwargs gradient_checkpointing_kwargs",
+        "evaluation/in_training.py passes the first two by position",
+    ),
 }
 
 

@@ -4,14 +4,22 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["INSTRUCTIONS", "CRISPConfig", "CRISPTrainer", "__version__"]
+__all__ = ["INSTRUCTIONS", "BenchmarkCallback", "CRISPConfig", "CRISPTrainer", "EvaluationSettings", "__version__"]
 
 if TYPE_CHECKING:
     from trl_crisp.config import CRISPConfig
+    from trl_crisp.evaluation.evaluating import EvaluationSettings
+    from trl_crisp.evaluation.in_training import BenchmarkCallback
     from trl_crisp.instructions import INSTRUCTIONS
     from trl_crisp.trainer import CRISPTrainer
 
-_HOMES = {"CRISPConfig": "config", "CRISPTrainer": "trainer", "INSTRUCTIONS": "instructions"}
+_HOMES = {
+    "BenchmarkCallback": "evaluation.in_training",
+    "CRISPConfig": "config",
+    "CRISPTrainer": "trainer",
+    "EvaluationSettings": "evaluation.evaluating",
+    "INSTRUCTIONS": "instructions",
+}
 
 
 def __getattr__(name: str) -> Any:
