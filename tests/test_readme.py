@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from benchmarks import smollm2
 from tests.tiny_models import save_tiny
 from trl_crisp import CRISPConfig
+from trl_crisp.evaluation.results import load_results
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -143,3 +145,17 @@ def test_ratios_to_sdft_are_those_of_the_committed_run():
     ratio = row["ratio_crisp_to_sdft"]
     for key in ("step_seconds", "loss_and_backward_seconds", "peak_rss_mib", "peak_over_before_mib"):
         assert f"{ratio[key]:.2f}" in README.split("### How it was checked")[1], key
+
+
+def test_smollm2s_table_is_that_of_the_committed_results():
+    """Accuracy and tokens on MATH-500 and GSM8K, under the same protocol for the three models."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    table = text.split("<!-- smollm2 -->\n")[1].split("\n<!-- /smollm2 -->")[0]
+    assert table.splitlines() == smollm2.table_lines(ROOT / "benchmarks" / "results" / "smollm2")
+    for benchmark in smollm2.BENCHMARKS:
+        protocols = [
+            load_results(ROOT / "benchmarks" / "results" / "smollm2" / f"{benchmark}-{model}.json")["protocol"]
+            for model in smollm2.MODELS
+        ]
+        differing = {key for key in protocols[0] if any(p[key] != protocols[0][key] for p in protocols)}
+        assert differing == {"model", "instruction"}
