@@ -61,6 +61,8 @@ def test_results_hold_the_protocol_and_every_sample(files, tmp_path):
         assert protocol[name] == value
     assert protocol["benchmark_revision"].startswith("sha256:")
     assert set(protocol["versions"]) == {"trl-crisp", "transformers", "torch", "math-verify"}
+    assert len(protocol["weights_sha256"]) == 64
+    assert protocol["eos_token_ids"]
     assert len(results["problems"]) == 6
     assert set(results["summary"]) == {"8", "24"}
     assert set(results["summary"]["8"]) == {"all", "level even", "level odd"}
@@ -114,6 +116,35 @@ def test_samples_of_another_run_are_refused(files, tmp_path):
         evaluate(settings(files, limit=1, seed=1), tmp_path)
 
 
+def test_samples_of_other_weights_or_prompts_are_refused(files, tmp_path):
+    """What is at the path has changed: a model that was trained further, a template that was mended."""
+    save_tiny(tmp_path / "model", "qwen3")
+    evaluate(settings(files, model=str(tmp_path / "model"), limit=1), tmp_path / "out")
+    save_tiny(tmp_path / "model", "qwen3", seed=1)
+    with pytest.raises(ValueError, match="samples of another run:\n  weights_sha256: "):
+        evaluate(settings(files, model=str(tmp_path / "model"), limit=1), tmp_path / "out")
+    save_tiny(tmp_path / "model", "qwen3")
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.chat_template = "Mended. " + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="an answer to problem '0' with another prompt"):
+        evaluate(settings(files, model=str(tmp_path / "model"), limit=1), tmp_path / "out")
+
+
+def test_budgets_can_be_added_to_samples_that_are_there(files, tmp_path):
+    evaluate(settings(files, budgets=()), tmp_path)
+    before = (tmp_path / "samples.jsonl").stat().st_mtime_ns
+    added = evaluate(settings(files, budgets=(5, 8)), tmp_path)
+    assert (tmp_path / "samples.jsonl").stat().st_mtime_ns == before
+    assert set(added["summary"]) == {"5", "8", "24"}
+    assert added["problems"] == evaluate(settings(files, budgets=(5, 8)), tmp_path / "anew")["problems"]
+
+
+def test_an_answer_beyond_the_models_positions_is_refused(files, tmp_path):
+    with pytest.raises(ValueError, match=r"max_new_tokens=4090 after a prompt of \d+ tokens.*made for 4096.*or less"):
+        evaluate(settings(files, max_new_tokens=4090), tmp_path)
+
+
 def test_instruction_and_template_flags_change_the_prompt(files, tmp_path):
     plain = evaluate(settings(files, limit=1), tmp_path / "plain")
     concise = evaluate(settings(files, limit=1, instruction="v1"), tmp_path / "concise")
@@ -146,6 +177,16 @@ def test_the_command(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Against the baseline" in printed
     assert "+0.0 [+0.0, +0.0]" in printed
+    # Where there is no terminal, nothing is cut for want of room
+    assert "…" not in printed
+    comparison = load_results(tmp_path / "same")["comparison"]
+    assert set(comparison) == {"8", "24"}
+    assert comparison["24"]["reduction"]["estimate"] == 0.0
+    # Before anything is sampled
+    assert main(flags(files, tmp_path / "hot", "--temperature", "1", "--baseline", str(tmp_path / "base"))) == 2
+    assert "temperature: 0.0 there, 1.0 here" in capsys.readouterr().err
+    assert not (tmp_path / "hot").exists()
+    assert main(flags(files, tmp_path / "none", "--instruction", "none", "--limit", "1")) == 0
     assert main(["eval", "--model", "m", "--benchmark", "math5000", "--output", str(tmp_path / "x")]) == 2
     assert "'math5000' is unknown" in capsys.readouterr().err
     assert main(flags(files, tmp_path / "x", "--baseline", str(tmp_path / "nowhere"))) == 2
@@ -160,7 +201,7 @@ def problem(name: str, *samples: tuple[int, bool], level: str | None = None) -> 
     rows = []
     for tokens, correct in samples:
         grade = {"answer_correct": correct, "boxed_correct": False, "correct": correct, "status": "ok"}
-        grade |= {"repeats": False, "epistemic_words": 2}
+        grade |= {"compresses": False, "repeats": False, "epistemic_words": 2}
         cut = {**grade, "correct": correct and tokens <= 50, "status": "ok" if tokens <= 50 else "unparseable"}
         rows.append(
             {
@@ -170,35 +211,75 @@ def problem(name: str, *samples: tuple[int, bool], level: str | None = None) -> 
                 "grades": {"50": cut, "100": grade},
             }
         )
-    return {"id": name, "level": level, "samples": rows}
+    return {"id": name, "level": level, "answer": "1", "samples": rows}
+
+
+PROTOCOL = {"benchmark_revision": "r", "temperature": 0.6, "max_new_tokens": 100, "grader": "g"}
 
 
 def test_summary_by_hand():
     problems = [problem("a", (40, True), (60, True)), problem("b", (100, False), (20, True))]
     at_100, at_50 = summarize(problems, 100, 2), summarize(problems, 50, 2)
-    assert (at_100["accuracy"], at_100["pass_at_k"], at_100["mean_tokens"]) == (0.75, 1.0, 55.0)
+    assert (at_100["accuracy"], at_100["pass_at"], at_100["mean_tokens"]) == (0.75, {"1": 0.75, "2": 1.0}, 55.0)
     assert (at_100["truncated"], at_100["median_tokens"]) == (0.25, 50.0)
     assert at_100["epistemic_words_per_1000_tokens"] == pytest.approx(8 / 220 * 1000)
     # Longer answers count at the budget, and by what they say up to there
     assert (at_50["accuracy"], at_50["mean_tokens"], at_50["truncated"]) == (0.5, 40.0, 0.5)
     assert at_50["unparseable"] == 0.5
+    five = [problem("a", *[(40, i < 2) for i in range(5)])]
+    assert {k: round(value, 6) for k, value in summarize(five, 100, 5)["pass_at"].items()} == {
+        "1": 0.4,
+        "2": 0.7,
+        "4": 1.0,
+        "5": 1.0,
+    }
     assert at_100["mean_thinking_tokens"] + at_100["mean_answer_tokens"] == at_100["mean_tokens"]
 
 
 def test_comparison_by_hand():
-    base = {"problems": [problem(str(i), (80, i % 2 == 0), (80, True)) for i in range(8)]}
-    other = {"problems": [problem(str(i), (40, i % 2 == 0), (20, i < 4)) for i in range(8)]}
+    base = {"protocol": PROTOCOL, "problems": [problem(str(i), (80, i % 2 == 0), (60, True)) for i in range(8)]}
+    other = {"protocol": PROTOCOL, "problems": [problem(str(i), (40, i % 2 == 0), (20, i < 4)) for i in range(8)]}
     found = compare(base, other, 100)
-    assert found["reduction"]["estimate"] == pytest.approx(1 - 30 / 80)
+    assert found["reduction"]["estimate"] == pytest.approx(1 - 30 / 70)
     assert found["accuracy_change"]["estimate"] == pytest.approx(np.mean([0] * 4 + [-0.5] * 4))
-    # The base is right in half of the samples of the odd problems, and in all of the even ones
+    # Chosen by one sample and measured against the other: the first of an odd problem is wrong and the second right, so it is
+    # in the lowest group, against the second, and in the highest, against the first; an even one is in the highest with both
     groups = found["by_pass_rate"]
-    assert [group["problems"] for group in groups.values()] == [0, 0, 4, 4]
-    assert groups["0% to 25%"]["reduction"] is None
+    assert [group["problems"] for group in groups.values()] == [4, 0, 0, 8]
+    assert groups["25% to 50%"]["reduction"] is None
+    assert groups["0% to 25%"]["reduction"]["estimate"] == pytest.approx(1 - 30 / 60)
+    assert groups["0% to 25%"]["accuracy_change"]["estimate"] == pytest.approx(np.mean([0.5, 0.5, 0, 0]) - 1)
+    assert groups["75% to 100%"]["reduction"]["estimate"] == pytest.approx(1 - 30 / np.mean([70, 80]))
     with pytest.raises(ValueError, match=r"1 problems are in one of the results only, such as '7'"):
-        compare(base, {"problems": other["problems"][:7]}, 100)
+        compare(base, {**other, "problems": other["problems"][:7]}, 100)
     with pytest.raises(ValueError, match="not graded at a budget of 99 tokens; the budgets there are 50, 100"):
         compare(base, other, 99)
+    one = {"protocol": PROTOCOL, "problems": [problem(str(i), (80, True)) for i in range(8)]}
+    assert compare(one, one, 100)["by_pass_rate"] == {}
+
+
+def test_groups_by_pass_rate_show_no_change_where_there_is_none():
+    """The same model against itself: groups that are chosen by the samples they are measured with show ten points."""
+    rng = np.random.default_rng(0)
+    rates = rng.beta(0.5, 0.5, size=300)
+
+    def draw():
+        rows = [problem(str(i), *[(80, bool(rng.random() < rate)) for _ in range(8)]) for i, rate in enumerate(rates)]
+        return {"protocol": PROTOCOL, "problems": rows}
+
+    groups = compare(draw(), draw(), 100)["by_pass_rate"]
+    changes = [group["accuracy_change"] for group in groups.values()]
+    assert all(change["low"] <= 0 <= change["high"] for change in changes), changes
+
+
+def test_only_results_of_the_same_measurement_are_compared():
+    base = {"protocol": PROTOCOL, "problems": [problem(str(i), (80, True)) for i in range(2)]}
+    other = {**base, "protocol": {**PROTOCOL, "temperature": 1.0, "model": "another"}}
+    with pytest.raises(ValueError, match=r"(?s)measured in another way.*temperature: 0.6 there, 1.0 here"):
+        compare(base, other, 100)
+    other = {**base, "problems": [{**row, "answer": "2"} for row in base["problems"]]}
+    with pytest.raises(ValueError, match="problem '0' has the answer '1' in the baseline and '2' here"):
+        compare(base, other, 100)
 
 
 def test_schema(tmp_path):
@@ -220,7 +301,7 @@ def test_schema(tmp_path):
 
 def test_sample_file_keeps_any_text(tmp_path):
     file = SampleFile(tmp_path / "samples.jsonl", {"seed": 0})
-    sample = Sample("a/1", 0, 'ünï "q" \u2028 \n\\boxed{1}', 7, 0, True, {"4": 3})
+    sample = Sample("a/1", 0, 'ünï "q" \u2028 \n\\boxed{1}', [7, 1], 0, True, "ab")
     file.add(sample)
     assert SampleFile(tmp_path / "samples.jsonl", {"seed": 0}).samples == {("a/1", 0): sample}
 

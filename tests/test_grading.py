@@ -219,6 +219,32 @@ def test_bombs_neither_hang_nor_kill_nor_count_as_graded_right():
     assert elapsed_s < len(BOMBS) * 3 * (timeout_s + 10)
 
 
+def test_many_boxes_that_never_close_take_no_time():
+    started_s = time.monotonic()
+    assert find_box("\\boxed{1}" + "\\boxed{" * 20_000) == "1"
+    assert find_box("\\boxed{a{b}c} } \\boxed{\\boxed{2}") == "2"
+    assert time.monotonic() - started_s < 1
+
+
+def test_a_process_that_died_idle_is_replaced():
+    with Grader(workers=1) as grader:
+        assert grader.grade_all([("Answer: 42", "42")])[0].correct
+        grader._workers[0].process.kill()
+        grader._workers[0].process.wait()
+        lost, other = grader.grade_all([("Answer: 42", "42"), ("Answer: 7", "7")])
+        assert lost.status in ("ok", "error")
+        assert other.correct
+
+
+def test_a_bomb_beside_right_answers_makes_none_of_them_time_out(monkeypatch):
+    """A process takes longer to start than an answer may take: who waits for nobody is not late."""
+    pairs = [("Answer: 9^(9^(9^9))", "42")] + [(f"Answer: {i}", str(i)) for i in range(150)]
+    with Grader(workers=3, timeout_s=0.5) as grader:
+        grader.grade_all(pairs[1:7])
+        grades = grader.grade_all(pairs)
+    assert all(found.correct for found in grades[1:])
+
+
 def test_a_bomb_costs_its_time_out_only():
     with Grader(workers=1, timeout_s=1.0) as grader:
         grader.grade_all([("Answer: 42", "42")])

@@ -106,6 +106,9 @@ def test_the_log_has_the_numbers_of_the_command_on_the_checkpoint(measured, file
         by_command = evaluate(settings(files, model), tmp_path / str(step))
         along = load_results(output_dir / "evaluation" / "own" / f"step-{step}")
         assert along["problems"] == by_command["problems"], step
+        assert along["protocol"]["step"] == step
+        assert along["protocol"]["model"].endswith(f"at step {step}")
+        assert along["tokens_per_s"] > 0
         summary = by_command["summary"]["24"]["all"]
         base_tokens = points[0]["eval_own_mean_tokens"]
         assert points[step] == {
@@ -159,7 +162,7 @@ def test_a_killed_run_goes_on_with_the_base_that_it_measured(measured, files, tm
 
 
 def test_the_best_is_the_shortest_of_those_that_keep_the_accuracy(files, tmp_path):
-    # Step 2 is the shortest, and too wrong; step 4 is shorter than step 1 and within two points
+    # Step 2 is the shortest, and too wrong; step 4 is shorter than step 1 and exactly two points off
     given = {0: (0.90, 100.0), 1: (0.95, 80.0), 2: (0.87, 40.0), 3: (0.90, 85.0), 4: (0.88, 60.0), 5: (0.90, 70.0)}
     trainer, callback = scripted(files, tmp_path, given, save_total_limit=1)
     assert trainer.state.best_global_step == 4
@@ -239,6 +242,37 @@ def test_without_math_verify_it_is_said_before_training(files, tmp_path, monkeyp
 
 def test_nothing_is_measured_by_default():
     assert BenchmarkArguments().eval_benchmark is None
+
+
+def test_a_run_that_goes_on_keeps_its_measurement(measured, files, tmp_path):
+    trainer = trainer_of(files, tmp_path, max_steps=2)
+    trainer.train()
+    later = trainer_of(files, tmp_path)
+    callback = BenchmarkCallback(later, settings(files), every_steps=2)
+    later.add_callback(callback)
+    with pytest.raises(ValueError, match=r"goes on after step 2, and its base was not measured on own"):
+        later.train(resume_from_checkpoint=True)
+    assert callback.describe_best(later.state) == "Nothing was measured on own."
+
+    other = trainer_of(files, Path(measured.args.output_dir), max_steps=5)
+    changed = EvaluationSettings(**{**settings(files).__dict__, "samples": 1})
+    other.add_callback(BenchmarkCallback(other, changed, every_steps=2))
+    with pytest.raises(ValueError, match=r"(?s)measured its base in another way.*samples: 2 before, 1 now"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "overrides", "message"),
+    [
+        ({"metric_for_best_model": "loss"}, {}, "a rule of its own"),
+        ({}, {"engine": "vllm"}, "engine='vllm' has no effect"),
+        ({}, {"instruction": "v1"}, "instruction='v1' has no effect"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(files, tmp_path, fields, overrides, message):
+    trainer = trainer_of(files, tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
+        BenchmarkCallback(trainer, EvaluationSettings(**{**settings(files).__dict__, **overrides}))
 
 
 @pytest.mark.parametrize("setting", ["ddp", "zero3"])

@@ -109,5 +109,35 @@ def test_errors(tmp_path):
 
 def test_offline_names_both_ways(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"(?s)HuggingFaceH4/MATH-500.*HF_HUB_OFFLINE is set.*give a local file"):
+    with pytest.raises(
+        ConnectionError, match=r"(?s)HuggingFaceH4/MATH-500.*HF_HUB_OFFLINE is set.*goes in with --file"
+    ):
         load_benchmark("math500")
+
+
+def test_offline_the_rows_come_from_the_cache(monkeypatch):
+    commit = "0123456789" * 4
+    rows = Dataset.from_list([ROWS["math500"]])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows)
+    assert load_benchmark("math500").revision.startswith("cached, sha256 of the rows:")
+    rows.info.download_checksums = {f"hf://datasets/HuggingFaceH4/MATH-500@{commit}/test.jsonl": {}}
+    assert load_benchmark("math500").revision == commit
+
+
+def test_ids_tell_rows_apart(tmp_path):
+    rows = [{"question": "1?", "answer": "1", "id": None}, {"question": "2?", "answer": 2, "id": "b"}]
+    benchmark = load_benchmark(
+        str(write(tmp_path / "rows.jsonl", *rows, {"question": "3?", "answer": "3", "id": None}))
+    )
+    assert [problem.id for problem in benchmark.problems] == ["0", "b", "2"]
+    twice = write(tmp_path / "twice.jsonl", *[{"question": "1?", "answer": "1", "id": "x"}] * 2)
+    with pytest.raises(ValueError, match="rows 0 and 1 have the same id 'x'"):
+        load_benchmark(str(twice))
+
+
+@pytest.mark.parametrize("answer", [None, "", "  "])
+def test_a_row_without_an_answer_is_named(tmp_path, answer):
+    path = write(tmp_path / "rows.jsonl", {"question": "1?", "answer": "1"}, {"question": "2?", "answer": answer})
+    with pytest.raises(ValueError, match="row 1: it has no answer to grade by"):
+        load_benchmark(str(path))

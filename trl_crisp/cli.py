@@ -135,16 +135,17 @@ def evaluate(argv: list[str]) -> int:
 
     from trl_crisp.evaluation.evaluating import EvaluationSettings
     from trl_crisp.evaluation.evaluating import evaluate as run
-    from trl_crisp.evaluation.results import compare, load_results
+    from trl_crisp.evaluation.results import load_results
     from trl_crisp.report.console import print_evaluation, progress
 
     # Before the hours of sampling
     baseline = load_results(args.baseline) if args.baseline else None
     fields = {name: value for name, value in vars(args).items() if name in EvaluationSettings.__dataclass_fields__}
-    settings = EvaluationSettings(**{**fields, "budgets": tuple(args.budgets)})
+    instruction = "" if args.instruction == "none" else args.instruction
+    settings = EvaluationSettings(**{**fields, "budgets": tuple(args.budgets), "instruction": instruction})
     with progress() as on_progress:
-        results = run(settings, args.output, on_progress)
-    print_evaluation(results, compare(baseline, results, args.max_new_tokens) if baseline else None)
+        results = run(settings, args.output, on_progress, baseline)
+    print_evaluation(results)
     print(f"Wrote {args.output / 'results.json'} and, with the answers, {args.output / 'samples.jsonl'}.")
     return 0
 
@@ -169,7 +170,7 @@ def make_eval_parser() -> argparse.ArgumentParser:
     add("--file", help="a local copy of the named benchmark's rows, for a machine without a network")
     add(
         "--instruction",
-        default="",
+        default="none",
         help="none, or one of the catalogue (v1, v2, ...), a text, a .txt file: the concise prompt",
     )
     add("--samples", type=int, default=8, help="answers a problem")

@@ -1,6 +1,8 @@
 """What generates the answers: transformers, anywhere, or vLLM. Both take token ids and give token ids."""
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import tempfile
@@ -39,7 +41,7 @@ class Engine(Protocol):
     config: "PretrainedConfig"
 
     def describe(self) -> dict[str, Any]:
-        """Return what its answers depend on, for the protocol: `dtype`, `device`, `model_revision`, `versions`."""
+        """Return what its answers depend on: `dtype`, `device`, `model_revision`, `eos_token_ids`, `versions`."""
         ...
 
     def generate(
@@ -92,6 +94,7 @@ class TransformersEngine:
             "model_revision": getattr(self.config, "_commit_hash", None),
             "dtype": _dtype_name(self.model.dtype),
             "device": _cpu_name() if device == "cpu" else device,
+            "eos_token_ids": sorted(eos_token_ids_of(self.model)),
             "versions": _versions("transformers", "torch"),
         }
 
@@ -156,6 +159,7 @@ class VllmEngine:
             "model_revision": getattr(self.config, "_commit_hash", None),
             "dtype": _dtype_name(self._llm.llm_engine.model_config.dtype),
             "device": _cpu_name() if current_platform.is_cpu() else current_platform.device_type,
+            "eos_token_ids": self._eos,
             "versions": {**_versions("transformers", "torch"), "vllm": self._vllm.__version__},
         }
 
@@ -230,7 +234,10 @@ def load_generation_config(model: str) -> "GenerationConfig":
 
 
 def load_engine(
-    name: str, model: str, max_model_tokens: Callable[["PreTrainedTokenizerBase"], int], batch_size: int | None
+    name: str,
+    model: str,
+    max_model_tokens: Callable[["PreTrainedTokenizerBase", "PretrainedConfig"], int],
+    batch_size: int | None,
 ) -> Engine:
     """
     Load a model, with its adapter where the directory holds one, and its tokenizer, into an engine.
@@ -238,7 +245,7 @@ def load_engine(
     Args:
         name: One of [`ENGINES`].
         model: A Hub id, a directory, or a directory with an adapter.
-        max_model_tokens: Called with the tokenizer: the longest prompt and answer together.
+        max_model_tokens: Called with the tokenizer and the model's config: the longest prompt and answer together.
         batch_size: Answers at once.
 
     Raises:
@@ -246,6 +253,8 @@ def load_engine(
         FileNotFoundError, PermissionError, ConnectionError: Where the model cannot be had.
         ImportError: Where vLLM is not installed.
     """
+    from transformers import AutoConfig
+
     if name not in ENGINES:
         raise ValueError(f"engine={name!r} is unknown. Choose {' or '.join(ENGINES)}.")
     if name == "vllm":
@@ -262,11 +271,35 @@ def load_engine(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return TransformersEngine(_load_model(model, is_adapter).to(device).eval(), tokenizer)
     if not is_adapter:
-        return VllmEngine(model, tokenizer, max_model_tokens(tokenizer), batch_size)
+        longest = max_model_tokens(tokenizer, AutoConfig.from_pretrained(model))
+        return VllmEngine(model, tokenizer, longest, batch_size)
     # vLLM serves adapters, but not with layers that were trained whole, and answers faster without one
     with tempfile.TemporaryDirectory() as merged:
-        _load_model(model, is_adapter).save_pretrained(merged)
-        return VllmEngine(merged, tokenizer, max_model_tokens(tokenizer), batch_size)
+        whole = _load_model(model, is_adapter)
+        longest = max_model_tokens(tokenizer, whole.config)
+        whole.save_pretrained(merged)
+        return VllmEngine(merged, tokenizer, longest, batch_size)
+
+
+def weights_sha256(model: str) -> str | None:
+    """
+    Return the digest of a local model's weights and config, with those of the base where it is an adapter.
+
+    `None` for a model of the Hub, whose weights the revision names.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        digest.update(str(weights_sha256(base)).encode())
+    return digest.hexdigest()
 
 
 def load_tokenizer(model: str, is_adapter: bool = False) -> "PreTrainedTokenizerBase":

@@ -1,5 +1,6 @@
 """One evaluation: problems -> prompts -> samples on disk -> grades -> results. `trl-crisp eval` runs it."""
 
+import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from trl_crisp.evaluation.grading import require_math_verify
 from trl_crisp.evaluation.problems import Benchmark, Problem, load_benchmark
-from trl_crisp.evaluation.results import Sample, SampleFile, summaries, write_results
+from trl_crisp.evaluation.results import (
+    Sample,
+    SampleFile,
+    check_comparable,
+    compare,
+    shared_budgets,
+    summaries,
+    write_results,
+)
 from trl_crisp.evaluation.scoring import score_samples
 
 if TYPE_CHECKING:
@@ -88,6 +97,7 @@ def evaluate(
     settings: EvaluationSettings,
     output_dir: Path,
     on_progress: Tell | None = None,
+    baseline: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Sample, grade and summarize; go on where an earlier call with the same settings was interrupted.
@@ -96,28 +106,32 @@ def evaluate(
         settings: What to measure.
         output_dir: Receives samples.jsonl and results.json.
         on_progress: Called with a stage, how many are done of how many, and a note.
+        baseline: Results to compare with, at every budget of both.
 
     Returns:
         The results, as in results.json ([`~trl_crisp.evaluation.results`]).
 
     Raises:
-        ValueError: For settings, problems, or samples on disk that do not fit.
+        ValueError: For settings, problems, samples on disk or a baseline that do not fit.
         FileNotFoundError, PermissionError, ConnectionError: Where the model or the problems cannot be had.
         ImportError: Where math-verify or the engine is not installed.
     """
-    from trl_crisp.evaluation.engines import load_engine
+    from trl_crisp.evaluation.engines import load_engine, weights_sha256
     from trl_crisp.instructions import resolve_instruction
 
     require_math_verify()
     instruction = resolve_instruction(settings.instruction)
     benchmark = load_benchmark(settings.benchmark, settings.limit, settings.file)
 
-    def longest(tokenizer: "PreTrainedTokenizerBase") -> int:
+    def longest(tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig") -> int:
         prompts = prompt_token_ids(benchmark.problems, instruction, tokenizer, settings.chat_template_kwargs)
-        return max(map(len, prompts)) + settings.max_new_tokens
+        prompt_tokens = max(map(len, prompts))
+        check_positions(config, prompt_tokens, settings.max_new_tokens)
+        return prompt_tokens + settings.max_new_tokens
 
     engine = load_engine(settings.engine, settings.model, longest, settings.batch_size)
-    return measure(engine, settings, instruction, benchmark, output_dir, on_progress)
+    about = {"weights_sha256": weights_sha256(settings.model)}
+    return measure(engine, settings, instruction, benchmark, output_dir, on_progress, baseline, about)
 
 
 def measure(
@@ -127,30 +141,45 @@ def measure(
     benchmark: Benchmark,
     output_dir: Path,
     on_progress: Tell | None = None,
+    baseline: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """As [`evaluate`], with what it loads and resolves at hand."""
+    """As [`evaluate`], with what it loads and resolves at hand; `about` is what else the protocol has to say."""
     prompts = prompt_token_ids(benchmark.problems, instruction, engine.tokenizer, settings.chat_template_kwargs)
     check_positions(engine.config, max(map(len, prompts)), settings.max_new_tokens)
-    protocol = describe_sampling(settings, instruction, benchmark, engine)
-    file = SampleFile(output_dir / "samples.jsonl", protocol)
+    sampling_protocol = {**describe_sampling(settings, instruction, benchmark, engine), **(about or {})}
+    protocol = {
+        **sampling_protocol,
+        "problems": len(benchmark.problems),
+        "grader": "the authors' rules" if settings.exact else "the authors' rules, with digits and emphasis read",
+    }
+    if baseline is not None:
+        check_comparable(baseline, protocol, {problem.id: problem.answer for problem in benchmark.problems})
+    file = SampleFile(output_dir / "samples.jsonl", sampling_protocol)
+    _check_prompts(file, benchmark, prompts)
     started_s = time.monotonic()
     tokens = _sample(settings, benchmark, prompts, engine, file, on_progress)
-    wall_s = time.monotonic() - started_s
+    # Where the answers were sampled before, this call has only kept them
+    wall_s = getattr(engine, "took_s", time.monotonic() - started_s)
+
+    def text_at(sample: Sample, budget_tokens: int) -> str:
+        is_cut = budget_tokens < len(sample.token_ids)
+        return str(engine.tokenizer.decode(sample.token_ids[:budget_tokens])) if is_cut else sample.text
+
     problems = score_samples(
-        benchmark.problems, file.samples, settings.samples, settings.all_budgets, settings.exact, on_progress
+        benchmark.problems, file.samples, settings.samples, settings.all_budgets, text_at, settings.exact, on_progress
     )
     results = {
-        "protocol": {
-            **protocol,
-            "problems": len(problems),
-            "grader": "the authors' rules" if settings.exact else "the authors' rules, with digits and emphasis read",
-        },
+        "protocol": protocol,
         "samples": settings.samples,
         "summary": summaries(problems, settings.all_budgets, settings.samples),
         "wall_s": round(wall_s, 1),
         "tokens_per_s": round(tokens / max(wall_s, 1e-9), 1),
         "problems": problems,
     }
+    if baseline is not None:
+        budgets = shared_budgets(baseline, results)
+        results["comparison"] = {str(budget): compare(baseline, results, budget) for budget in budgets}
     write_results(output_dir / "results.json", results)
     return results
 
@@ -180,7 +209,7 @@ def describe_sampling(
     """Return everything that a sample depends on."""
     values = asdict(settings)
     # These say how fast, of how many, and what is made of the samples afterwards
-    for name in ("batch_size", "samples", "limit", "file", "exact"):
+    for name in ("batch_size", "samples", "limit", "file", "exact", "budgets"):
         values.pop(name)
     described = engine.describe()
     packages = ("trl-crisp", "math-verify")
@@ -220,6 +249,21 @@ def prompt_token_ids(
     return prompts
 
 
+def _check_prompts(file: SampleFile, benchmark: Benchmark, prompts: list[list[int]]) -> None:
+    digests = {problem.id: sha256_of_ids(ids) for problem, ids in zip(benchmark.problems, prompts, strict=True)}
+    for sample in file.samples.values():
+        if digests.get(sample.problem, sample.prompt_sha256) != sample.prompt_sha256:
+            raise ValueError(
+                f"{file.path} has an answer to problem {sample.problem!r} with another prompt: the problem, the chat template or the "
+                "tokenizer has changed. Give another --output, or remove the file."
+            )
+
+
+def sha256_of_ids(token_ids: Sequence[int]) -> str:
+    """Return the digest of token ids."""
+    return hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()
+
+
 def _sample(
     settings: EvaluationSettings,
     benchmark: Benchmark,
@@ -242,7 +286,7 @@ def _sample(
         place, number = missing[index]
         tokens += len(completion.token_ids)
         problem_id = benchmark.problems[place].id
-        file.add(make_sample(problem_id, number, prompts[place], completion, engine.tokenizer, settings.all_budgets))
+        file.add(make_sample(problem_id, number, prompts[place], completion, engine.tokenizer))
 
     def tell(done: int, note: str) -> None:
         if on_progress is not None:
@@ -260,7 +304,7 @@ def _sample(
 
 
 def in_sampling_order(problems: int, samples: int) -> list[tuple[int, int]]:
-    """Return (place, number) of all samples: the first of every problem before the second of any, as a run may be interrupted."""
+    """Return (place, number) of all samples: the first of every problem, then the second of every problem, and so on."""
     return [(place, number) for number in range(samples) for place in range(problems)]
 
 
@@ -275,7 +319,6 @@ def make_sample(
     prompt_ids: Sequence[int],
     completion: "Completion",
     tokenizer: "PreTrainedTokenizerBase",
-    budgets_tokens: Sequence[int],
 ) -> Sample:
     """Return a completion as it is kept."""
     from trl_crisp.thinking import count_thinking_tokens
@@ -292,10 +335,8 @@ def make_sample(
         problem=problem_id,
         number=number,
         text=str(tokenizer.decode(said)),
-        tokens=len(ids),
+        token_ids=list(ids),
         thinking_tokens=thinking,
         ended_by_eos=completion.ended_by_eos,
-        characters_at={
-            str(budget): len(str(tokenizer.decode(ids[:budget]))) for budget in budgets_tokens if budget < len(ids)
-        },
+        prompt_sha256=sha256_of_ids(prompt_ids),
     )

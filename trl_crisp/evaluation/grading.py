@@ -39,6 +39,7 @@ TIMEOUT_S = 5.0
 _START_TIMEOUT_S = 120.0
 
 _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 # Not "!": 5! is a factorial
 _STRIPPED = ".,;:?\"' \t"
 _EMPHASIS = "*_`"
@@ -84,15 +85,17 @@ def find_answer(response: str, exact: bool = False) -> str | None:
 
 def find_box(response: str) -> str | None:
     r"""Return what is inside the last literal `\boxed{...}`, or `None` where there is none that is closed."""
-    start = response.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for place in range(start + len("\\boxed"), len(response)):
-            depth += {"{": 1, "}": -1}.get(response[place], 0)
-            if depth == 0:
-                return response[start + len("\\boxed{") : place]
-        start = response.rfind("\\boxed{", 0, start)
-    return None
+    # One pass with a stack: a response may hold thousands of boxes that never close
+    opened: list[int | None] = []
+    last: tuple[int, int] | None = None
+    for found in _BRACE.finditer(response):
+        if found.group() == "}":
+            start = opened.pop() if opened else None
+            if start is not None and (last is None or start > last[0]):
+                last = (start, found.start())
+        else:
+            opened.append(found.end() if len(found.group()) > 1 else None)
+    return None if last is None else response[last[0] : last[1]]
 
 
 def grade(response: str, gold: str, kind: Kind = "math", exact: bool = False, timeout_s: float = TIMEOUT_S) -> Grade:
@@ -179,10 +182,9 @@ class Grader:
             def give(worker: _Worker, grading: "_Grading | None") -> None:
                 grading = grading if grading and grading.next_comparison() else next(open_gradings, None)
                 worker.grading = grading
-                if grading is None:
-                    return
-                worker.ask(grading.next_comparison(), self.timeout_s)
-                selector.register(worker.output, selectors.EVENT_READ, worker)
+                if grading is not None:
+                    worker.begin(grading.next_comparison(), self.timeout_s)
+                    selector.register(worker.output, selectors.EVENT_READ, worker)
 
             while len(self._workers) < min(self._count, len(gradings)):
                 self._workers.append(_Worker())
@@ -190,13 +192,18 @@ class Grader:
                 give(worker, None)
             while waiting := list(selector.get_map().values()):
                 left_s = min(key.data.deadline_s for key in waiting) - time.monotonic()
-                ready = {key.data for key, _ in selector.select(max(0.0, left_s))}
+                selector.select(max(0.0, left_s))
+                # What has come by now is no time-out, however late it is read
+                now_s = time.monotonic()
+                ready = {key.data for key, _ in selector.select(0)}
                 for key in waiting:
                     worker = key.data
-                    if worker not in ready and worker.deadline_s > time.monotonic():
+                    if worker not in ready and worker.deadline_s > now_s:
+                        continue
+                    outcome = worker.answer() if worker in ready else worker.late()
+                    if outcome is None:
                         continue
                     selector.unregister(worker.output)
-                    outcome = worker.answer() if worker in ready else "timeout"
                     grading = worker.grading
                     assert grading is not None
                     grading.outcomes.append(outcome)
@@ -210,7 +217,7 @@ class Grader:
 
 
 class _Worker:
-    """A process that compares one pair at a time."""
+    """A process that compares one pair at a time. Nothing here waits for it."""
 
     grading: "_Grading | None" = None
 
@@ -237,34 +244,50 @@ class _Worker:
         if process is not None:
             process.kill()
             process.wait()
-            process.stdin.close()
+            # It may have died with a question on its way
+            with contextlib.suppress(OSError):
+                process.stdin.close()
             process.stdout.close()
 
-    def ask(self, comparison: "tuple[str, str] | None", timeout_s: float) -> None:
-        if not self.started:
-            self._wait_until_started()
+    def begin(self, comparison: "tuple[str, str] | None", timeout_s: float) -> None:
+        """Ask, at once or as soon as the process has started."""
+        self._comparison, self._timeout_s = comparison, timeout_s
+        if self.started:
+            self._ask()
+        else:
+            self.deadline_s = time.monotonic() + _START_TIMEOUT_S
+
+    def _ask(self) -> None:
         assert self.process.stdin is not None
         # The time counts from when it has the whole text
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(comparison).encode() + b"\n")
+            self.process.stdin.write(json.dumps(self._comparison).encode() + b"\n")
             self.process.stdin.flush()
-        self.deadline_s = time.monotonic() + timeout_s
+        self.deadline_s = time.monotonic() + self._timeout_s
 
-    def answer(self) -> str:
+    def answer(self) -> str | None:
+        """Return what it says; `None` where that is only that it has started."""
         line = self.output.readline()
+        if not self.started:
+            if line != b'"ready"\n':
+                raise self._did_not_start()
+            self.started = True
+            self._ask()
+            return None
         # The kernel ends a process that takes all memory
         return json.loads(line) if line.endswith(b"\n") else "died"
 
-    def _wait_until_started(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.output, selectors.EVENT_READ)
-            line = self.output.readline() if selector.select(_START_TIMEOUT_S) else b""
-        if line != b'"ready"\n':
-            raise RuntimeError(
-                "the process that grades did not start. Check that math-verify is installed: pip install 'trl-crisp[eval]', "
-                f'then `{sys.executable} -m trl_crisp.evaluation.comparing` prints "ready".'
-            )
-        self.started = True
+    def late(self) -> str:
+        """Return what it means that nothing came in time."""
+        if not self.started:
+            raise self._did_not_start()
+        return "timeout"
+
+    def _did_not_start(self) -> RuntimeError:
+        return RuntimeError(
+            "the process that grades did not start. Check that math-verify is installed: pip install 'trl-crisp[eval]', "
+            f'then `{sys.executable} -m trl_crisp.evaluation.comparing` prints "ready".'
+        )
 
 
 class _Grading:

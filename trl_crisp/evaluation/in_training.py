@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trl_crisp.evaluation.evaluating import (
 )
 from trl_crisp.evaluation.grading import require_math_verify
 from trl_crisp.evaluation.problems import load_benchmark
+from trl_crisp.evaluation.results import load_results
 from trl_crisp.evaluation.sampling import Completion
 
 
@@ -114,6 +115,17 @@ class BenchmarkCallback(TrainerCallback):
         max_accuracy_drop: float = 0.01,
         progress: Callable[[], AbstractContextManager[Tell]] = lambda: nullcontext(lambda *args: None),
     ) -> None:
+        for name, value in (("engine", settings.engine), ("instruction", settings.instruction)):
+            if value != EvaluationSettings.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name}={value!r} has no effect along a run, where the student answers the plain prompt by transformers. Leave it "
+                    "out, and measure checkpoints with `trl-crisp eval`."
+                )
+        if trainer.args.load_best_model_at_end or trainer.args.metric_for_best_model:
+            raise ValueError(
+                "eval_benchmark finds the best checkpoint by a rule of its own, and so do load_best_model_at_end and "
+                "metric_for_best_model. Leave out the one or the other."
+            )
         if trainer.is_fsdp_enabled:
             raise ValueError(
                 "eval_benchmark: answers cannot be sampled from a model that FSDP has sharded. Leave it unset and measure the "
@@ -128,8 +140,36 @@ class BenchmarkCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == 0 and state.max_steps > 0:
-            self._measure(args, state)
+        if state.global_step == 0:
+            if state.max_steps > 0:
+                self._measure(args, state)
+        elif not any(point["step"] == 0 for point in self.measured(state)):
+            raise ValueError(
+                f"this run goes on after step {state.global_step}, and its base was not measured on {self.name} before the first "
+                "step, so there is nothing to compare with. Leave eval_benchmark as it was, and measure checkpoints with "
+                "`trl-crisp eval`."
+            )
+        else:
+            self._check_protocol(args)
+
+    def _check_protocol(self, args: TrainingArguments) -> None:
+        path = self._directory(args, 0) / "results.json"
+        if not path.is_file():
+            return
+        base = load_results(path)
+        settings = asdict(self.settings)
+        before = {**base["protocol"], "samples": base["samples"], "limit": base["protocol"]["problems"]}
+        settings["limit"] = len(self.benchmark.problems)
+        names = ("benchmark", "limit", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        if differing := [name for name in names if before[name] != settings[name]]:
+            listed = "".join(f"\n  {name}: {before[name]!r} before, {settings[name]!r} now" for name in differing)
+            raise ValueError(
+                f"this run measured its base in another way, so the points of its curve could not be compared:{listed}\nLeave these as "
+                "they were."
+            )
+
+    def _directory(self, args: TrainingArguments, step: int) -> Path:
+        return Path(args.output_dir or ".", "evaluation", self.name, f"step-{step}")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,7 +178,8 @@ class BenchmarkCallback(TrainerCallback):
             return
         accuracy, mean_tokens = self._measure(args, state)
         base = self.measured(state)[0]
-        enough = accuracy >= base["accuracy"] - self.max_accuracy_drop
+        # As far as sums of floats tell a point from a point
+        enough = accuracy >= base["accuracy"] - self.max_accuracy_drop - 1e-9
         if enough and (state.best_metric is None or mean_tokens < state.best_metric):
             state.best_metric, state.best_global_step = mean_tokens, state.global_step
             state.best_model_checkpoint = str(
@@ -159,19 +200,22 @@ class BenchmarkCallback(TrainerCallback):
         """Return a sentence about the best checkpoint and the rule."""
         measured = {point["step"]: point for point in self.measured(state)}
         rule = f"fewest mean tokens on {self.name} with at most {100 * self.max_accuracy_drop:g} points of accuracy below the base"
+        if 0 not in measured:
+            return f"Nothing was measured on {self.name}."
         base = measured[0]
         was = f"the base had {base['accuracy']:.1%} with {base['mean_tokens']:,.0f} tokens"
         if state.best_global_step is None:
             return f"No measured step is fit to be the best checkpoint ({rule}; {was})."
         best = measured[state.best_global_step]
+        which = state.best_model_checkpoint or f"that of step {state.best_global_step}, which is no longer there"
         return (
-            f"The best checkpoint is {state.best_model_checkpoint} ({rule}): {best['accuracy']:.1%} with "
+            f"The best checkpoint is {which} ({rule}): {best['accuracy']:.1%} with "
             f"{best['mean_tokens']:,.0f} tokens; {was}."
         )
 
     def _measure(self, args: TrainingArguments, state: TrainerState) -> tuple[float, float]:
         trainer, start_s = self.trainer, time.monotonic()
-        directory = Path(args.output_dir or ".", "evaluation", self.name, f"step-{state.global_step}")
+        directory = self._directory(args, state.global_step)
         # Of a run before this one, or of one that was killed: other weights may have written it
         first = trainer.is_world_process_zero()
         if first and directory.is_dir():
@@ -179,12 +223,26 @@ class BenchmarkCallback(TrainerCallback):
         model: Any = trainer.model
         was_training = model.training
         with self.progress() if first else nullcontext(None) as on_progress:  # type: ignore[attr-defined]
-            with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as unwrapped:  # type: ignore[arg-type]
+            with unwrap_model_for_generation(
+                trainer.model_wrapped,  # type: ignore[arg-type]
+                trainer.accelerator,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
+            ) as unwrapped:
                 engine = TransformersEngine(unwrapped, self._tokenizer())  # type: ignore[arg-type]
-                sampled = _Sampled(engine, self._sample(engine, on_progress))
+                sampling_start_s = time.monotonic()
+                completions = self._sample(engine, on_progress)
+                sampled = _Sampled(engine, completions, time.monotonic() - sampling_start_s)
             shared: list[dict[str, float] | None] = [None]
             if first:
-                results = measure(sampled, self.settings, "", self.benchmark, directory, on_progress)
+                about = {
+                    "model": f"{self.settings.model} at step {state.global_step}",
+                    "trained_from": self.settings.model,
+                    "step": state.global_step,
+                    # Its weights are float32 under mixed precision too
+                    "mixed_precision": trainer.accelerator.mixed_precision,
+                    "processes": trainer.accelerator.num_processes,
+                }
+                results = measure(sampled, self.settings, "", self.benchmark, directory, on_progress, about=about)
                 shared = [results["summary"][str(self.settings.max_new_tokens)]["all"]]
         if trainer.accelerator.num_processes > 1:
             shared = broadcast_object_list(shared)
@@ -239,11 +297,11 @@ class BenchmarkCallback(TrainerCallback):
 
 
 class _Sampled(TransformersEngine):
-    """An engine whose answers are there already."""
+    """An engine whose answers are there already, and took so many seconds."""
 
-    def __init__(self, engine: TransformersEngine, completions: list[Completion]) -> None:
+    def __init__(self, engine: TransformersEngine, completions: list[Completion], took_s: float) -> None:
         super().__init__(engine.model, engine.tokenizer)
-        self._completions = completions
+        self._completions, self.took_s = completions, took_s
 
     def generate(self, prompt_token_ids, places, on_completion, on_progress, **sampling) -> None:
         for index, completion in enumerate(self._completions):

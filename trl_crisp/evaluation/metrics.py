@@ -16,6 +16,8 @@ COMPRESSION_RATIO_LIMIT = 10.0
 # parallel sentences of a worked solution, and 60 characters more than a ruler or "1, 1, 1" in a list.
 LOOP_COPIES = 4
 LOOP_CHARACTERS = 60
+# Ours: a few tens of MB, where MMLU's 14,042 problems would take GBs
+_DRAWN_AT_ONCE = 2**22
 # The words whose loss was seen to go with lost accuracy in self-distillation (epistemic suppression)
 EPISTEMIC_WORDS = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")
 _EPISTEMIC = re.compile(rf"\b(?:{'|'.join(EPISTEMIC_WORDS)})\b", re.IGNORECASE)
@@ -58,11 +60,10 @@ def paired_bootstrap_reduction(
         raise ValueError(
             "All answers before have length 0, so a reduction is not defined: check how they were sampled."
         )
-    drawn = _resample(len(before), resamples, seed)
-    sums_before = before[drawn].sum(axis=1)
+    sums_before, sums_after = _resampled_sums((before, after), resamples, seed)
     # A resample of only empty answers has no reduction; with lengths above 0 on most problems it does not occur
     valid = sums_before > 0
-    reductions = 1 - after[drawn].sum(axis=1)[valid] / sums_before[valid]
+    reductions = 1 - sums_after[valid] / sums_before[valid]
     return _interval(1 - after.mean() / before.mean(), reductions, confidence)
 
 
@@ -80,8 +81,8 @@ def paired_bootstrap_difference(
     """
     first, second = _paired(before, after, confidence)
     differences = second - first
-    drawn = _resample(len(first), resamples, seed)
-    return _interval(differences.mean(), differences[drawn].mean(axis=1), confidence)
+    (sums,) = _resampled_sums((differences,), resamples, seed)
+    return _interval(differences.mean(), sums / len(differences), confidence)
 
 
 def _paired(before: ArrayLike, after: ArrayLike, confidence: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -98,8 +99,18 @@ def _paired(before: ArrayLike, after: ArrayLike, confidence: float) -> tuple[NDA
     return first, second
 
 
-def _resample(problems: int, resamples: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(problems, size=(resamples, problems))
+def _resampled_sums(
+    columns: Sequence[NDArray[np.float64]], resamples: int, seed: int
+) -> tuple[NDArray[np.float64], ...]:
+    """Each column's sum over problems that are drawn with replacement, the same ones for all columns: [resamples] each."""
+    rng, problems = np.random.default_rng(seed), len(columns[0])
+    sums = [np.empty(resamples) for _ in columns]
+    chunk = max(1, _DRAWN_AT_ONCE // problems)
+    for first in range(0, resamples, chunk):
+        drawn = rng.integers(problems, size=(min(chunk, resamples - first), problems))
+        for column, values in zip(columns, sums, strict=True):
+            values[first : first + chunk] = column[drawn].sum(axis=1)
+    return tuple(sums)
 
 
 def _interval(estimate: float, values: NDArray[np.float64], confidence: float) -> Interval:
@@ -145,6 +156,12 @@ def share(flags: Sequence[bool]) -> float:
     return float(np.mean(np.asarray(flags, dtype=bool)))
 
 
+def compresses(text: str) -> bool:
+    """Whether an answer's last 10,000 characters compress more than 10x with zlib: the rule for collapse, of long answers."""
+    data = text.rstrip()[-COMPRESSED_TAIL_CHARACTERS:].encode()
+    return len(data) > COMPRESSION_RATIO_LIMIT * len(zlib.compress(data))
+
+
 def repeats_itself(text: str) -> bool:
     """Whether an answer has run into repetition, by either of two rules.
 
@@ -157,8 +174,7 @@ def repeats_itself(text: str) -> bool:
     tail = text.rstrip()[-COMPRESSED_TAIL_CHARACTERS:]
     if not tail:
         return False
-    data = tail.encode()
-    return len(data) > COMPRESSION_RATIO_LIMIT * len(zlib.compress(data)) or _ends_in_loop(tail)
+    return compresses(text) or _ends_in_loop(tail)
 
 
 def _ends_in_loop(text: str) -> bool:

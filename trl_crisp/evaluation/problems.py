@@ -1,7 +1,9 @@
 """Benchmarks as rows of one form: a prompt, the right answer, how it is graded, a difficulty where the benchmark has one."""
 
 import hashlib
+import json
 import random
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,9 +116,23 @@ def load_benchmark(name: str, limit: int | None = None, file: str | Path | None 
                     else "It needs question (or problem) and answer."
                 )
             ) from error
+    _check(problems, source)
+    return Benchmark(name, source, revision, problems)
+
+
+def _check(problems: list[Problem], source: str) -> None:
     if not problems:
         raise ValueError(f"{source} has no problems.")
-    return Benchmark(name, source, revision, problems)
+    first: dict[str, int] = {}
+    for number, problem in enumerate(problems):
+        if problem.id in first:
+            raise ValueError(
+                f"{source}: rows {first[problem.id]} and {number} have the same id {problem.id!r}, so their answers could not be "
+                "told apart. Give each row an id of its own, or none."
+            )
+        first[problem.id] = number
+        if not problem.answer:
+            raise ValueError(f"{source}, row {number}: it has no answer to grade by. Add it, or remove the row.")
 
 
 def _rows_of_file(path: Path) -> tuple[list[dict[str, Any]], str, str]:
@@ -132,23 +148,43 @@ def _rows_of_file(path: Path) -> tuple[list[dict[str, Any]], str, str]:
 def _rows_of_hub(known: _OnTheHub) -> tuple[list[dict[str, Any]], str, str]:
     from datasets import load_dataset
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:
-        revision = HfApi().dataset_info(known.dataset).sha or "main"
+        try:
+            revision = HfApi().dataset_info(known.dataset).sha
+        except (OfflineModeIsEnabled, ConnectionError, HTTPError):
+            # The cache of `datasets` may have the rows
+            revision = None
         rows = load_dataset(known.dataset, name=known.config, split=known.split, revision=revision)
     except Exception as error:
-        raise_for_hub(error, "dataset", known.dataset, "benchmark")
-    return list(rows), known.dataset, revision
+        try:
+            raise_for_hub(error, "dataset", known.dataset, "benchmark")
+        except (PermissionError, FileNotFoundError, ConnectionError) as said:
+            raise type(said)(
+                f"{said} A local copy of its rows (jsonl, json, parquet or csv) goes in with --file."
+            ) from error
+    return list(rows), known.dataset, revision or _cached_revision(rows)
+
+
+def _cached_revision(rows: Any) -> str:
+    # The addresses that the rows were downloaded from name the commit
+    checksums = getattr(rows.info, "download_checksums", None) or {}
+    commits = {found.group(1) for address in checksums if (found := re.search(r"@([0-9a-f]{40})/", str(address)))}
+    if len(commits) == 1:
+        return commits.pop()
+    digest = hashlib.sha256("".join(json.dumps(row, sort_keys=True, default=str) for row in rows).encode())
+    return f"cached, sha256 of the rows:{digest.hexdigest()}"
 
 
 def _text(value: Any) -> str:
     # AIME's answers are numbers in some copies, and those of its files have leading zeros
-    return value.strip() if isinstance(value, str) else str(value)
+    return value.strip() if isinstance(value, str) else "" if value is None else str(value)
 
 
 def _math(row: dict[str, Any], number: int, *, level: str | None = None) -> Problem:
     return Problem(
-        id=_text(row.get("unique_id", row.get("id", number))),
+        id=_text(row.get("unique_id", row.get("id"))) or str(number),
         prompt=MATH_TEMPLATE.format(problem=row["problem"]),
         answer=_text(row["answer"]),
         level=None if level is None else _text(row[level]),
@@ -192,7 +228,7 @@ def _own_problem(row: dict[str, Any], number: int) -> Problem:
     question = row["question"] if "question" in row or "problem" not in row else row["problem"]
     level = row.get("level")
     return Problem(
-        id=_text(row.get("id", number)),
+        id=_text(row.get("id")) or str(number),
         prompt=MATH_TEMPLATE.format(problem=question),
         answer=_text(row["answer"]),
         level=None if level is None else _text(level),

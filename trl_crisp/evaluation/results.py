@@ -1,15 +1,17 @@
 """What an evaluation leaves on disk: samples as they finish, one line each, and one JSON file with protocol and numbers.
 
-`samples.jsonl`: a first line with the protocol, then a line a sample ([`Sample`]). It is only appended to, so a run that was
-interrupted goes on with what is missing; a last line that was cut off is dropped.
+`samples.jsonl`: a first line with the protocol that the samples depend on, then a line a sample ([`Sample`]). It is only appended
+to, so a run that was interrupted goes on with what is missing; a last line that was cut off is dropped.
 
 `results.json` (schema version 1):
 
 - `schema`, `schema_version`
-- `protocol`: the model, the problems and their revision, the prompts, the sampling, the grader, the versions of the libraries
-- `problems`: id, level, and each sample's measures (tokens, thinking and answer tokens, how it ended, the grades at each budget)
+- `protocol`: the model and its weights, the problems and their revision, the sampling, the grader, the versions of the libraries
+- `problems`: id, level, the right answer, and each sample's measures (tokens, thinking and answer tokens, how it ended, the grades at
+  each budget)
 - `summary`: by budget in tokens, for `all` problems and for each level: see [`summarize`]
-- `wall_s`, `tokens_per_s`: of the sampling of this run alone
+- `comparison`, with a baseline: by each budget of both, see [`compare`]
+- `wall_s`, `tokens_per_s`: of the sampling that this call did, 0 where all was there
 """
 
 import itertools
@@ -32,6 +34,16 @@ from trl_crisp.json_files import write_json
 
 SCHEMA = "trl-crisp evaluation"
 SCHEMA_VERSION = 1
+# What has to be the same in two results for their difference to be one of the models, or of the instruction
+_COMPARED = (
+    "benchmark_revision",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_new_tokens",
+    "chat_template_kwargs",
+    "grader",
+)
 # Ours: of the base's pass rate, for the table of what happens to problems that it finds hard and easy
 PASS_RATE_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -45,20 +57,19 @@ class Sample:
         problem: The problem's id.
         number: Which of the problem's samples, from 0.
         text: The answer, with special tokens that are part of it (such as `<think>`), without the one that ended it.
-        tokens: Its length, the ending token included.
+        token_ids: As sampled, the ending token included.
         thinking_tokens: How many of them are thinking, 0 where the model does not think.
         ended_by_eos: Not cut at the cap.
-        characters_at: By budget in tokens, as a string: how much of the text the first so many tokens are, where the answer
-            is longer.
+        prompt_sha256: Of the prompt's token ids.
     """
 
     problem: str
     number: int
     text: str
-    tokens: int
+    token_ids: list[int]
     thinking_tokens: int
     ended_by_eos: bool
-    characters_at: dict[str, int]
+    prompt_sha256: str
 
 
 class SampleFile:
@@ -80,7 +91,8 @@ class SampleFile:
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         if lines and not lines[-1].endswith(b"\n"):
             # Cut off when the process was killed
-            path.write_bytes(b"".join(lines[:-1]))
+            with path.open("r+b") as file:
+                file.truncate(sum(map(len, lines[:-1])))
             lines = lines[:-1]
         if not lines:
             path.write_text(json.dumps({"protocol": protocol}) + "\n", encoding="utf-8")
@@ -110,12 +122,13 @@ def summarize(problems: Sequence[dict[str, Any]], budget_tokens: int, k: int) ->
     Args:
         problems: As in the file: each with `samples`.
         budget_tokens: Answers that are longer count at this length, and by what they say up to there.
-        k: Of pass@k: the samples of each problem.
+        k: The samples of each problem.
 
     Returns:
-        `problems`, `samples`; `accuracy` (mean@k, dual), `answer_accuracy`, `boxed_accuracy`, `pass_at_k`; of the tokens
+        `problems`, `samples`; `accuracy` (mean@k, dual), `answer_accuracy`, `boxed_accuracy`, `pass_at` (pass@1, 2, 4 ... k, unbiased);
+        of the tokens
         `mean_tokens`, `median_tokens`, `p90_tokens`, `p99_tokens`, `mean_thinking_tokens`, `mean_answer_tokens`; the shares
-        `truncated`, `repeats`, `unparseable`, `not_graded` (a time-out or an error); `epistemic_words_per_1000_tokens`.
+        `truncated`, `compresses` (the last 10,000 characters more than 10x), `repeats` (that, or it ends in a loop), `unparseable`, `not_graded` (a time-out or an error); `epistemic_words_per_1000_tokens`.
     """
     key = str(budget_tokens)
     samples = [sample for problem in problems for sample in problem["samples"]]
@@ -130,7 +143,7 @@ def summarize(problems: Sequence[dict[str, Any]], budget_tokens: int, k: int) ->
         "accuracy": pass_at_k(correct, 1),
         "answer_accuracy": share([grade["answer_correct"] for grade in grades]),
         "boxed_accuracy": share([grade["boxed_correct"] for grade in grades]),
-        "pass_at_k": pass_at_k(correct, k),
+        "pass_at": {str(tried): pass_at_k(correct, tried) for tried in _powers_of_two(k)},
         "mean_tokens": float(tokens.mean()),
         "median_tokens": float(np.median(tokens)),
         "p90_tokens": float(np.quantile(tokens, 0.9)),
@@ -138,11 +151,16 @@ def summarize(problems: Sequence[dict[str, Any]], budget_tokens: int, k: int) ->
         "mean_thinking_tokens": float(thinking.mean()),
         "mean_answer_tokens": float((tokens - thinking).mean()),
         "truncated": share([not s["ended_by_eos"] or s["tokens"] > budget_tokens for s in samples]),
+        "compresses": share([grade["compresses"] for grade in grades]),
         "repeats": share([grade["repeats"] for grade in grades]),
         "unparseable": share([grade["status"] == "unparseable" for grade in grades]),
         "not_graded": share([grade["status"] in ("timeout", "error") for grade in grades]),
         "epistemic_words_per_1000_tokens": 1000 * words / max(float(tokens.sum()), 1.0),
     }
+
+
+def _powers_of_two(k: int) -> list[int]:
+    return sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k})
 
 
 def summaries(problems: Sequence[dict[str, Any]], budgets_tokens: Sequence[int], k: int) -> dict[str, Any]:
@@ -194,9 +212,36 @@ def load_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
+def check_comparable(base: dict[str, Any], protocol: dict[str, Any], answers: dict[str, str]) -> None:
+    """
+    Raise `ValueError` where results and another evaluation differ in more than the model and the instruction.
+
+    Args:
+        base: The baseline's results.
+        protocol: The other's.
+        answers: The other's right answers by the problem's id.
+    """
+    before = json.loads(json.dumps(base["protocol"]))
+    now = json.loads(json.dumps(protocol))
+    if differing := [key for key in _COMPARED if before.get(key) != now.get(key)]:
+        listed = "".join(f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differing)
+        raise ValueError(f"the baseline was measured in another way, so a difference would say nothing:{listed}")
+    theirs = {problem["id"]: problem["answer"] for problem in base["problems"]}
+    if one_sided := sorted(theirs.keys() ^ answers.keys()):
+        raise ValueError(
+            f"{len(one_sided)} problems are in one of the results only, such as {one_sided[0]!r}: evaluate both with the same "
+            "--benchmark and --limit."
+        )
+    if other := [name for name in theirs if theirs[name] != answers[name]]:
+        raise ValueError(
+            f"problem {other[0]!r} has the answer {theirs[other[0]]!r} in the baseline and {answers[other[0]]!r} here: these are "
+            "other problems."
+        )
+
+
 def compare(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> dict[str, Any]:
     """
-    Return what changed from one result to another, over the problems of both.
+    Return what changed from one result to another.
 
     Args:
         base: The baseline's results.
@@ -205,27 +250,50 @@ def compare(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> 
 
     Returns:
         `reduction` of the mean tokens and `accuracy_change`, with paired bootstrap 95% intervals over problems; and
-        `by_pass_rate`, the same in groups of problems by the base's pass rate.
+        `by_pass_rate`, the same in groups of problems by the base's pass rate. A group is chosen by one half of the base's samples and
+        measured against the other half, both ways around: against the samples that chose it, a group of problems that the base got
+        wrong would look better, and one that it got right worse, without any change of the model. Empty where the base has a
+        single sample a problem.
 
     Raises:
-        ValueError: Where the problems, or the budgets, are not the same.
+        ValueError: See [`check_comparable`]; and where one was not graded at the budget.
     """
+    check_comparable(base, other["protocol"], {problem["id"]: problem["answer"] for problem in other["problems"]})
     pairs = list(_pairs(base, other, budget_tokens))
+    # Problem by problem: base's tokens, other's tokens, base's flags, other's flags
+    whole = [tuple(values.mean() for values in pair) for pair in pairs]
     groups = {}
-    for low, high in itertools.pairwise(PASS_RATE_EDGES):
-        last = high == PASS_RATE_EDGES[-1]
-        group = [pair for pair in pairs if low <= pair[2].mean() < high or (last and pair[2].mean() == high)]
-        groups[f"{low:.0%} to {high:.0%}"] = _changes(group)
-    return {"budget_tokens": budget_tokens, **_changes(pairs), "by_pass_rate": groups}
+    if all(len(pair[2]) > 1 for pair in pairs):
+        for low, high in itertools.pairwise(PASS_RATE_EDGES):
+            last = high == PASS_RATE_EDGES[-1]
+            group = []
+            for tokens_before, tokens_after, correct_before, correct_after in pairs:
+                views = [
+                    (
+                        tokens_before[seen].mean(),
+                        tokens_after.mean(),
+                        correct_before[seen].mean(),
+                        correct_after.mean(),
+                    )
+                    for chosen, seen in (
+                        (slice(0, None, 2), slice(1, None, 2)),
+                        (slice(1, None, 2), slice(0, None, 2)),
+                    )
+                    if low <= (rate := correct_before[chosen].mean()) < high or (last and rate == high)
+                ]
+                if views:
+                    group.append(tuple(np.mean(views, axis=0)))
+            groups[f"{low:.0%} to {high:.0%}"] = _changes(group)
+    return {"budget_tokens": budget_tokens, **_changes(whole), "by_pass_rate": groups}
+
+
+def shared_budgets(base: dict[str, Any], other: dict[str, Any]) -> list[int]:
+    """Return the budgets in tokens that both results were measured at."""
+    return sorted(int(budget) for budget in base["summary"].keys() & other["summary"].keys())
 
 
 def _pairs(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> Iterator[tuple[np.ndarray, ...]]:
     sides = [{problem["id"]: problem for problem in results["problems"]} for results in (base, other)]
-    if differing := sorted(sides[0].keys() ^ sides[1].keys()):
-        raise ValueError(
-            f"{len(differing)} problems are in one of the results only, such as {differing[0]!r}: evaluate both with the same "
-            "--benchmark and --limit."
-        )
     key = str(budget_tokens)
     for name in sides[0]:
         row = []
@@ -241,12 +309,10 @@ def _pairs(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> I
         yield row[0], row[2], row[1], row[3]
 
 
-def _changes(pairs: list[tuple[np.ndarray, ...]]) -> dict[str, Any]:
-    if len(pairs) < 2:
-        return {"problems": len(pairs), "reduction": None, "accuracy_change": None}
-    tokens_before, tokens_after, correct_before, correct_after = (
-        np.array([values.mean() for values in column]) for column in zip(*pairs, strict=True)
-    )
+def _changes(problems: Sequence[tuple[float, ...]]) -> dict[str, Any]:
+    if len(problems) < 2:
+        return {"problems": len(problems), "reduction": None, "accuracy_change": None}
+    tokens_before, tokens_after, correct_before, correct_after = map(np.array, zip(*problems, strict=True))
     reduction: Interval = paired_bootstrap_reduction(tokens_before, tokens_after)
     change: Interval = paired_bootstrap_difference(correct_before, correct_after)
-    return {"problems": len(pairs), "reduction": asdict(reduction), "accuracy_change": asdict(change)}
+    return {"problems": len(problems), "reduction": asdict(reduction), "accuracy_change": asdict(change)}

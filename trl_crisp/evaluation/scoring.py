@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trl_crisp.evaluation.grading import Grader, find_answer
-from trl_crisp.evaluation.metrics import epistemic_words, repeats_itself
+from trl_crisp.evaluation.metrics import compresses, epistemic_words, repeats_itself
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.results import Sample
 
@@ -15,6 +15,7 @@ def score_samples(
     samples: dict[tuple[str, int], Sample],
     samples_a_problem: int,
     budgets_tokens: Sequence[int],
+    text_at: Callable[[Sample, int], str],
     exact: bool = False,
     on_progress: Callable[[str, int, int, str], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -26,11 +27,12 @@ def score_samples(
         samples: By the problem's id and the sample's number; more than are asked for are left out.
         samples_a_problem: The first so many of each.
         budgets_tokens: Each sample is graded by what it says up to there.
+        text_at: Returns what a sample's first so many tokens say.
         exact: Grade by the authors' rules to the letter.
         on_progress: Called with the stage, how many are graded of how many, and no note.
     """
     budgets = [str(budget) for budget in budgets_tokens]
-    jobs = list(_texts_to_grade(problems, samples, samples_a_problem, budgets))
+    jobs = list(_texts_to_grade(problems, samples, samples_a_problem, budgets, text_at))
     grades: dict[tuple[str, int, str], Any] = {}
     with Grader(exact=exact) as grader:
         for kind in ("math", "choice"):
@@ -52,11 +54,12 @@ def score_samples(
             by_budget[budget] = {
                 **asdict(grades[key]),
                 "answer": find_answer(texts[key], exact),
+                "compresses": compresses(texts[key]),
                 "repeats": repeats_itself(texts[key]),
                 "epistemic_words": epistemic_words(texts[key]),
             }
         return {
-            "tokens": sample.tokens,
+            "tokens": len(sample.token_ids),
             "thinking_tokens": sample.thinking_tokens,
             "ended_by_eos": sample.ended_by_eos,
             "grades": by_budget,
@@ -78,9 +81,10 @@ def _texts_to_grade(
     samples: dict[tuple[str, int], Sample],
     samples_a_problem: int,
     budgets: Sequence[str],
+    text_at: Callable[[Sample, int], str],
 ) -> Iterator[tuple[Problem, int, str, str]]:
     for problem in problems:
         for number in range(samples_a_problem):
             sample = samples[problem.id, number]
             for budget in budgets:
-                yield problem, number, budget, sample.text[: sample.characters_at.get(budget, len(sample.text))]
+                yield problem, number, budget, text_at(sample, int(budget))

@@ -6,6 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_PIPE_WIDTH = 160
+_LENGTHS = (
+    "mean_tokens",
+    "median_tokens",
+    "p90_tokens",
+    "p99_tokens",
+    "mean_thinking_tokens",
+    "mean_answer_tokens",
+)
 # Ours: how often a line is printed where there is no terminal to draw a bar on
 _LINE_EVERY_S = 15.0
 
@@ -39,52 +48,60 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
         yield draw
 
 
-def print_evaluation(results: dict[str, Any], comparison: dict[str, Any] | None = None) -> None:
+def print_evaluation(results: dict[str, Any]) -> None:
     """
-    Print an evaluation's table, a row a budget and level.
+    Print an evaluation's tables, a row a budget and level, and what changed from its baseline.
 
     Args:
         results: As [`~trl_crisp.evaluation.results.load_results`] gives them.
-        comparison: As [`~trl_crisp.evaluation.results.compare`] gives it.
     """
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        # A pipe or a file has no width
+        console = Console(width=_PIPE_WIDTH)
     protocol = results["protocol"]
-    table = Table(title=f"{protocol['model']} on {protocol['benchmark']}")
-    columns = (
-        "",
-        "accuracy",
-        "answer line",
-        "box",
-        "pass@k",
-        "mean tokens",
-        "median",
-        "p90",
-        "cut",
-        "repeats",
-        "no answer",
-    )
-    for column in (*columns, "not graded"):
-        table.add_column(column, justify="left" if not column else "right")
-    for budget, groups in results["summary"].items():
-        for name, values in groups.items():
-            label = f"{name}, {int(budget):,} tokens" if len(results["summary"]) > 1 else name
-            shares = ("accuracy", "answer_accuracy", "boxed_accuracy", "pass_at_k")
-            lengths = ("mean_tokens", "median_tokens", "p90_tokens")
-            flags = ("truncated", "repeats", "unparseable", "not_graded")
-            cells = [f"{values[key]:.1%}" for key in shares] + [f"{values[key]:,.0f}" for key in lengths]
-            table.add_row(label, *cells, *(f"{values[key]:.1%}" for key in flags))
-    console.print(table)
-    if comparison is None:
-        return
-    table = Table(title="Against the baseline: 95% intervals over problems")
-    for column in ("the baseline's pass rate", "problems", "tokens", "accuracy, points"):
-        table.add_column(column, justify="right")
-    for name, values in {"all": comparison, **comparison["by_pass_rate"]}.items():
-        table.add_row(name, str(values["problems"]), *_changes(values))
-    console.print(table)
+    rows = [
+        (f"{name}, {int(budget):,} tokens" if len(results["summary"]) > 1 else name, values)
+        for budget, groups in results["summary"].items()
+        for name, values in groups.items()
+    ]
+    k = str(results["samples"])
+    accuracy = []
+    tokens = []
+    for label, values in rows:
+        shares = [f"{values[key]:.1%}" for key in ("accuracy", "answer_accuracy", "boxed_accuracy")]
+        shares += [f"{values['pass_at'][k]:.1%}", f"{values['unparseable']:.1%}"]
+        accuracy.append([label, *shares, str(round(values["not_graded"] * values["samples"]))])
+        cut = [f"{values[key]:.1%}" for key in ("truncated", "repeats")]
+        words = f"{values['epistemic_words_per_1000_tokens']:.1f}"
+        tokens.append([label, *(f"{values[key]:,.0f}" for key in _LENGTHS), *cut, words])
+    title = f"{protocol['model']} on {protocol['benchmark']}"
+    headers = ["", "accuracy", "answer line", "box", f"pass@{k}", "no answer", "not graded"]
+    console.print(_table(f"{title}: correct answers", headers, accuracy))
+    headers = ["", "mean", "median", "p90", "p99", "thinking", "answer", "cut", "repeats", "doubt words / 1,000"]
+    console.print(_table(f"{title}: tokens", headers, tokens))
+    for budget, comparison in results.get("comparison", {}).items():
+        groups = {"all": comparison, **comparison["by_pass_rate"]}
+        changes = [[name, str(values["problems"]), *_changes(values)] for name, values in groups.items()]
+        headers = ["the baseline's pass rate", "problems", "tokens", "accuracy, points"]
+        title = f"Against the baseline at {int(budget):,} tokens: 95% intervals over problems"
+        console.print(_table(title, headers, changes))
+        if not comparison["by_pass_rate"]:
+            console.print("Groups by the baseline's pass rate need at least two samples a problem.")
+
+
+def _table(title: str, headers: list[str], rows: list[list[str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for header in headers:
+        # Folded where there is no room: a cell that is cut is a wrong number
+        table.add_column(header, justify="right" if header else "left", overflow="fold")
+    for cells in rows:
+        table.add_row(*cells)
+    return table
 
 
 def _changes(values: dict[str, Any]) -> tuple[str, str]:
