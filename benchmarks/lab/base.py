@@ -14,10 +14,11 @@ from benchmarks.lab.task import DIFFICULTIES, FORMS, INSTRUCTION, Form, draw_pro
 from trl_crisp.instructions import build_teacher_prompt
 
 # Form and optimizer steps of each stage, one after the other, each with a learning rate that falls to zero. The solutions
-# of "tradeoff" repeat themselves most, which is what teaches the model to look numbers up; "stability" begins from there.
+# of "tradeoff" repeat themselves most, which is what teaches the model to look numbers up; the others begin from there.
 STAGES = {
     "tradeoff": (("tradeoff", 450), ("tradeoff", 350)),
     "stability": (("tradeoff", 450), ("stability", 200)),
+    "costly": (("tradeoff", 450), ("costly", 350)),
 }
 BATCH_SIZE = 48
 MICRO_BATCH_SIZE = 12

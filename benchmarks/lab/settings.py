@@ -94,6 +94,12 @@ SETTINGS: dict[str, Setting] = {
         {"teacher_model_kind": "base", "teacher_sync_steps": None, "max_steps": 300},
         curve=True,
     ),
+    "costly-untrained": Setting("first checks mend much: the base", {"max_steps": 0}, form="costly"),
+    "costly-frozen": Setting(
+        "first checks mend much: frozen", {"teacher_model_kind": "base", "teacher_sync_steps": None}, form="costly"
+    ),
+    "costly-m50": Setting("first checks mend much: the paper's M", _periodic(50), form="costly"),
+    "costly-m20": Setting("first checks mend much: M = 20", _periodic(20), form="costly", curve=True),
     "stability-untrained": Setting("checks are waste: the base", {"max_steps": 0}, form="stability"),
     "stability-frozen": Setting(
         "checks are waste: frozen", {"teacher_model_kind": "base", "teacher_sync_steps": None}, form="stability"

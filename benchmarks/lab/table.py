@@ -82,8 +82,8 @@ def table_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
 def difficulty_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
     """Return the change of the mean tokens, and of the accuracy in points, at each difficulty."""
     rows = []
-    for name in ("frozen", "m50", "m20"):
-        results, base = runs.get(name, []), base_of(runs, "tradeoff")
+    for name in ("frozen", "m50", "m20", "costly-frozen", "costly-m50", "costly-m20"):
+        results, base = runs.get(name, []), base_of(runs, SETTINGS[name].form)
         results = [r for r in results if r["seed"] in base]
         if not results:
             continue
@@ -154,14 +154,15 @@ def print_table(directory: Path, names: list[str] | None = None) -> None:
 
 
 def draw(directory: Path, output: Path) -> None:
-    """Draw accuracy against length, and length, accuracy and entropy along the runs; lines are means over seeds."""
+    """Draw accuracy against length and difficulty, and length, accuracy and entropy along runs; lines are means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {name: results for name, results in load(directory).items() if SETTINGS[name].form == "tradeoff"}
-    fig, ((left, middle), (right, entropy)) = plt.subplots(2, 2, figsize=(13, 10))
+    of_all_forms = load(directory)
+    runs = {name: results for name, results in of_all_forms.items() if SETTINGS[name].form == "tradeoff"}
+    fig, ((left, middle, by_difficulty), (right, entropy, spot)) = plt.subplots(2, 3, figsize=(19, 10))
     for name, results in runs.items():
         sides = ("plain", "concise") if not results[0]["log"] else ("plain",)
         for side in sides:
@@ -184,6 +185,33 @@ def draw(directory: Path, output: Path) -> None:
                 middle.axvline(step, color="grey", linewidth=0.5, linestyle=":")
         steps = [entry["step"] for entry in log]
         entropy.plot(steps, np.mean([[e["entropy"] for e in r["log"]] for r in runs[name]], axis=0), label=name)
+    for name in ("costly-untrained", "costly-frozen", "costly-m50", "costly-m20"):
+        results = of_all_forms.get(name, [])
+        if results:
+            values = [np.mean([r["plain"][str(k)]["accuracy"] for r in results]) for k in DIFFICULTIES]
+            tokens = np.mean([r["plain"]["all"]["mean_tokens"] for r in results])
+            by_difficulty.plot(DIFFICULTIES, values, "o-", label=f"{name}, {tokens:.0f} tokens")
+    by_difficulty.set(
+        xlabel="difficulty k",
+        ylabel="accuracy",
+        ylim=(0, 1),
+        title="costly: accuracy by difficulty",
+        xticks=DIFFICULTIES,
+    )
+    by_difficulty.legend(fontsize=8)
+    if "costly-m20" in of_all_forms:
+        curves = [r["curve"] for r in of_all_forms["costly-m20"]]
+        tokens, accuracy = (
+            np.mean([[point[key] for point in curve] for curve in curves], axis=0)
+            for key in ("mean_tokens", "accuracy")
+        )
+        spot.plot(tokens, accuracy, "o-")
+        for x, y, point in zip(tokens, accuracy, curves[0], strict=True):
+            spot.annotate(str(point["step"]), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        spot.invert_xaxis()
+    spot.set(
+        xlabel="mean tokens", ylabel="accuracy", ylim=(0, 1), title="costly-m20: where the sweet spot ends (steps)"
+    )
     entropy.set(xlabel="step", ylabel="nats a token", title="Student's entropy on its rollouts")
     middle.set(xlabel="step", ylabel="mean tokens", title="Length along the run (dotted: a refresh)")
     right.set(xlabel="step", ylabel="accuracy", title="Accuracy along the run")

@@ -10,9 +10,13 @@ Numbers are written digit by digit, so that the model learns to carry instead of
 it keeps its place after many checks.
 
 How often a step is checked is what the instruction changes, by a notch: both writers check, so the two modes overlap (the
-reverse KL has next to no gradient toward what the student never does). In the form "tradeoff" a check is worth something: where
-a sum passes 9, the first result is wrong now and then, and only the first check mends it, so that brevity costs accuracy, on
-long problems first. In the form "stability" steps are always right and a check is waste.
+reverse KL has next to no gradient toward what the student never does). Where a sum passes 9, the first result is wrong now
+and then, and only the first check mends it. The forms differ in what a check is worth:
+
+- "stability": steps are always right, and every check is waste.
+- "tradeoff": checks mend some slips, and the instruction drops first checks and later ones alike.
+- "costly": slips are many; the instruction drops the later checks, which are waste, and few of the first ones. So brevity is
+  nearly free at first and dear beyond it, on long problems first.
 """
 
 import random
@@ -42,21 +46,22 @@ class Form:
     How the two writers write.
 
     Attributes:
-        check_probability: Of one more check after a step, without the instruction.
-        concise_check_probability: The same with it.
+        first_check_probability: Of a check after a step, without the instruction and with it.
+        next_check_probability: Of one more check after a check, without the instruction and with it.
         max_checks: After one step.
         slip_probability: Of a first result that is wrong, where a sum passes 9.
     """
 
-    check_probability: float
-    concise_check_probability: float
+    first_check_probability: tuple[float, float]
+    next_check_probability: tuple[float, float]
     max_checks: int
     slip_probability: float
 
 
 FORMS = {
-    "tradeoff": Form(0.9, 0.6, 4, 0.12),
-    "stability": Form(0.85, 0.12, 2, 0.0),
+    "stability": Form((0.85, 0.12), (0.85, 0.12), 2, 0.0),
+    "tradeoff": Form((0.9, 0.6), (0.9, 0.6), 4, 0.12),
+    "costly": Form((0.95, 0.9), (0.9, 0.5), 4, 0.3),
 }
 
 
@@ -82,22 +87,24 @@ def draw_problem(rng: random.Random, difficulty: int) -> list[int]:
 def prompt(problem: list[int]) -> list[dict[str, str]]:
     """Return the student's prompt, as messages."""
     return [
-        {"role": "user", "content": "add : " + " ".join(f"{x} {n}" for x, n in zip(_LETTERS, problem, strict=False))}
+        {
+            "role": "user",
+            "content": "add : " + " ".join(f"{x} {n}" for x, n in zip(_letters(problem), problem, strict=True)),
+        }
     ]
 
 
 def solve(problem: list[int], form: Form, concise: bool, rng: random.Random) -> str:
     """Write one solution, as the writer of a mode would; it can be wrong where a slip was not checked."""
-    check_probability = form.concise_check_probability if concise else form.check_probability
     words, total = [], problem[0]
-    for letter, number in zip(_LETTERS[1:], problem[1:], strict=False):
+    for letter, number in zip(_letters(problem)[1:], problem[1:], strict=True):
         right = total + number
         carries = total % 10 + number > 9
         first = right + rng.choice((-1, 1)) if carries and rng.random() < form.slip_probability else right
         words.append(f"{letter} {_digits(total)} + {number} = {_digits(first)} ;")
         result = first
-        for _ in range(form.max_checks):
-            if rng.random() >= check_probability:
+        for probabilities in [form.first_check_probability] + [form.next_check_probability] * (form.max_checks - 1):
+            if rng.random() >= probabilities[concise]:
                 break
             verdict = "ok" if result == right else "no"
             words.append(f"check {letter} {_digits(total)} + {number} = {_digits(right)} {verdict} ;")
@@ -109,6 +116,10 @@ def solve(problem: list[int], form: Form, concise: bool, rng: random.Random) -> 
 def is_correct(problem: list[int], solution: str) -> bool:
     """Whether a solution, as the model wrote it, ends in the right answer."""
     return f" {solution}".endswith(f" so answer {_digits(sum(problem))}")
+
+
+def _letters(problem: list[int]) -> str:
+    return _LETTERS[: len(problem)]
 
 
 def _digits(number: int) -> str:
