@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.tiny_models import save_tiny
@@ -42,7 +43,7 @@ def settings(files: Path, model: Path | None = None) -> EvaluationSettings:
     )
 
 
-def trainer_of(files: Path, output_dir: Path, **fields) -> CRISPTrainer:
+def trainer_of(files: Path, output_dir: Path, peft_config: LoraConfig | None = None, **fields) -> CRISPTrainer:
     rows = [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()]
     values = {
         "max_steps": 4,
@@ -59,7 +60,9 @@ def trainer_of(files: Path, output_dir: Path, **fields) -> CRISPTrainer:
         "disable_tqdm": True,
     }
     args = CRISPConfig(str(output_dir), **{**values, **fields})
-    return CRISPTrainer(model=str(files / "model"), args=args, train_dataset=Dataset.from_list(rows))
+    return CRISPTrainer(
+        model=str(files / "model"), args=args, train_dataset=Dataset.from_list(rows), peft_config=peft_config
+    )
 
 
 class Scripted(BenchmarkCallback):
@@ -119,6 +122,18 @@ def test_the_log_has_the_numbers_of_the_command_on_the_checkpoint(measured, file
         }
     texts = [(output_dir / "evaluation" / "own" / f"step-{step}" / "samples.jsonl").read_text() for step in (0, 4)]
     assert texts[0].partition("\n")[2] != texts[1].partition("\n")[2], "training changed no answer"
+
+
+def test_an_adapter_is_measured_with_the_students_weights_not_the_teachers(files, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    trainer = trainer_of(files, tmp_path / "run", lora, learning_rate=1.0, max_steps=2, teacher_sync_steps=50)
+    trainer.add_callback(BenchmarkCallback(trainer, settings(files), every_steps=2))
+    trainer.train()
+    along = {
+        step: load_results(tmp_path / "run" / "evaluation" / "own" / f"step-{step}")["problems"] for step in (0, 2)
+    }
+    for step, model in ((0, files / "model"), (2, tmp_path / "run" / "checkpoint-2")):
+        assert along[step] == evaluate(settings(files, model), tmp_path / str(step))["problems"], step
 
 
 def test_the_training_is_left_alone(measured, files, tmp_path):
