@@ -366,7 +366,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
     said += list(process.stdout)
     status, text = process.wait(timeout=120), "".join(said)
     assert status != 0
-    assert "Ctrl-C: finishing this step, then saving a checkpoint" in text, text
+    assert "then saving a checkpoint. Again to stop at once" in text, text
     (checkpoint,) = output_dir.glob("checkpoint-*")
     assert last_whole(output_dir) == checkpoint
     step = int(checkpoint.name.removeprefix("checkpoint-"))

@@ -135,9 +135,7 @@ def test_a_string_that_only_looks_like_json_stays_a_string(tmp_path):
 
 def test_a_row_that_breaks_the_form_is_named(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": json.dumps(message("1?"))}, {"prompt": "2?"}])
-    with pytest.raises(
-        Exception, match=r"column 'prompt' has messages as JSON in its first row, and in another '2\?'"
-    ):
+    with pytest.raises(Exception, match=r"column 'prompt' has messages as JSON in its first row, and in row 1 '2\?'"):
         load_prompts(arguments(path))
 
 

@@ -110,6 +110,19 @@ def test_killed_for_real(files, tmp_path):
     assert "sampling: 12/12" in result.stderr or there == 12
 
 
+def test_ctrl_c_says_how_to_go_on(files, tmp_path):
+    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size", "1", "--samples", "50"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path = tmp_path / "samples.jsonl"
+    while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "The answers that were finished are kept: the same command goes on with the rest." in said
+    assert "Traceback" not in said
+
+
 def test_samples_of_another_run_are_refused(files, tmp_path):
     evaluate(settings(files, limit=1), tmp_path)
     with pytest.raises(ValueError, match=r"(?s)samples of another run:.*seed: 0 there, 1 now.*another --output"):

@@ -69,10 +69,12 @@ class Scripted(BenchmarkCallback):
     """The rule and its book-keeping, with measurements that are given: (accuracy, mean tokens) by step."""
 
     given: dict[int, tuple[float, float]]
+    truncated = 0.0
 
     def _measure(self, args, state):
         accuracy, mean_tokens = self.given[state.global_step]
-        self.trainer.log({f"eval_{self.name}_accuracy": accuracy, f"eval_{self.name}_mean_tokens": mean_tokens})
+        values = {"accuracy": accuracy, "mean_tokens": mean_tokens, "truncated": self.truncated}
+        self.trainer.log({f"eval_{self.name}_{key}": value for key, value in values.items()})
         return accuracy, mean_tokens
 
 
@@ -183,16 +185,18 @@ def test_the_best_is_the_shortest_of_those_that_keep_the_accuracy(files, tmp_pat
     assert trainer.state.best_global_step == 4
     assert trainer.state.best_metric == 60.0
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
-    # Step 1's went when step 4's came
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    # A limit of one is of two here: the best, and the last that can be resumed
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
     sentence = callback.describe_best(trainer.state)
-    assert "checkpoint-4 (fewest mean tokens on own with at most 2 points of accuracy below the base)" in sentence
+    assert (
+        "checkpoint-4 (fewest mean tokens on own, fewer than the base, with at most 2 points of accuracy" in sentence
+    )
     assert "88.0% with 60 tokens; the base had 90.0% with 100 tokens" in sentence
 
 
 def test_the_best_outlives_later_checkpoints(files, tmp_path):
     given = {0: (0.9, 100.0), 1: (0.9, 50.0), 2: (0.9, 90.0), 3: (0.9, 95.0)}
-    trainer = trainer_of(files, tmp_path, save_steps=1, max_steps=3, save_total_limit=2)
+    trainer = trainer_of(files, tmp_path, save_steps=1, max_steps=3, save_total_limit=1)
     callback = Scripted(trainer, settings(files), every_steps=1)
     callback.given = given
     trainer.add_callback(callback)
@@ -202,11 +206,20 @@ def test_the_best_outlives_later_checkpoints(files, tmp_path):
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
 
 
-def test_none_is_best_where_all_lost_the_accuracy(files, tmp_path):
-    trainer, callback = scripted(files, tmp_path, {0: (0.9, 100.0), 1: (0.5, 40.0)})
+@pytest.mark.parametrize("after", [(0.5, 40.0), (0.9, 100.0), (0.95, 120.0)])
+def test_none_is_best_where_all_lost_the_accuracy_or_are_no_shorter(files, tmp_path, after):
+    trainer, callback = scripted(files, tmp_path, {0: (0.9, 100.0), 1: after})
     assert trainer.state.best_model_checkpoint is None
     assert not list(tmp_path.glob("checkpoint-*"))
     assert callback.describe_best(trainer.state).startswith("No measured step is fit to be the best checkpoint")
+
+
+def test_a_cap_that_cuts_the_bases_answers_is_said(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scripted, "truncated", 0.5)
+    trainer, callback = scripted(files, tmp_path, {0: (0.9, 20.0), 1: (0.9, 15.0)})
+    assert "50% of the base's answers were cut at 24 tokens, so these numbers say little" in callback.describe_best(
+        trainer.state
+    )
 
 
 def flags(files: Path, output_dir: Path, *more: str) -> list[str]:
@@ -224,7 +237,7 @@ def test_the_script_measures_and_names_the_best(files, tmp_path, capsys):
     main(*parse_args(flags(files, tmp_path, "--eval_benchmark_steps", "1", "--eval_benchmark_limit", "3")))
     said = capsys.readouterr()
     assert "est checkpoint" in said.out
-    assert "with at most 1 points of accuracy below the base" in said.out
+    assert "with at most 1 points of accuracy below it" in said.out
     assert "sampling: 3/3" in said.err
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert list(measurements(state["log_history"])) == [0, 1, 2]

@@ -141,3 +141,20 @@ def test_a_row_without_an_answer_is_named(tmp_path, answer):
     path = write(tmp_path / "rows.jsonl", {"question": "1?", "answer": "1"}, {"question": "2?", "answer": answer})
     with pytest.raises(ValueError, match="row 1: it has no answer to grade by"):
         load_benchmark(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"question": "1?", "answer": "1"}\n{broken\n', "cannot be read as .jsonl"), ("", "is an empty file")],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"benchmark file='.*rows.jsonl'.*{message}"):
+        load_benchmark(str(path))
+
+
+def test_a_file_beside_a_file_is_refused(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"question": "1?", "answer": "1"})
+    with pytest.raises(ValueError, match="is a file of your own, and so is"):
+        load_benchmark(str(path), file=path)

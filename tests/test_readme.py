@@ -158,4 +158,4 @@ def test_smollm2s_table_is_that_of_the_committed_results():
             for model in smollm2.MODELS
         ]
         differing = {key for key in protocols[0] if any(p[key] != protocols[0][key] for p in protocols)}
-        assert differing == {"model", "instruction"}
+        assert differing == {"model", "weights_sha256", "instruction"}

@@ -345,7 +345,7 @@ def test_example_without_arguments_is_the_quickstart(monkeypatch):
     monkeypatch.setattr("trl_crisp.train.main", lambda *args: ran.append(args))
     monkeypatch.setattr(sys, "argv", ["train.py"])
     runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
-    script_args, training_args, model_args = ran[0]
+    script_args, training_args, model_args, _ = ran[0]
     assert script_args.dataset_name == "reasoning-gym:leg_counting"
     assert training_args.use_cpu
     assert model_args.model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -51,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, PermissionError, ConnectionError, ImportError) as error:
         print(f"trl-crisp {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if args.command != "eval":
+            raise
+        print(
+            "\nInterrupted. The answers that were finished are kept: the same command goes on with the rest.",
+            file=sys.stderr,
+        )
+        return 128 + signal.SIGINT
 
 
 def train(argv: list[str]) -> int:

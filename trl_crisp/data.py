@@ -169,7 +169,7 @@ def load_splits(args: CRISPScriptArguments) -> dict[str, "DatasetLike"]:
         return {args.dataset_train_split: rows.to_iterable_dataset() if args.dataset_streaming else rows}
     path = Path(name).expanduser()
     if path.is_file():
-        return {args.dataset_train_split: _load_file(path, args.dataset_streaming)}
+        return {args.dataset_train_split: load_file(path, args.dataset_streaming)}
     if not path.is_dir() and _looks_like_path(name):
         raise FileNotFoundError(
             f"dataset_name={name!r}: there is no such file (looked for {path.absolute()}). Check the path; a dataset "
@@ -367,29 +367,40 @@ def _load_reasoning_gym(task: str, size: int, seed: int) -> "Dataset":
     )
 
 
-def _load_file(path: Path, streaming: bool) -> "DatasetLike":
+def load_file(path: Path, streaming: bool, field_name: str = "dataset_name") -> "DatasetLike":
+    """
+    Read the rows of a local file.
+
+    Args:
+        path: Of a file that is there.
+        streaming: Row by row.
+        field_name: What the user calls it, for the messages.
+
+    Raises:
+        ValueError: For a file that cannot be read, or without a row.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     builder = FILE_BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise ValueError(
-            f"dataset_name={str(path)!r}: files ending in {path.suffix or 'nothing'!r} are not read. Convert it to "
+            f"{field_name}={str(path)!r}: files ending in {path.suffix or 'nothing'!r} are not read. Convert it to "
             f"one of {', '.join(FILE_BUILDERS)}."
         )
     if path.stat().st_size == 0:
-        raise ValueError(f"dataset_name={str(path)!r} is an empty file. It needs one row a prompt.")
+        raise ValueError(f"{field_name}={str(path)!r} is an empty file. It needs at least one row.")
     try:
         return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
     except DatasetGenerationError as error:
         raise ValueError(
-            f"dataset_name={str(path)!r} cannot be read as {path.suffix}: {error.__cause__ or error}. Check the "
+            f"{field_name}={str(path)!r} cannot be read as {path.suffix}: {error.__cause__ or error}. Check the "
             "file's content."
         ) from error
     except ValueError as error:
         # A file with a header, or `[]`, and no row
         if "corresponds to no data" in str(error):
-            raise ValueError(f"dataset_name={str(path)!r} has no rows. It needs one row a prompt.") from error
+            raise ValueError(f"{field_name}={str(path)!r} has no rows. It needs at least one row.") from error
         raise
 
 
@@ -435,16 +446,16 @@ def _read_json_messages(dataset: "DatasetLike", first: Any, name: str, column: s
     if _json_messages(first) is None:
         return dataset
 
-    def read(row: dict[str, Any]) -> dict[str, Any]:
+    def read(row: dict[str, Any], number: int) -> dict[str, Any]:
         messages = _json_messages(row[name])
         if messages is None:
             raise ValueError(
-                f"column {column!r} has messages as JSON in its first row, and in another {str(row[name])[:80]!r}. Mend or "
+                f"column {column!r} has messages as JSON in its first row, and in row {number} {str(row[name])[:80]!r}. Mend or "
                 "remove such rows."
             )
         return {name: messages}
 
-    return dataset.map(read)
+    return dataset.map(read, with_indices=True)
 
 
 def _check_template(template: str, columns: list[str]) -> None:

@@ -70,7 +70,9 @@ class SaveOnInterrupt(TrainerCallback):
             self._requested_s = now_s
             if PartialState().is_main_process:
                 print(
-                    "\nCtrl-C: finishing this step, then saving a checkpoint. Again to stop at once.", file=sys.stderr
+                    "\nCtrl-C: finishing this step, and its measurement where one has begun, then saving a checkpoint. Again to "
+                    "stop at once.",
+                    file=sys.stderr,
                 )
         elif now_s - self._requested_s > _SAME_KEYPRESS_S:
             self.restore()

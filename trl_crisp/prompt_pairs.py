@@ -20,16 +20,23 @@ class PromptReport:
     rows: int = 0
     dropped: int = 0
     replaced: int = 0
+    given: int = 0
     longest_tokens: int = 0
 
     def describe(self, max_prompt_tokens: int | None) -> str:
         """Return the findings in two sentences."""
         if not self.rows:
             return "the prompts of the stream are checked as they are read."
+        beside = self.rows - self.replaced - self.given
+        own = f" In {self.given} of them the teacher has a prompt of its own." if self.given else ""
+        placed = (
+            f" In {self.replaced} of them the teacher's instruction stands in the place of the student's own, in {beside} beside the "
+            "prompt."
+        )
         return (
             f"{self.rows - self.dropped} of {self.rows} rows kept; {self.dropped} dropped for a prompt of more than "
-            f"{max_prompt_tokens} tokens (the longest has {self.longest_tokens}). In {self.replaced} of them the teacher's "
-            f"instruction stands in the place of the student's own, in {self.rows - self.replaced} beside the prompt."
+            f"{max_prompt_tokens} tokens (the longest has {self.longest_tokens}).{own}"
+            + (placed if beside or self.replaced else "")
         )
 
 
@@ -156,6 +163,7 @@ class PromptPairs:
         report.rows += len(rows)
         report.dropped += fits.count(False)
         report.replaced += sum(replaced for _, replaced in pairs)
+        report.given += sum(row.get("teacher_prompt") is not None for row in rows)
         return fits
 
     def _tokenize_teachers(self, prompts: list[Prompt], first_row: int) -> list[list[int]]:

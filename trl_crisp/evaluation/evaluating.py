@@ -120,6 +120,8 @@ def evaluate(
     from trl_crisp.instructions import resolve_instruction
 
     require_math_verify()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output {str(output_dir)!r} is a file. Give a directory, which need not be there yet.")
     instruction = resolve_instruction(settings.instruction)
     benchmark = load_benchmark(settings.benchmark, settings.limit, settings.file)
 
@@ -199,7 +201,7 @@ def check_positions(config: "PretrainedConfig", prompt_tokens: int, max_new_toke
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens needs "
             f"{prompt_tokens + max_new_tokens} positions, and the model was made for {positions}: beyond them its answers mean "
-            f"nothing. Give --max-new-tokens {positions - prompt_tokens} or less."
+            f"nothing. Give --max-new-tokens (along a training run --eval_benchmark_max_new_tokens) {positions - prompt_tokens} or less."
         )
 
 

@@ -29,6 +29,9 @@ from trl_crisp.evaluation.problems import load_benchmark
 from trl_crisp.evaluation.results import load_results
 from trl_crisp.evaluation.sampling import Completion
 
+# Ours: with more of the base's answers cut than this, lengths and accuracy are those of the cap
+_MUCH_CUT = 0.1
+
 
 @dataclass
 class BenchmarkArguments:
@@ -52,7 +55,7 @@ class BenchmarkArguments:
         eval_benchmark_batch_size (`int`, defaults to `32`; ours):
             Answers at once on each process.
         eval_benchmark_max_accuracy_drop (`float`, defaults to `0.01`; ours, a point is within the noise of the paper's own figures):
-            How much of the base's accuracy the best checkpoint may lose.
+            How far the best checkpoint's accuracy may lie below the base's, as a share of all answers: 0.01 is a point.
     """
 
     eval_benchmark: str | None = field(
@@ -66,7 +69,8 @@ class BenchmarkArguments:
     eval_benchmark_max_new_tokens: int = field(default=30_000, metadata={"help": "An answer is cut there."})
     eval_benchmark_batch_size: int = field(default=32, metadata={"help": "Answers at once on each process."})
     eval_benchmark_max_accuracy_drop: float = field(
-        default=0.01, metadata={"help": "How much of the base's accuracy the best checkpoint may lose."}
+        default=0.01,
+        metadata={"help": "How far the best checkpoint's accuracy may lie below the base's; 0.01 is a point."},
     )
 
     def __post_init__(self) -> None:
@@ -90,7 +94,7 @@ class BenchmarkCallback(TrainerCallback):
     training are left alone: a run with this callback trains the same weights as one without. Under several processes each
     answers its share of the problems.
 
-    The best checkpoint is the measured step with the fewest mean tokens among those whose accuracy is at most
+    The best checkpoint is the measured step with the fewest mean tokens, fewer than the base's, among those whose accuracy is at most
     `max_accuracy_drop` below the base's. It is saved whenever there is a new one, kept by `save_total_limit`, and named in
     `trainer_state.json` (`best_model_checkpoint`, with the tokens as `best_metric`), as transformers does with its own.
 
@@ -136,10 +140,17 @@ class BenchmarkCallback(TrainerCallback):
         self.every_steps, self.max_accuracy_drop, self.progress = every_steps, max_accuracy_drop, progress
         self.benchmark = load_benchmark(settings.benchmark, settings.limit, settings.file)
         self.name = Path(settings.benchmark).stem
+        tokenizer: Any = self._tokenizer()
+        model: Any = trainer.model
+        prompts = prompt_token_ids(self.benchmark.problems, "", tokenizer, settings.chat_template_kwargs)
+        check_positions(model.config, max(map(len, prompts)), settings.max_new_tokens)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.save_total_limit == 1:
+            # At the end of a training transformers would delete all but the best, and with them the last, which can be resumed
+            args.save_total_limit = 2
         if state.global_step == 0:
             if state.max_steps > 0:
                 self._measure(args, state)
@@ -165,7 +176,7 @@ class BenchmarkCallback(TrainerCallback):
             listed = "".join(f"\n  {name}: {before[name]!r} before, {settings[name]!r} now" for name in differing)
             raise ValueError(
                 f"this run measured its base in another way, so the points of its curve could not be compared:{listed}\nLeave these as "
-                "they were."
+                "they were, or start anew in another output_dir."
             )
 
     def _directory(self, args: TrainingArguments, step: int) -> Path:
@@ -180,7 +191,8 @@ class BenchmarkCallback(TrainerCallback):
         base = self.measured(state)[0]
         # As far as sums of floats tell a point from a point
         enough = accuracy >= base["accuracy"] - self.max_accuracy_drop - 1e-9
-        if enough and (state.best_metric is None or mean_tokens < state.best_metric):
+        shortest = base["mean_tokens"] if state.best_metric is None else state.best_metric
+        if enough and mean_tokens < shortest:
             state.best_metric, state.best_global_step = mean_tokens, state.global_step
             state.best_model_checkpoint = str(
                 Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -199,18 +211,26 @@ class BenchmarkCallback(TrainerCallback):
     def describe_best(self, state: TrainerState) -> str:
         """Return a sentence about the best checkpoint and the rule."""
         measured = {point["step"]: point for point in self.measured(state)}
-        rule = f"fewest mean tokens on {self.name} with at most {100 * self.max_accuracy_drop:g} points of accuracy below the base"
+        points = f"{100 * self.max_accuracy_drop:g} points"
+        rule = f"fewest mean tokens on {self.name}, fewer than the base, with at most {points} of accuracy below it"
         if 0 not in measured:
             return f"Nothing was measured on {self.name}."
         base = measured[0]
+        cut = next(log[key] for log in state.log_history if (key := f"eval_{self.name}_truncated") in log)
+        warning = ""
+        if cut > _MUCH_CUT:
+            warning = (
+                f" {cut:.0%} of the base's answers were cut at {self.settings.max_new_tokens:,} tokens, so these numbers say little: "
+                "raise eval_benchmark_max_new_tokens."
+            )
         was = f"the base had {base['accuracy']:.1%} with {base['mean_tokens']:,.0f} tokens"
         if state.best_global_step is None:
-            return f"No measured step is fit to be the best checkpoint ({rule}; {was})."
+            return f"No measured step is fit to be the best checkpoint ({rule}; {was}).{warning}"
         best = measured[state.best_global_step]
         which = state.best_model_checkpoint or f"that of step {state.best_global_step}, which is no longer there"
         return (
             f"The best checkpoint is {which} ({rule}): {best['accuracy']:.1%} with "
-            f"{best['mean_tokens']:,.0f} tokens; {was}."
+            f"{best['mean_tokens']:,.0f} tokens; {was}.{warning}"
         )
 
     def _measure(self, args: TrainingArguments, state: TrainerState) -> tuple[float, float]:

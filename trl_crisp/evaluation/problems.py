@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_crisp.data import FILE_BUILDERS, raise_for_hub
+from trl_crisp.data import FILE_BUILDERS, load_file, raise_for_hub
 from trl_crisp.evaluation.grading import Kind
 
 # DAPO's wording, which the paper trains and evaluates with (method's prompts, Figure 2)
@@ -98,6 +98,11 @@ def load_benchmark(name: str, limit: int | None = None, file: str | Path | None 
             f"benchmark {name!r} is unknown. Choose one of {', '.join(BENCHMARKS)}, or give a file that ends in one of "
             f"{', '.join(FILE_BUILDERS)} with the columns question and answer."
         )
+    if known is None and file is not None:
+        raise ValueError(
+            f"benchmark {name!r} is a file of your own, and so is {str(file)!r}: a file goes beside a benchmark's name only, as a copy of "
+            "its rows. Give one of the two."
+        )
     if known is None or file is not None:
         rows, source, revision = _rows_of_file(path)
     else:
@@ -136,13 +141,10 @@ def _check(problems: list[Problem], source: str) -> None:
 
 
 def _rows_of_file(path: Path) -> tuple[list[dict[str, Any]], str, str]:
-    from datasets import load_dataset
-
     if not path.is_file():
         raise FileNotFoundError(f"benchmark file {str(path)!r}: there is no such file (looked for {path.absolute()}).")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    builder = FILE_BUILDERS[path.suffix.lower()]
-    return list(load_dataset(builder, data_files=str(path), split="train")), path.name, f"sha256:{digest}"
+    return list(load_file(path, streaming=False, field_name="benchmark file")), path.name, f"sha256:{digest}"
 
 
 def _rows_of_hub(known: _OnTheHub) -> tuple[list[dict[str, Any]], str, str]:
@@ -162,7 +164,7 @@ def _rows_of_hub(known: _OnTheHub) -> tuple[list[dict[str, Any]], str, str]:
             raise_for_hub(error, "dataset", known.dataset, "benchmark")
         except (PermissionError, FileNotFoundError, ConnectionError) as said:
             raise type(said)(
-                f"{said} A local copy of its rows (jsonl, json, parquet or csv) goes in with --file."
+                f"{said} A local copy of its rows (jsonl, json, parquet or csv) goes in with --file (along a training run --eval_benchmark_file)."
             ) from error
     return list(rows), known.dataset, revision or _cached_revision(rows)
 
