@@ -168,10 +168,10 @@ class BenchmarkCallback(TrainerCallback):
         if not path.is_file():
             return
         base = load_results(path)
-        settings = asdict(self.settings)
+        settings = {**asdict(self.settings), "benchmark_revision": self.benchmark.revision}
         before = {**base["protocol"], "samples": base["samples"], "limit": base["protocol"]["problems"]}
         settings["limit"] = len(self.benchmark.problems)
-        names = ("benchmark", "limit", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        names = ("benchmark_revision", "limit", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
         if differing := [name for name in names if before[name] != settings[name]]:
             listed = "".join(f"\n  {name}: {before[name]!r} before, {settings[name]!r} now" for name in differing)
             raise ValueError(
