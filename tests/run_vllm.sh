@@ -17,4 +17,8 @@ pip install --editable ".[eval]" "pytest>=8.4"
 # The cache of keys and values, in GiB: the models are tiny, and by default vLLM takes half of the memory
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 export TOKENIZERS_PARALLELISM=false VLLM_NO_USAGE_STATS=1
+# What vLLM compiles goes here, anew each time: a run that was killed leaves half a library, on which the next one would fail
+export VLLM_CACHE_ROOT="$PWD/$venv/vllm-cache"
+case "$venv" in /*) VLLM_CACHE_ROOT="$venv/vllm-cache" ;; esac
+rm -rf "$VLLM_CACHE_ROOT"
 exec "$venv/bin/python" -m pytest -m vllm --quiet "$@"
