@@ -139,6 +139,17 @@ def test_a_row_that_breaks_the_form_is_named(tmp_path):
         load_prompts(arguments(path))
 
 
+def test_a_teacher_prompt_needs_no_name_and_leaves_the_prompt_alone(tmp_path):
+    rows = [{"prompt": json.dumps(message("1?")), "teacher_prompt": json.dumps(message("Briefly. 1?"))}]
+    train, _ = load_prompts(arguments(write_rows(tmp_path / "rows.jsonl", rows)))
+    assert train[0] == {"prompt": message("1?"), "teacher_prompt": message("Briefly. 1?")}
+    path = write_rows(tmp_path / "one.jsonl", [{"p": "1?", "n": 1}])
+    with pytest.raises(ValueError, match=r"prompt_column='p': .*no such column; it has teacher_prompt, n"):
+        load_prompts(arguments(path, prompt_column="p", teacher_prompt_column="p"))
+    with pytest.raises(ValueError, match=r"\{p\}, which is no column; the columns are teacher_prompt, n"):
+        load_prompts(arguments(path, prompt_template="{p}", teacher_prompt_column="p"))
+
+
 def test_a_teacher_prompt_column_that_there_is_not(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1?"}])
     with pytest.raises(ValueError, match=r"teacher_prompt_column='v1': .*no such column; it has prompt"):

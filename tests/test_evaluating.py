@@ -12,7 +12,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
-from trl_crisp.cli import main
+from trl_crisp.cli import main, make_eval_parser
+from trl_crisp.evaluation.engines import ENGINES
 from trl_crisp.evaluation.evaluating import EvaluationSettings, evaluate
 from trl_crisp.evaluation.results import (
     SCHEMA_VERSION,
@@ -142,6 +143,11 @@ def test_samples_of_other_weights_or_prompts_are_refused(files, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="an answer to problem '0' with another prompt"):
         evaluate(settings(files, model=str(tmp_path / "model"), limit=1), tmp_path / "out")
+
+
+def test_the_command_offers_the_engines_that_there_are():
+    [option] = [action for action in make_eval_parser()._actions if action.dest == "engine"]
+    assert tuple(option.choices) == ENGINES
 
 
 def test_budgets_can_be_added_to_samples_that_are_there(files, tmp_path):

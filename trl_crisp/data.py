@@ -189,14 +189,17 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
     if first is None:
         raise ValueError(f"dataset_name={args.dataset_name!r} has no rows. Check the file, or the split.")
     columns = list(first)
-    column = args.teacher_prompt_column
-    if column is not None:
-        if column not in columns:
-            raise ValueError(
-                f"teacher_prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}."
-            )
+    column = args.teacher_prompt_column or "teacher_prompt"
+    if column in columns:
         dataset = _rename(dataset, columns, column, "teacher_prompt")
         dataset = _read_json_messages(dataset, first[column], "teacher_prompt", column)
+        # The column has another name now
+        first = next(iter(dataset))
+        columns = list(first)
+    elif args.teacher_prompt_column:
+        raise ValueError(
+            f"teacher_prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}."
+        )
     if args.prompt_template is not None:
         _check_template(args.prompt_template, columns)
         return dataset.map(_fill_template, fn_kwargs={"template": args.prompt_template})

@@ -94,7 +94,7 @@ class TransformersEngine:
             "model_revision": getattr(self.config, "_commit_hash", None),
             "dtype": _dtype_name(self.model.dtype),
             "device": _cpu_name() if device == "cpu" else device,
-            "eos_token_ids": sorted(eos_token_ids_of(self.model)),
+            "eos_token_ids": sorted(eos_token_ids_of(self.model.generation_config)),
             "versions": _versions("transformers", "torch"),
         }
 
@@ -136,7 +136,7 @@ class VllmEngine:
         vllm = _import_vllm()
         self.tokenizer = tokenizer
         self.config = AutoConfig.from_pretrained(model)
-        self._eos = sorted(eos_token_ids_of(_GenerationConfigOf(model)))
+        self._eos = sorted(eos_token_ids_of(_load_generation_config(model)))
         self._vllm = vllm
         more = {} if batch_size is None else {"max_num_seqs": batch_size}
         self._llm = vllm.LLM(
@@ -214,23 +214,6 @@ class VllmEngine:
                     done,
                     f"{tokens / (now_s - started_s):.0f} tokens/s, about {pace * (len(prompt_token_ids) - done):.0f} s left",
                 )
-
-
-class _GenerationConfigOf:
-    """What [`eos_token_ids_of`] reads of a model, without its weights."""
-
-    def __init__(self, model: str) -> None:
-        self.generation_config = load_generation_config(model)
-
-
-def load_generation_config(model: str) -> "GenerationConfig":
-    """Return a model's generation config, or what transformers would make of its config where it has none."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
 
 
 def load_engine(
@@ -331,6 +314,16 @@ def _load_model(model: str, is_adapter: bool) -> Any:
     if is_adapter:
         return AutoPeftModelForCausalLM.from_pretrained(model, dtype="auto").merge_and_unload()
     return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+
+
+def _load_generation_config(model: str) -> "GenerationConfig":
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        # As transformers does where a model has none
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
 
 
 def _import_vllm() -> Any:

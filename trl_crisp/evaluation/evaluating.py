@@ -145,8 +145,15 @@ def measure(
     on_progress: Tell | None = None,
     baseline: dict[str, Any] | None = None,
     about: dict[str, Any] | None = None,
+    sampled_in_s: float | None = None,
 ) -> dict[str, Any]:
-    """As [`evaluate`], with what it loads and resolves at hand; `about` is what else the protocol has to say."""
+    """
+    As [`evaluate`], with what it loads and resolves at hand.
+
+    Args:
+        about: What else the protocol has to say.
+        sampled_in_s: How long the sampling took, where the engine's answers were there before.
+    """
     prompts = prompt_token_ids(benchmark.problems, instruction, engine.tokenizer, settings.chat_template_kwargs)
     check_positions(engine.config, max(map(len, prompts)), settings.max_new_tokens)
     sampling_protocol = {**describe_sampling(settings, instruction, benchmark, engine), **(about or {})}
@@ -161,8 +168,7 @@ def measure(
     _check_prompts(file, benchmark, prompts)
     started_s = time.monotonic()
     tokens = _sample(settings, benchmark, prompts, engine, file, on_progress)
-    # Where the answers were sampled before, this call has only kept them
-    wall_s = getattr(engine, "took_s", time.monotonic() - started_s)
+    wall_s = time.monotonic() - started_s if sampled_in_s is None else sampled_in_s
 
     def text_at(sample: Sample, budget_tokens: int) -> str:
         is_cut = budget_tokens < len(sample.token_ids)

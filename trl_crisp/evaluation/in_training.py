@@ -250,8 +250,8 @@ class BenchmarkCallback(TrainerCallback):
             ) as unwrapped:
                 engine = TransformersEngine(unwrapped, self._tokenizer())  # type: ignore[arg-type]
                 sampling_start_s = time.monotonic()
-                completions = self._sample(engine, on_progress)
-                sampled = _Sampled(engine, completions, time.monotonic() - sampling_start_s)
+                sampled = _Sampled(engine, self._sample(engine, on_progress))
+                sampled_in_s = time.monotonic() - sampling_start_s
             shared: list[dict[str, float] | None] = [None]
             if first:
                 about = {
@@ -262,7 +262,16 @@ class BenchmarkCallback(TrainerCallback):
                     "mixed_precision": trainer.accelerator.mixed_precision,
                     "processes": trainer.accelerator.num_processes,
                 }
-                results = measure(sampled, self.settings, "", self.benchmark, directory, on_progress, about=about)
+                results = measure(
+                    sampled,
+                    self.settings,
+                    "",
+                    self.benchmark,
+                    directory,
+                    on_progress,
+                    about=about,
+                    sampled_in_s=sampled_in_s,
+                )
                 shared = [results["summary"][str(self.settings.max_new_tokens)]["all"]]
         if trainer.accelerator.num_processes > 1:
             shared = broadcast_object_list(shared)
@@ -317,11 +326,11 @@ class BenchmarkCallback(TrainerCallback):
 
 
 class _Sampled(TransformersEngine):
-    """An engine whose answers are there already, and took so many seconds."""
+    """An engine whose answers are there already."""
 
-    def __init__(self, engine: TransformersEngine, completions: list[Completion], took_s: float) -> None:
+    def __init__(self, engine: TransformersEngine, completions: list[Completion]) -> None:
         super().__init__(engine.model, engine.tokenizer)
-        self._completions, self.took_s = completions, took_s
+        self._completions = completions
 
     def generate(self, prompt_token_ids, places, on_completion, on_progress, **sampling) -> None:
         for index, completion in enumerate(self._completions):

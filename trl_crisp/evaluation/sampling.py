@@ -83,9 +83,9 @@ def _new_cache(model: Any) -> DynamicCache:
     return cache
 
 
-def eos_token_ids_of(model: Any) -> set[int]:
-    """The ids that end an answer of `model`, from its generation config. Raises `ValueError` where it names none."""
-    eos = model.generation_config.eos_token_id
+def eos_token_ids_of(generation_config: Any) -> set[int]:
+    """The ids that end an answer of a model, from its generation config. Raises `ValueError` where it names none."""
+    eos = generation_config.eos_token_id
     if eos is None:
         raise ValueError(
             "The model's generation config has no eos_token_id, so no answer could end: set "
@@ -166,7 +166,9 @@ def sample(
     empty = [index for index, ids in enumerate(prompt_token_ids) if not len(ids)]
     if empty:
         raise ValueError(f"The prompt at place {empty[0]} has no tokens: render it with the chat template first.")
-    eos = torch.tensor(sorted(eos_token_ids if eos_token_ids is not None else eos_token_ids_of(model)))
+    eos = torch.tensor(
+        sorted(eos_token_ids if eos_token_ids is not None else eos_token_ids_of(model.generation_config))
+    )
 
     results: list[Completion | None] = [None] * len(prompt_token_ids)
     order = sorted(range(len(prompt_token_ids)), key=lambda index: len(prompt_token_ids[index]))

@@ -1,6 +1,6 @@
 """From samples to the rows of results.json: each sample graded and measured at each budget."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,7 +32,12 @@ def score_samples(
         on_progress: Called with the stage, how many are graded of how many, and no note.
     """
     budgets = [str(budget) for budget in budgets_tokens]
-    jobs = list(_texts_to_grade(problems, samples, samples_a_problem, budgets, text_at))
+    jobs = [
+        (problem, number, budget, text_at(samples[problem.id, number], int(budget)))
+        for problem in problems
+        for number in range(samples_a_problem)
+        for budget in budgets
+    ]
     grades: dict[tuple[str, int, str], Any] = {}
     with Grader(exact=exact) as grader:
         for kind in ("math", "choice"):
@@ -74,17 +79,3 @@ def score_samples(
         }
         for problem in problems
     ]
-
-
-def _texts_to_grade(
-    problems: Sequence[Problem],
-    samples: dict[tuple[str, int], Sample],
-    samples_a_problem: int,
-    budgets: Sequence[str],
-    text_at: Callable[[Sample, int], str],
-) -> Iterator[tuple[Problem, int, str, str]]:
-    for problem in problems:
-        for number in range(samples_a_problem):
-            sample = samples[problem.id, number]
-            for budget in budgets:
-                yield problem, number, budget, text_at(sample, int(budget))
