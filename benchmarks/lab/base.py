@@ -13,13 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.lab.task import DIFFICULTIES, FORMS, INSTRUCTION, Form, draw_problem, lab_tokenizer, prompt, solve
 from trl_crisp.instructions import build_teacher_prompt
 
-# Form and optimizer steps of each stage, one after the other, each with a learning rate that falls to zero. The solutions
-# of "tradeoff" repeat themselves most, which is what teaches the model to look numbers up; the others begin from there.
-STAGES = {
-    "tradeoff": (("tradeoff", 450), ("tradeoff", 350)),
-    "stability": (("tradeoff", 450), ("stability", 200)),
-    "costly": (("tradeoff", 450), ("costly", 350)),
-}
+# Both bases begin with solutions that repeat themselves most, which teaches them to look numbers up, and go on with those of
+# their own form. Each stage has a learning rate that falls to zero.
+WARM_UP = Form((0.9, 0.6), (0.9, 0.6), 4, 0.12)
+WARM_UP_STEPS = 450
+STEPS = {"tradeoff": 350, "stability": 200}
 BATCH_SIZE = 48
 MICRO_BATCH_SIZE = 12
 LEARNING_RATE = 3e-3
@@ -42,18 +40,18 @@ def new_model(vocab_size: int, pad_id: int, eos_id: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train_stage(model: LlamaForCausalLM, form_name: str, seed: int, steps: int) -> None:
+def train_stage(model: LlamaForCausalLM, form: Form, seed: int, steps: int) -> None:
     """
     Train a model in place, with cross-entropy on solutions.
 
     Args:
         model: The model.
-        form_name: A key of [`FORMS`].
+        form: How the solutions are written.
         seed: Of the problems and how they are solved.
         steps: Optimizer steps of 48 solutions.
     """
     rng = random.Random(seed)
-    form, tokenizer = FORMS[form_name], lab_tokenizer()
+    tokenizer = lab_tokenizer()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
@@ -111,15 +109,15 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = lab_tokenizer()
     model = new_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    for form_name, steps in STAGES[args.form]:
-        print(f"{form_name}, {steps} steps")
-        train_stage(model, form_name, args.seed, steps)
+    train_stage(model, WARM_UP, args.seed, WARM_UP_STEPS)
+    train_stage(model, FORMS[args.form], args.seed, STEPS[args.form])
     model.eval().save_pretrained(directory)
     source = {
         "made_by": "python -m benchmarks.lab.base",
         "form": args.form,
         "seed": args.seed,
-        "stages": STAGES[args.form],
+        "warm_up_steps": WARM_UP_STEPS,
+        "steps": STEPS[args.form],
         "solutions_a_step": BATCH_SIZE,
         "learning_rate": LEARNING_RATE,
         "threads": torch.get_num_threads(),

@@ -49,11 +49,10 @@ SETTINGS: dict[str, Setting] = {
     "frozen": Setting(
         "a teacher that is never refreshed",
         {"teacher_model_kind": "base", "teacher_sync_steps": None},
-        curve=True,
         paper="-18%, 95.1",
     ),
     "m50": Setting("the paper's M", _periodic(50), curve=True, paper="-57%, 95.7 (v1); -32%, 95.7 (v2)"),
-    "m20": Setting("M = 20", _periodic(20)),
+    "m20": Setting("M = 20", _periodic(20), curve=True),
     "m10": Setting("M = 10", _periodic(10), paper="-64%; AIME 2024: 49.6 instead of 76.2"),
     "m5": Setting("M = 5", _periodic(5), curve=True),
     "m1": Setting("M = 1", _periodic(1), curve=True, paper="grows, 60.8: collapse"),
@@ -85,21 +84,15 @@ SETTINGS: dict[str, Setting] = {
     "lora-3e-3": Setting("LoRA at 100 times it", _periodic(50, learning_rate=3e-3), lora_rank=16),
     "long-m20": Setting(
         "a long run: where the sweet spot ends",
-        _periodic(20, max_steps=300),
+        _periodic(20, max_steps=200),
         curve=True,
         paper="holds to about 2x compression, then the harder set falls first",
     ),
     "long-frozen": Setting(
         "the same with a frozen teacher",
-        {"teacher_model_kind": "base", "teacher_sync_steps": None, "max_steps": 300},
+        {"teacher_model_kind": "base", "teacher_sync_steps": None, "max_steps": 200},
         curve=True,
     ),
-    "costly-untrained": Setting("first checks mend much: the base", {"max_steps": 0}, form="costly"),
-    "costly-frozen": Setting(
-        "first checks mend much: frozen", {"teacher_model_kind": "base", "teacher_sync_steps": None}, form="costly"
-    ),
-    "costly-m50": Setting("first checks mend much: the paper's M", _periodic(50), form="costly"),
-    "costly-m20": Setting("first checks mend much: M = 20", _periodic(20), form="costly", curve=True),
     "stability-untrained": Setting("checks are waste: the base", {"max_steps": 0}, form="stability"),
     "stability-frozen": Setting(
         "checks are waste: frozen", {"teacher_model_kind": "base", "teacher_sync_steps": None}, form="stability"

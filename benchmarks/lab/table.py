@@ -82,7 +82,7 @@ def table_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
 def difficulty_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
     """Return the change of the mean tokens, and of the accuracy in points, at each difficulty."""
     rows = []
-    for name in ("frozen", "m50", "m20", "costly-frozen", "costly-m50", "costly-m20"):
+    for name in ("frozen", "m50", "m20", "stability-frozen", "stability-m20"):
         results, base = runs.get(name, []), base_of(runs, SETTINGS[name].form)
         results = [r for r in results if r["seed"] in base]
         if not results:
@@ -160,8 +160,7 @@ def draw(directory: Path, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    of_all_forms = load(directory)
-    runs = {name: results for name, results in of_all_forms.items() if SETTINGS[name].form == "tradeoff"}
+    runs = {name: results for name, results in load(directory).items() if SETTINGS[name].form == "tradeoff"}
     fig, ((left, middle, by_difficulty), (right, entropy, spot)) = plt.subplots(2, 3, figsize=(19, 10))
     for name, results in runs.items():
         sides = ("plain", "concise") if not results[0]["log"] else ("plain",)
@@ -185,8 +184,8 @@ def draw(directory: Path, output: Path) -> None:
                 middle.axvline(step, color="grey", linewidth=0.5, linestyle=":")
         steps = [entry["step"] for entry in log]
         entropy.plot(steps, np.mean([[e["entropy"] for e in r["log"]] for r in runs[name]], axis=0), label=name)
-    for name in ("costly-untrained", "costly-frozen", "costly-m50", "costly-m20"):
-        results = of_all_forms.get(name, [])
+    for name in ("untrained", "frozen", "m50", "m20"):
+        results = runs.get(name, [])
         if results:
             values = [np.mean([r["plain"][str(k)]["accuracy"] for r in results]) for k in DIFFICULTIES]
             tokens = np.mean([r["plain"]["all"]["mean_tokens"] for r in results])
@@ -195,12 +194,12 @@ def draw(directory: Path, output: Path) -> None:
         xlabel="difficulty k",
         ylabel="accuracy",
         ylim=(0, 1),
-        title="costly: accuracy by difficulty",
+        title="Accuracy by difficulty",
         xticks=DIFFICULTIES,
     )
     by_difficulty.legend(fontsize=8)
-    if "costly-m20" in of_all_forms:
-        curves = [r["curve"] for r in of_all_forms["costly-m20"]]
+    if "long-m20" in runs:
+        curves = [r["curve"] for r in runs["long-m20"]]
         tokens, accuracy = (
             np.mean([[point[key] for point in curve] for curve in curves], axis=0)
             for key in ("mean_tokens", "accuracy")
@@ -209,9 +208,7 @@ def draw(directory: Path, output: Path) -> None:
         for x, y, point in zip(tokens, accuracy, curves[0], strict=True):
             spot.annotate(str(point["step"]), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         spot.invert_xaxis()
-    spot.set(
-        xlabel="mean tokens", ylabel="accuracy", ylim=(0, 1), title="costly-m20: where the sweet spot ends (steps)"
-    )
+    spot.set(xlabel="mean tokens", ylabel="accuracy", ylim=(0, 1), title="long-m20: where the sweet spot ends (steps)")
     entropy.set(xlabel="step", ylabel="nats a token", title="Student's entropy on its rollouts")
     middle.set(xlabel="step", ylabel="mean tokens", title="Length along the run (dotted: a refresh)")
     right.set(xlabel="step", ylabel="accuracy", title="Accuracy along the run")

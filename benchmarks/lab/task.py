@@ -14,9 +14,8 @@ reverse KL has next to no gradient toward what the student never does). Where a 
 and then, and only the first check mends it. The forms differ in what a check is worth:
 
 - "stability": steps are always right, and every check is waste.
-- "tradeoff": checks mend some slips, and the instruction drops first checks and later ones alike.
-- "costly": slips are many; the instruction drops the later checks, which are waste, and few of the first ones. So brevity is
-  nearly free at first and dear beyond it, on long problems first.
+- "tradeoff": slips are many; the instruction drops the later checks, which are waste, and few of the first ones. So brevity
+  is nearly free at first and dear beyond it, on long problems first.
 """
 
 import random
@@ -60,8 +59,7 @@ class Form:
 
 FORMS = {
     "stability": Form((0.85, 0.12), (0.85, 0.12), 2, 0.0),
-    "tradeoff": Form((0.9, 0.6), (0.9, 0.6), 4, 0.12),
-    "costly": Form((0.95, 0.9), (0.9, 0.5), 4, 0.3),
+    "tradeoff": Form((0.95, 0.9), (0.9, 0.5), 4, 0.3),
 }
 
 
