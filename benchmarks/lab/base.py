@@ -1,7 +1,6 @@
 """Trains the lab's base model on both writers' solutions, half and half."""
 
 import argparse
-import hashlib
 import json
 import random
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.lab.protocol import sha256_of
 from benchmarks.lab.task import DIFFICULTIES, FORMS, INSTRUCTION, Form, draw_problem, lab_tokenizer, prompt, solve
 from trl_crisp.instructions import build_teacher_prompt
 
@@ -91,19 +91,16 @@ def _draw_batches(form: Form, tokenizer, rng: random.Random) -> list[list[tuple[
     return [rows[i : i + MICRO_BATCH_SIZE] for i in range(0, BATCH_SIZE, MICRO_BATCH_SIZE)]
 
 
-def sha256_of(directory: Path) -> str:
-    """Return the hash of a saved model's weights."""
-    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
-
-
 def main() -> None:
     """Train one base model and save it."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Example: python -m benchmarks.lab.base --form tradeoff --seed 0"
+        description=__doc__,
+        epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.lab.base --form tradeoff. The result belongs in "
+        "benchmarks/lab/fixtures, but every committed result rests on what is there.",
     )
     parser.add_argument("--form", choices=sorted(FORMS), default="tradeoff")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/lab/fixtures"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/lab"))
     args = parser.parse_args()
     directory = args.output_dir / args.form
     torch.manual_seed(args.seed)

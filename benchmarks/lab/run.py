@@ -1,9 +1,11 @@
 """One run of the lab: a setting and a seed through CRISPTrainer, measured with and without the instruction."""
 
+import argparse
 import importlib.metadata
 import math
 import platform
 import random
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -14,8 +16,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from benchmarks.lab.base import sha256_of
-from benchmarks.lab.settings import COMMON, SETTINGS, Setting
+from benchmarks.lab.protocol import CURVE_PROBLEMS, FINAL_PROBLEMS, FIXTURES, protocol_of
+from benchmarks.lab.settings import SETTINGS, Setting
 from benchmarks.lab.task import (
     DIFFICULTIES,
     INSTRUCTION,
@@ -31,10 +33,6 @@ from trl_crisp.instructions import build_teacher_prompt
 from trl_crisp.json_files import write_json
 from trl_crisp.weighting import count_loss_items
 
-FIXTURES = Path(__file__).parent / "fixtures"
-# Held-out problems a difficulty: at the end, and for the curves along a run
-FINAL_PROBLEMS = 100
-CURVE_PROBLEMS = 20
 TRAIN_PROBLEMS = 4096
 _TRAIN_SEED, _TEST_SEED = 10_000, 20_000
 
@@ -54,15 +52,16 @@ class MaskTruncated(CRISPTrainer):
 
 
 class Curve(TrainerCallback):
-    """Accuracy and length on held-out problems along the run."""
+    """Accuracy and length along the run, for all problems and by difficulty."""
 
     def __init__(self, every_steps: int, seed: int) -> None:
         self.every_steps, self.seed = every_steps, seed
-        self.points: list[dict[str, float]] = []
+        self.points: list[dict[str, Any]] = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every_steps == 0:
-            self.points.append({"step": state.global_step, **evaluate(model, CURVE_PROBLEMS, False, self.seed)["all"]})
+            groups = evaluate(model, CURVE_PROBLEMS, False, self.seed)
+            self.points.append({"step": state.global_step, **groups.pop("all"), "by_difficulty": groups})
 
 
 def evaluate(model: PreTrainedModel, problems: int, concise: bool, seed: int) -> dict[str, dict[str, float]]:
@@ -71,7 +70,7 @@ def evaluate(model: PreTrainedModel, problems: int, concise: bool, seed: int) ->
 
     Args:
         model: The student.
-        problems: How many a difficulty; the same ones for every model.
+        problems: How many a difficulty; the same ones for every model that is asked as many.
         concise: With the instruction in the prompt.
         seed: Of the sampling.
 
@@ -115,17 +114,15 @@ def training_rows() -> Dataset:
     )
 
 
-def run(name: str, seed: int, output_dir: Path) -> dict[str, Any]:
+def run(name: str, seed: int) -> dict[str, Any]:
     """Train and measure one setting with one seed, and return its result with the whole protocol."""
-    setting, start = SETTINGS[name], time.process_time()
-    wall_start = time.monotonic()
-    base = FIXTURES / setting.form
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    fields = {**COMMON, **setting.overrides, "seed": seed}
+    setting, protocol = SETTINGS[name], protocol_of(name, seed)
+    start, wall_start = time.process_time(), time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / setting.form, dtype=torch.float32)
     logs: list[dict[str, float]] = []
-    points: list[dict[str, float]] = []
-    if fields["max_steps"]:
-        model, logs, points = _train(model, setting, fields, seed, output_dir)
+    points: list[dict[str, Any]] = []
+    if protocol["config"]["max_steps"]:
+        model, logs, points = train(model, setting, protocol["config"])
     keep = ("step", "loss", "reverse_kl", "entropy", "teacher_entropy", "completions/mean_length", "teacher/refreshes")
     return {
         "schema": "trl-crisp lab run 1",
@@ -133,19 +130,7 @@ def run(name: str, seed: int, output_dir: Path) -> dict[str, Any]:
         "about": setting.about,
         "seed": seed,
         "protocol": {
-            "form": setting.form,
-            "base_sha256": sha256_of(base),
-            "config": fields,
-            "lora_rank": setting.lora_rank,
-            "mask_truncated": setting.mask_truncated,
-            "evaluation": {
-                "problems_a_difficulty": FINAL_PROBLEMS,
-                "difficulties": list(DIFFICULTIES),
-                "temperature": 1.0,
-                "samples": 1,
-                "max_new_tokens": MAX_SOLUTION_TOKENS,
-                "grader": "the solution's last words are `so answer SUM`",
-            },
+            **protocol,
             "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
             "versions": {p: importlib.metadata.version(p) for p in ("trl", "transformers", "peft", "torch")},
         },
@@ -158,38 +143,64 @@ def run(name: str, seed: int, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def _train(model, setting: Setting, fields: dict[str, Any], seed: int, output_dir: Path):
+def train(
+    model: PreTrainedModel, setting: Setting, fields: dict[str, Any]
+) -> tuple[PreTrainedModel, list[dict[str, float]], list[dict[str, Any]]]:
+    """
+    Train a base model through `CRISPTrainer`.
+
+    Args:
+        model: The base; trained in place, unless with LoRA.
+        setting: What is special about the run.
+        fields: Of `CRISPConfig`.
+
+    Returns:
+        The student, the trainer's log and the points of the curve.
+    """
+    # Of deprecations within the libraries, and of what this trainer leaves out on purpose
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=__name__)
-    args = CRISPConfig(
-        str(output_dir / f"{setting.form}-run"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **fields,
-    )
-    lora = None
-    if setting.lora_rank:
-        lora = LoraConfig(r=setting.lora_rank, lora_alpha=2 * setting.lora_rank, target_modules="all-linear")
-    curve = Curve(every_steps=max(5, math.ceil(args.max_steps / 20)), seed=seed)
-    callbacks: list[TrainerCallback] = [curve] if setting.curve else []
-    trainer = (MaskTruncated if setting.mask_truncated else CRISPTrainer)(
-        model=model,
-        args=args,
-        train_dataset=training_rows(),
-        processing_class=lab_tokenizer(),
-        peft_config=lora,
-        callbacks=callbacks,
-    )
-    trainer.train()
+    with tempfile.TemporaryDirectory() as output_dir:
+        args = CRISPConfig(
+            output_dir,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **fields,
+        )
+        lora = None
+        if setting.lora_rank:
+            lora = LoraConfig(r=setting.lora_rank, lora_alpha=2 * setting.lora_rank, target_modules="all-linear")
+        curve = Curve(every_steps=max(5, math.ceil(args.max_steps / 20)), seed=args.seed)
+        callbacks: list[TrainerCallback] = [curve] if setting.curve else []
+        trainer = (MaskTruncated if setting.mask_truncated else CRISPTrainer)(
+            model=model,
+            args=args,
+            train_dataset=training_rows(),
+            processing_class=lab_tokenizer(),
+            peft_config=lora,
+            callbacks=callbacks,
+        )
+        trainer.train()
     return trainer.model, trainer.state.log_history, curve.points
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write a result so that a killed run leaves none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+def main() -> None:
+    """Run one setting with one seed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Example: python -m benchmarks.lab.run m50 0 outputs/m50-seed0.json"
+    )
+    parser.add_argument("setting", choices=list(SETTINGS))
+    parser.add_argument("seed", type=int)
+    parser.add_argument("output", type=Path, help="the JSON that is written when all is measured")
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, run(args.setting, args.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,23 +8,37 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lab.protocol import CURVE_PROBLEMS, check_protocol
 from benchmarks.lab.settings import SETTINGS
-from benchmarks.lab.task import DIFFICULTIES
+from benchmarks.lab.task import DIFFICULTIES, MAX_SOLUTION_TOKENS
 from trl_crisp.report.figures import refresh_steps
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom, for intervals over a handful of seeds
 _T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-COLUMNS = ("setting", "about", "seeds", "mean tokens", "change", "accuracy %", "k = 2", "k = 7", "refreshes", "paper")
+COLUMNS = (
+    "setting",
+    "about",
+    "seeds",
+    "mean tokens",
+    "change",
+    f"cut at {MAX_SOLUTION_TOKENS} %",
+    "accuracy %",
+    "at k = 2",
+    "at k = 7",
+    "refreshes",
+    "paper: tokens, accuracy",
+)
 # Of the base's two rows, which are one setting
 BASE_PAPER = {"plain": "4,884 tokens, 95.7", "concise": "-39%, 95.6 (v1); -22%, 94.2 (v2)"}
 DIFFICULTY_COLUMNS = ("setting", "change of", *(f"k = {k}" for k in DIFFICULTIES))
 
 
 def load(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of each setting, in the order of the settings."""
+    """Return the runs of each setting, in the order of the settings; a ValueError where one is of another protocol."""
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(directory.glob("*-seed*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        check_protocol(path, result)
         runs[result["setting"]].append(result)
     return {name: runs[name] for name in SETTINGS if name in runs}
 
@@ -47,10 +61,18 @@ def base_of(runs: dict[str, list[dict[str, Any]]], form: str) -> dict[int, dict[
     }
 
 
-def table_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
-    """Return the cells of the table; changes are against the untrained base of the same form and seed."""
+def table_rows(runs: dict[str, list[dict[str, Any]]], names: list[str] | None = None) -> list[tuple[str, ...]]:
+    """
+    Return the cells of the table.
+
+    Args:
+        runs: Of each setting. Changes are against the untrained base of the same form and seed; without it there are none.
+        names: The settings that get a row; all if not given.
+    """
     rows = []
     for name, results in runs.items():
+        if names is not None and name not in names:
+            continue
         form = results[0]["protocol"]["form"]
         base = base_of(runs, form)
         sides = [("plain", name, SETTINGS[name].about)]
@@ -67,13 +89,18 @@ def table_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
                 str(len(results)),
                 _cell([r[side]["all"]["mean_tokens"] for r in results], "{:.1f}"),
             ]
-            changes = [_change(r, base[r["seed"]], side, "all") for r in results if r["seed"] in base]
-            cells.append("" if not changes or label.endswith("base") else _cell(changes, "{:+.0f}%"))
+            is_base = side == "plain" and not results[0]["log"]
+            measured = not is_base and all(r["seed"] in base for r in results)
+            cells.append(
+                _cell([_change(r, base[r["seed"]], side, "all") for r in results], "{:+.1f}%") if measured else ""
+            )
+            cells.append(_cell([100 * r[side]["all"]["truncated"] for r in results], "{:.1f}"))
             cells += [
                 _cell([100 * r[side][group]["accuracy"] for r in results], "{:.1f}") for group in ("all", "2", "7")
             ]
-            refreshes = {r["log"][-1]["teacher/refreshes"] for r in results if r["log"]}
-            cells.append(" ".join(f"{count:.0f}" for count in sorted(refreshes)))
+            # An average has none, though it is updated at every step
+            steps = () if name == "ema" else {r["log"][-1]["teacher/refreshes"] for r in results if r["log"]}
+            cells.append(" ".join(f"{count:.0f}" for count in sorted(steps)))
             cells.append(BASE_PAPER[side] if name == "untrained" else SETTINGS[name].paper)
             rows.append(tuple(cells))
     return rows
@@ -142,14 +169,17 @@ def with_tables(text: str, runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def print_table(directory: Path, names: list[str] | None = None) -> None:
-    """Print the table of a directory's runs."""
+    """Print what a terminal has room for of the table of a directory's runs."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    runs = {name: results for name, results in load(directory).items() if names is None or name in names}
-    table = Table(*COLUMNS)
-    for row in table_rows(runs):
-        table.add_row(*row)
+    shown = [COLUMNS.index(column) for column in ("setting", "seeds", "mean tokens", "change", "accuracy %")]
+    table = Table(box=SIMPLE, padding=(0, 1))
+    for i in shown:
+        table.add_column(COLUMNS[i], no_wrap=True)
+    for row in table_rows(load(directory), names):
+        table.add_row(*(row[i] for i in shown))
     Console().print(table)
 
 
@@ -161,60 +191,68 @@ def draw(directory: Path, output: Path) -> None:
     import matplotlib.pyplot as plt
 
     runs = {name: results for name, results in load(directory).items() if SETTINGS[name].form == "tradeoff"}
-    fig, ((left, middle, by_difficulty), (right, entropy, spot)) = plt.subplots(2, 3, figsize=(19, 10))
+    fig, ((plane, length, accuracy, entropy), (tokens_by_k, accuracy_by_k, along, spot)) = plt.subplots(
+        2, 4, figsize=(24, 10)
+    )
+    _draw_plane(plane, runs)
+    for name in ("long-frozen", "m50", "long-m20", "m5", "m1"):
+        if name not in runs:
+            continue
+        steps, mean_tokens = _mean_curve(runs[name], "mean_tokens")
+        (line,) = length.plot(steps, mean_tokens, label=name)
+        accuracy.plot(*_mean_curve(runs[name], "accuracy"), label=name)
+        log = runs[name][0]["log"]
+        if name in ("long-m20", "m50"):
+            for step in refresh_steps(log):
+                length.axvline(step, color=line.get_color(), linewidth=0.7, linestyle=":")
+        values = np.mean([[entry["entropy"] for entry in r["log"]] for r in runs[name]], axis=0)
+        entropy.plot([entry["step"] for entry in log], values, label=name)
+    for name in ("untrained", "frozen", "m50", "m20"):
+        for axis, key in ((tokens_by_k, "mean_tokens"), (accuracy_by_k, "accuracy")):
+            if name in runs:
+                values = [np.mean([r["plain"][str(k)][key] for r in runs[name]]) for k in DIFFICULTIES]
+                axis.plot(DIFFICULTIES, values, "o-", label=name)
+    if "long-m20" in runs:
+        for k in DIFFICULTIES:
+            along.plot(*_mean_curve(runs["long-m20"], "accuracy", str(k)), label=f"k = {k}")
+        steps, mean_tokens = _mean_curve(runs["long-m20"], "mean_tokens")
+        _, share = _mean_curve(runs["long-m20"], "accuracy")
+        spot.plot(mean_tokens, share, "o-")
+        for x, y, step in zip(mean_tokens, share, steps, strict=True):
+            spot.annotate(str(step), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        spot.invert_xaxis()
+    curve_problems = CURVE_PROBLEMS * len(DIFFICULTIES)
+    length.set(xlabel="step", ylabel="mean tokens", title="Length along the run (dotted: a refresh)")
+    accuracy.set(xlabel="step", ylabel="accuracy", title=f"Accuracy along the run ({curve_problems} problems)")
+    entropy.set(xlabel="step", ylabel="nats a token", title="Student's entropy on its rollouts")
+    tokens_by_k.set(xlabel="difficulty k", ylabel="mean tokens", title="Length by difficulty")
+    accuracy_by_k.set(xlabel="difficulty k", ylabel="accuracy", ylim=(0, 1), title="Accuracy by difficulty")
+    along.set(xlabel="step", ylabel="accuracy", ylim=(0, 1), title=f"long-m20 ({CURVE_PROBLEMS} problems each)")
+    spot.set(xlabel="mean tokens", ylabel="accuracy", ylim=(0, 1), title="long-m20: where the sweet spot ends (steps)")
+    for axis in (length, accuracy, entropy, tokens_by_k, accuracy_by_k, along):
+        axis.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(output, dpi=100)
+
+
+def _draw_plane(axis: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
     for name, results in runs.items():
         sides = ("plain", "concise") if not results[0]["log"] else ("plain",)
         for side in sides:
             x = np.mean([r[side]["all"]["mean_tokens"] for r in results])
             y = np.mean([r[side]["all"]["accuracy"] for r in results])
             label = {"plain": "base", "concise": "base, concise prompt"}[side] if len(sides) == 2 else name
-            left.plot(x, y, "s" if len(sides) == 2 else "o")
-            left.annotate(label, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    left.set(xlabel="mean tokens", ylabel="accuracy", title="Accuracy against length")
-    for name in ("long-frozen", "long-m20", "m50", "m5", "m1"):
-        if name not in runs:
-            continue
-        curves = [r["curve"] for r in runs[name]]
-        steps = [point["step"] for point in curves[0]]
-        for axis, key in ((middle, "mean_tokens"), (right, "accuracy")):
-            axis.plot(steps, np.mean([[point[key] for point in curve] for curve in curves], axis=0), label=name)
-        log = runs[name][0]["log"]
-        if name in ("long-m20", "m50"):
-            for step in refresh_steps(log):
-                middle.axvline(step, color="grey", linewidth=0.5, linestyle=":")
-        steps = [entry["step"] for entry in log]
-        entropy.plot(steps, np.mean([[e["entropy"] for e in r["log"]] for r in runs[name]], axis=0), label=name)
-    for name in ("untrained", "frozen", "m50", "m20"):
-        results = runs.get(name, [])
-        if results:
-            values = [np.mean([r["plain"][str(k)]["accuracy"] for r in results]) for k in DIFFICULTIES]
-            tokens = np.mean([r["plain"]["all"]["mean_tokens"] for r in results])
-            by_difficulty.plot(DIFFICULTIES, values, "o-", label=f"{name}, {tokens:.0f} tokens")
-    by_difficulty.set(
-        xlabel="difficulty k",
-        ylabel="accuracy",
-        ylim=(0, 1),
-        title="Accuracy by difficulty",
-        xticks=DIFFICULTIES,
-    )
-    by_difficulty.legend(fontsize=8)
-    if "long-m20" in runs:
-        curves = [r["curve"] for r in runs["long-m20"]]
-        tokens, accuracy = (
-            np.mean([[point[key] for point in curve] for curve in curves], axis=0)
-            for key in ("mean_tokens", "accuracy")
-        )
-        spot.plot(tokens, accuracy, "o-")
-        for x, y, point in zip(tokens, accuracy, curves[0], strict=True):
-            spot.annotate(str(point["step"]), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        spot.invert_xaxis()
-    spot.set(xlabel="mean tokens", ylabel="accuracy", ylim=(0, 1), title="long-m20: where the sweet spot ends (steps)")
-    entropy.set(xlabel="step", ylabel="nats a token", title="Student's entropy on its rollouts")
-    middle.set(xlabel="step", ylabel="mean tokens", title="Length along the run (dotted: a refresh)")
-    right.set(xlabel="step", ylabel="accuracy", title="Accuracy along the run")
-    middle.legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(output, dpi=120)
+            axis.plot(x, y, "s" if len(sides) == 2 else "o")
+            axis.annotate(label, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axis.set(xlabel="mean tokens", ylabel="accuracy", title="Accuracy against length")
+
+
+def _mean_curve(results: list[dict[str, Any]], key: str, difficulty: str | None = None) -> tuple[list[int], Any]:
+    """Return the steps of a setting's curves and their mean over seeds."""
+    curves = [
+        [(point["by_difficulty"][difficulty] if difficulty else point)[key] for point in r["curve"]] for r in results
+    ]
+    return [point["step"] for point in results[0]["curve"]], np.mean(curves, axis=0)
 
 
 def main() -> None:

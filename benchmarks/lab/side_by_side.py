@@ -1,0 +1,75 @@
+"""Runs of the lab side by side, each in a process of its own with one thread."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def run_side_by_side(
+    runs: list[tuple[str, int]], workers: int, path_of: Callable[[str, int], Path]
+) -> list[tuple[str, int]]:
+    """
+    Run settings, with a bar that shows the time left. However it ends, no process is left behind.
+
+    Args:
+        runs: Setting and seed of each.
+        workers: How many at once.
+        path_of: The file that a run's result goes to, by setting and seed.
+
+    Returns:
+        Those that failed; what each said last is printed.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    waiting = list(reversed(runs))
+    running: dict[tuple[str, int], tuple[subprocess.Popen, IO[bytes]]] = {}
+    failed: list[tuple[str, int]] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), speed_estimate_period=3600) as progress:
+        bar = progress.add_task("lab runs", total=len(runs))
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    name, seed = waiting.pop()
+                    command = [sys.executable, "-m", "benchmarks.lab.run", name, str(seed), str(path_of(name, seed))]
+                    errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as its process
+                    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors)
+                    running[name, seed] = process, errors
+                time.sleep(0.1)
+                for run, (process, errors) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    if process.returncode:
+                        failed.append(run)
+                        errors.seek(0)
+                        said = errors.read().decode(errors="replace")[-2000:]
+                        progress.print(f"{run[0]}, seed {run[1]}, failed:\n{said}", markup=False)
+                    errors.close()
+                    del running[run]
+                    progress.advance(bar)
+        finally:
+            for process, errors in running.values():
+                process.kill()
+                process.wait()
+                errors.close()
+    return failed
