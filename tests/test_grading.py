@@ -240,14 +240,14 @@ def test_a_process_that_died_idle_is_replaced():
 
 def test_a_bomb_beside_right_answers_makes_none_of_them_time_out(monkeypatch):
     """Where a process takes longer to start than an answer may take, the answers that came meanwhile are not late."""
-    slow = "import time; time.sleep(4); from trl_crisp.evaluation.comparing import main; main()"
+    slow = "import time; time.sleep(5); from trl_crisp.evaluation.comparing import main; main()"
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **more: start([sys.executable, "-c", slow], **more))
-    # Each takes a tenth of a second or more, so that some are being compared whenever the bomb's time is over
-    powers = [f"x^{{{i}}}" for i in range(2, 20)]
-    long_answer = ("Answer: " + "+".join(powers), "+".join(reversed(powers)))
-    with Grader(workers=3, timeout_s=2) as grader:
-        grades = grader.grade_all([("Answer: 9^(9^(9^9))", "42")] + [long_answer] * 60)
+    # Each takes a tenth of a second or so, so that some are being compared when the bomb's time is over
+    sums = [[f"x^{{{k}}}" for k in range(i, i + 6)] for i in range(2, 102)]
+    with Grader(workers=3, timeout_s=4) as grader:
+        right = [("Answer: " + "+".join(powers), "+".join(reversed(powers))) for powers in sums]
+        grades = grader.grade_all([("Answer: 9^(9^(9^9))", "42"), *right])
     assert all(found.answer_correct for found in grades[1:])
 
 

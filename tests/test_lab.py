@@ -171,6 +171,41 @@ def test_the_readmes_tables_are_those_of_the_committed_runs():
     assert with_tables(text, load(RESULTS)) == text
 
 
+def test_what_the_readme_says_of_the_committed_runs():
+    runs = load(RESULTS)
+    assert set(runs) == set(SETTINGS)
+    assert {name for name, results in runs.items() if [r["seed"] for r in results] != [0, 1, 2]} == set()
+
+    def mean(name: str, key: str, side: str = "plain", group: str = "all") -> float:
+        return statistics.mean(result[side][group][key] for result in runs[name])
+
+    tokens = {name: mean(name, "mean_tokens") for name in runs}
+    accuracy = {name: mean(name, "accuracy") for name in runs}
+    for name in ("frozen", "long-frozen"):
+        assert tokens[name] == pytest.approx(mean("untrained", "mean_tokens", "concise"), rel=0.03)
+        assert accuracy[name] == pytest.approx(accuracy["untrained"], abs=0.03)
+    assert tokens["m20"] < 0.75 * tokens["m50"] < 0.75 * 0.85 * tokens["frozen"]
+    assert (
+        accuracy["m50"] > accuracy["m20"] + 0.1 > accuracy["m10"] + 0.1 > accuracy["m5"] + 0.1 > accuracy["m1"] + 0.1
+    )
+    assert mean("m1", "truncated") > 0.95
+    lost = {
+        k: mean("untrained", "accuracy", "plain", k) - mean("m20", "accuracy", "plain", k)
+        for k in map(str, DIFFICULTIES)
+    }
+    assert lost["7"] > lost["2"] + 0.15
+    # What differs from the paper, and what makes no difference
+    for name in ("forward-kl", "jsd", "token", "cap-80", "cap-256", "temperature-0.6", "temperature-1.3"):
+        assert tokens[name] == pytest.approx(tokens["m50"], rel=0.04)
+        assert accuracy[name] == pytest.approx(accuracy["m50"], abs=0.03)
+    assert tokens["lora-3e-5"] > tokens["m50"] + 5
+
+    def last_entropy(name: str) -> float:
+        return statistics.mean(entry["entropy"] for result in runs[name] for entry in result["log"][-10:])
+
+    assert last_entropy("m1") > last_entropy("m5") > last_entropy("m10") > 1.5 * last_entropy("m50")
+
+
 def test_the_figure_is_drawn(tmp_path):
     draw(RESULTS, tmp_path / "lab.png")
     assert (tmp_path / "lab.png").read_bytes().startswith(b"\x89PNG")
