@@ -112,7 +112,7 @@ def test_killed_for_real(files, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(files, tmp_path):
-    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size", "1", "--samples", "5000"]
+    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size=1", "--samples=5000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     path = tmp_path / "samples.jsonl"
     while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
