@@ -204,6 +204,7 @@ def test_what_the_readme_says_of_the_committed_runs():
         return statistics.mean(entry["entropy"] for result in runs[name] for entry in result["log"][-10:])
 
     assert last_entropy("m1") > last_entropy("m5") > last_entropy("m10") > 1.5 * last_entropy("m50")
+    assert last_entropy("stability-m20") < 0.7 * last_entropy("stability-frozen")
 
 
 def test_the_figure_is_drawn(tmp_path):
