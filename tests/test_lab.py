@@ -171,6 +171,15 @@ def test_the_readmes_tables_are_those_of_the_committed_runs():
     assert with_tables(text, load(RESULTS)) == text
 
 
+def test_the_readmes_example_is_a_problem_and_its_solution():
+    text = Path("benchmarks/README.md").read_text(encoding="utf-8")
+    problem, solution = re.findall(r"^    (.*)$", text.partition("## The lab")[2], flags=re.MULTILINE)[:2]
+    assert problem == prompt([3, 8, 2])[0]["content"]
+    drawn = (solve([3, 8, 2], FORMS["tradeoff"], concise=False, rng=random.Random(seed)) for seed in range(3000))
+    assert solution in drawn
+    assert is_correct([3, 8, 2], solution)
+
+
 def test_what_the_readme_says_of_the_committed_runs():
     runs = load(RESULTS)
     assert set(runs) == set(SETTINGS)

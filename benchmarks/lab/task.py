@@ -9,7 +9,7 @@ a step, several times over:
 Numbers are written digit by digit, so that the model learns to carry instead of a table of sums; each has a letter, so that
 it keeps its place after many checks.
 
-How often a step is checked is what the instruction changes, by a notch: both writers check, so the two modes overlap (the
+How often a step is checked is what the instruction changes: both writers check, so the two modes overlap (the
 reverse KL has next to no gradient toward what the student never does). Where a sum passes 9, the first result is wrong now
 and then, and only the first check mends it. The forms differ in what a check is worth:
 
