@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_crisp.evaluation.grading import TIMEOUT_S, Grader
-from trl_crisp.json_files import write_json
+from trl_crisp.run.files import write_json
 
 # Each would take longer than anybody waits, or more memory than there is
 BOMBS = {

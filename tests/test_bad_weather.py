@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from tests.helpers import make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPTrainer
-from trl_crisp.checkpoints import last_whole
+from trl_crisp.run.identity import last_own_checkpoint
 from trl_crisp.weighting import count_loss_items
 
 DDP = str(Path(__file__).parent.parent / "examples" / "accelerate" / "ddp-cpu.yaml")
@@ -225,7 +225,7 @@ def test_three_in_a_row_stop_the_run(tmp_path):
         trainer.train()
     # Two skipped, one fine, three skipped: the fine one began the count anew
     assert trainer.state.global_step == 5
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
 
 
 def _train_on_a_small_disk(directory: Path, message: Path) -> None:
@@ -368,7 +368,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
     assert status != 0
     assert "then saving a checkpoint. Again to stop at once" in text, text
     (checkpoint,) = output_dir.glob("checkpoint-*")
-    assert last_whole(output_dir) == checkpoint
+    assert last_own_checkpoint(output_dir) == checkpoint
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert f"Stopped after step {step}" in text
     printed = text.split("Go on with:\n")[1].splitlines()[0].strip()
@@ -390,7 +390,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    from trl_crisp.interruption import SaveOnInterrupt
+    from trl_crisp.run.interruption import SaveOnInterrupt
 
     class Press(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -450,7 +450,7 @@ def test_a_checkpoint_of_an_earlier_run_is_not_half_overwritten(tmp_path, monkey
     """The second run dies in its first save, to the place of a whole checkpoint with files of the same sizes."""
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     make_trainer(tmp_path, **options).train()
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
     def die(self, output_dir):
         raise SystemExit("killed")
@@ -459,7 +459,7 @@ def test_a_checkpoint_of_an_earlier_run_is_not_half_overwritten(tmp_path, monkey
     with pytest.raises(SystemExit):
         make_trainer(tmp_path, learning_rate=1e-2, **options).train()
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
-    assert last_whole(tmp_path) is None
+    assert last_own_checkpoint(tmp_path) is None
 
 
 def test_unlogged_steps_come_back(tmp_path):
@@ -550,4 +550,4 @@ def test_a_failure_after_the_checkpoint_is_whole_says_so(tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match="no route") as raised:
         trainer.train()
     assert f"{tmp_path}/checkpoint-2 is whole; what failed came after it" in raised.value.__notes__[0]
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-2"

@@ -10,19 +10,16 @@ from peft import LoraConfig, get_peft_model
 
 from tests.helpers import config, make_trainer, parameters_of
 from tests.tiny_models import tiny_model
-from trl_crisp.checkpoints import (
+from trl_crisp.run.checkpoints import checkpoints_in, find_fault, remove_torn, seal
+from trl_crisp.run.files import write_json
+from trl_crisp.run.identity import (
     check_same_run,
-    checkpoints_in,
     describe_run,
     differences,
-    find_fault,
     fingerprint,
-    last_whole,
-    remove_torn,
+    last_own_checkpoint,
     resolve_checkpoint,
-    seal,
 )
-from trl_crisp.json_files import write_json
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -60,19 +57,19 @@ def test_a_torn_checkpoint_is_detected(tmp_path, damage, fault):
 
 
 def test_the_last_whole_one(tmp_path, capsys):
-    assert last_whole(tmp_path / "nowhere") is None
+    assert last_own_checkpoint(tmp_path / "nowhere") is None
     for step in (2, 10, 4):
         make_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-last").mkdir()
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-10", "checkpoint-4", "checkpoint-2"]
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
     (tmp_path / "checkpoint-10" / "model.safetensors").unlink()
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert resolve_checkpoint(True, tmp_path) == resolve_checkpoint("true", tmp_path) == str(tmp_path / "checkpoint-4")
     said = capsys.readouterr().out
     assert "checkpoint-10 is skipped: its model.safetensors is missing" in said
-    assert f"going on from {tmp_path}/checkpoint-4" in said
+    assert f"resuming from {tmp_path}/checkpoint-4" in said
 
 
 def test_none_there(tmp_path, capsys):
@@ -81,7 +78,7 @@ def test_none_there(tmp_path, capsys):
     assert resolve_checkpoint(True, tmp_path) is None
     said = capsys.readouterr().out
     assert "checkpoint-2 is skipped" in said
-    assert "no whole checkpoint yet, so training starts afresh" in said
+    assert "no whole checkpoint of this run yet, so training starts afresh" in said
 
 
 @pytest.mark.parametrize("value", [None, "False", "false", False, "none"])

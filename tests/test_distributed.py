@@ -132,11 +132,20 @@ def test_split_into_micro_batches_changes_nothing(one_process, normalization, lo
         assert_same_training(one_process(split), one_process(run))
 
 
-@pytest.mark.parametrize(("setting", "name"), [("ddp", "saved"), ("zero2", "full"), ("zero3", "full")])
-def test_resumed_run_is_the_uninterrupted_one(request, setting, name):
+@pytest.mark.parametrize(
+    ("setting", "name", "resumed_name"),
+    [
+        ("ddp", "saved", "resumed"),
+        # Inside the second epoch, whose order of rows is another
+        ("ddp", "saved-later", "resumed-later"),
+        ("zero2", "full", "resumed"),
+        ("zero3", "full", "resumed"),
+    ],
+)
+def test_resumed_run_is_the_uninterrupted_one(request, setting, name, resumed_name):
     """The teacher was refreshed before the checkpoint, and is sharded under ZeRO-3."""
     outcomes = request.getfixturevalue(setting)
-    whole, resumed = outcomes[name], outcomes["resumed"]
+    whole, resumed = outcomes[name], outcomes[resumed_name]
     assert resumed.losses == whole.losses
     assert resumed.refreshes == whole.refreshes == 1
     for side in ("change", "teacher"):

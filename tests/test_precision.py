@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_crisp.precision import unchanged_weight_share
+from trl_crisp.run.precision import unchanged_weight_share
 
 LEARNING_RATES = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
 

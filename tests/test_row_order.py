@@ -1,8 +1,14 @@
 """A later epoch's order follows from its number."""
 
+import random
+import warnings
+
+import pytest
+import torch
 from trl.trainer.utils import RepeatSampler
 
-from trl_crisp.row_order import EpochOrder
+from tests.helpers import make_trainer, parameters_of, rows
+from trl_crisp.run.row_order import EpochOrder
 
 
 def order(epoch: int, shuffle: bool = True, seed: int = 3) -> list[int]:
@@ -23,3 +29,37 @@ def test_each_epoch_has_its_own_order_whatever_came_before():
 
 def test_without_shuffling_it_is_the_datasets():
     assert order(0, shuffle=False) == order(5, shuffle=False) == list(range(12))
+
+
+STREAM = {"max_steps": 8}
+WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 8}
+
+
+@pytest.mark.parametrize(
+    ("options", "saved_at_step"),
+    # Of five steps a pass; a checkpoint inside the second pass, and one where the first ends
+    [(STREAM, 7), (STREAM, 5), (WORKERS, 7), (WORKERS, 5)],
+    ids=["stream-inside", "stream-end", "workers-inside", "workers-end"],
+)
+def test_a_run_resumes_in_its_second_pass(tmp_path, options, saved_at_step):
+    def trainer(name: str):
+        dataset = rows(10).to_iterable_dataset() if options is STREAM else rows(10)
+        saving = {"save_strategy": "steps", "save_steps": saved_at_step}
+        return make_trainer(tmp_path / name, dataset=dataset, per_device_train_batch_size=2, **saving, **options)
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{saved_at_step}"))
+    for name, value in parameters_of(whole.model).items():
+        assert torch.equal(parameters_of(resumed.model)[name], value), name
+    assert resumed.state.epoch == whole.state.epoch > 1
+
+
+def test_rows_that_a_transform_draws_are_warned_of(tmp_path):
+    drawn, mapped = rows(), rows()
+    drawn.set_transform(lambda batch: {"prompt": [random.choice(batch["prompt"])] * len(batch["prompt"])})
+    with pytest.warns(UserWarning, match=r"makes its rows on access \(set_transform .*dataset\.map"):
+        make_trainer(tmp_path, dataset=drawn)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*on access")
+        make_trainer(tmp_path, dataset=mapped.with_format("python"))

@@ -13,8 +13,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.tiny_models import save_tiny
-from trl_crisp.checkpoints import resolve_checkpoint
 from trl_crisp.models import check_model
+from trl_crisp.run.identity import resolve_checkpoint
 from trl_crisp.train import main, make_parser, next_steps, parse_args, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")

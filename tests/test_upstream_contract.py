@@ -24,6 +24,7 @@ from tests.helpers import make_trainer, rows
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 from trl_crisp import CRISPTrainer, _upstream
 from trl_crisp.losses import _logit_scale
+from trl_crisp.run.resumable import ResumableTrainer
 
 # Member, its parameters, who of ours relies on them
 SIGNATURES = [
@@ -90,7 +91,12 @@ def test_signatures_of_the_names_in_upstream(name):
 
 def test_what_we_override_is_still_there():
     """A member that upstream renamed would leave ours as dead code that nothing calls."""
-    private = {name for name in vars(CRISPTrainer) if name.startswith("_") and not name.startswith("__")}
+    private = {
+        name
+        for cls in (CRISPTrainer, ResumableTrainer)
+        for name in vars(cls)
+        if name.startswith("_") and not name.startswith("__")
+    }
     ours = {
         "_check_learning_rate",
         "_select_rows",
@@ -99,7 +105,7 @@ def test_what_we_override_is_still_there():
         "_record_rollouts",
         "_check_teacher_is_not_uniform",
         "_describe_failed_save",
-        "_restore_unlogged",
+        "_from_main_process",
     }
     overridden = {name for name in private if hasattr(DistillationTrainer, name)}
     assert {
@@ -111,6 +117,8 @@ def test_what_we_override_is_still_there():
         "_save_optimizer_and_scheduler",
         "_save_rng_state",
         "_load_optimizer_and_scheduler",
+        "_init_training_state",
+        "_finalize_training",
     } <= overridden, "DistillationTrainer lost a member that CRISPTrainer overrides"
     assert ours <= private
     assert not ours & set(dir(DistillationTrainer)), "DistillationTrainer now has a member of a name of ours"

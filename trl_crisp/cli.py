@@ -75,7 +75,7 @@ def train(argv: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from trl_crisp.interruption import COMMAND_VARIABLE, EXIT_CODE
+    from trl_crisp.run.interruption import COMMAND_VARIABLE, EXIT_CODE
     from trl_crisp.train import check_config, did_you_mean, make_parser
 
     parser = make_parser(prog="trl-crisp train")

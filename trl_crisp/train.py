@@ -173,11 +173,11 @@ def main(
     """
     from trl import get_peft_config, get_quantization_config
 
-    from trl_crisp.checkpoints import resolve_checkpoint
     from trl_crisp.data import is_hub_id, load_prompts
     from trl_crisp.instructions import resolve_instruction
-    from trl_crisp.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
     from trl_crisp.models import check_model
+    from trl_crisp.run.identity import resolve_checkpoint
+    from trl_crisp.run.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
     from trl_crisp.trainer import CRISPTrainer
 
     # The first process alone says what happens to the rows
@@ -189,7 +189,9 @@ def main(
     model = check_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     assert training_args.output_dir is not None  # TrainingArguments fills it in
     output_dir = Path(training_args.output_dir)
-    resume_from_checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, output_dir)
+    resume_from_checkpoint = resolve_checkpoint(
+        training_args.resume_from_checkpoint, output_dir, training_args.allow_changed_resume
+    )
 
     # The quantization goes to the trainer by itself: it refuses one in model_init_kwargs
     training_args.model_init_kwargs = {

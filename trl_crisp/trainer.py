@@ -1,19 +1,15 @@
 """CRISPTrainer: rollouts -> teacher's inputs -> loss. What is not here is TRL's `DistillationTrainer`."""
 
-import json
 import math
-import shutil
 import textwrap
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch.utils.data import Sampler
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -21,27 +17,17 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import DistillationTrainer
+from transformers.trainer_utils import TrainOutput
 
 from trl_crisp._upstream import pad
-from trl_crisp.checkpoints import (
-    RUN_FILE,
-    check_same_run,
-    describe_run,
-    last_whole,
-    remove_torn,
-    resolve_checkpoint,
-    seal,
-)
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
 from trl_crisp.instructions import Prompt, resolve_instruction
-from trl_crisp.json_files import write_json
 from trl_crisp.losses import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
-from trl_crisp.nonfinite import SkipNonFiniteSteps
-from trl_crisp.precision import check_step_size
 from trl_crisp.prompt_pairs import PromptPairs, check_columns
-from trl_crisp.row_order import EpochOrder
+from trl_crisp.rollouts.own_sampling import own_sampling
+from trl_crisp.run.identity import describe_run
+from trl_crisp.run.precision import check_step_size
+from trl_crisp.run.resumable import ResumableTrainer
 from trl_crisp.teacher import Teacher, make_teacher
 from trl_crisp.thinking import count_thinking_tokens
 from trl_crisp.weighting import count_loss_items, loss_token_weights
@@ -53,7 +39,7 @@ BASELINE_STEPS = 5
 DatasetLike: TypeAlias = Dataset | IterableDataset
 
 
-class CRISPTrainer(DistillationTrainer):
+class CRISPTrainer(ResumableTrainer):
     """
     Trains a model to reason as concisely as it does under a conciseness instruction (CRISP, arXiv 2603.05433).
 
@@ -167,14 +153,10 @@ class CRISPTrainer(DistillationTrainer):
             args.max_prompt_length,
         )
         self._select_rows()
-        self._nonfinite = SkipNonFiniteSteps(self.accelerator)
-        self.add_callback(self._nonfinite)
-        self._run = describe_run(self.model, args, instruction)
+        self.run_description = describe_run(self.model, args, instruction)
         self.teacher = make_teacher(self.model, args, self.accelerator)
 
         self._baseline_lengths_tokens: list[float] = []
-        # What a checkpoint knows of the steps since the last line of the log, until training goes on
-        self._unlogged: dict[str, Any] | None = None
         # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
         self._step_entropies_nats: list[tuple[float, float]] = []
         # Filled inside the wrapped forward, where no collective may run, and read after it
@@ -255,19 +237,16 @@ class CRISPTrainer(DistillationTrainer):
         if "teacher_prompt" not in columns:  # remove_unused_columns would drop it
             columns.append("teacher_prompt")
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        return EpochOrder(super()._get_train_sampler(dataset))
-
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
-            self._restore_unlogged()
             # Before the rollout: Algorithm 1 refreshes at the start of a step
             self.teacher.begin_step(self.state.global_step + 1)
             self._step_entropies_nats.clear()
         return super()._prepare_inputs(generation_batch)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
+        with own_sampling(self.model):
+            output = super()._generate_and_score_completions(inputs)
         teacher_ids = [torch.tensor(ids) for ids in self.prompt_pairs.tokenize_teacher(inputs)]
         for key, rows, value in (
             ("teacher_prompt_ids", teacher_ids, self._tokenizer.pad_token_id),
@@ -309,8 +288,6 @@ class CRISPTrainer(DistillationTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.is_deepspeed_enabled and self.model.training:
-            self._nonfinite.check_loss(loss, self.state.global_step + 1, self.args.output_dir)
         assert self._diagnostics is not None
         teacher_entropy, reverse_kl, num_tokens = (
             self.accelerator.gather_for_metrics(x).sum().item() for x in self._diagnostics
@@ -360,9 +337,6 @@ class CRISPTrainer(DistillationTrainer):
         loss = (weights_BT * divergence_BT).sum()
         return loss, entropy_BT.sum(), num_tokens
 
-    # The teacher is state of a run as the optimizer's is: it goes into every checkpoint that can be resumed, and comes
-    # back after the student's weights
-
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -370,24 +344,12 @@ class CRISPTrainer(DistillationTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """
-        Train, from the start or from a checkpoint, whose run goes on as if it had not been interrupted.
-
-        Args:
-            resume_from_checkpoint: A checkpoint's path, or `True` for the last whole one in `output_dir`: one that a
-                killed process left torn is skipped with a message, and with none there training starts afresh.
-            trial, ignore_keys_for_eval: As in the parent.
+        Train, from the start or from a checkpoint; see [`~trl_crisp.run.resumable.ResumableTrainer.train`].
 
         Raises:
-            ValueError: For a checkpoint that is torn, or of a run with another instruction, schedule, adapter or model; for
-                fewer rows than a step needs.
-            FileNotFoundError: For a path where there is no checkpoint.
+            ValueError: Also for fewer rows than a step needs.
         """
-        # The first process decides for all, for whom the directory may look different
-        choice = [resolve_checkpoint(resume_from_checkpoint, self.args.output_dir or ".")]
-        checkpoint = broadcast_object_list(choice)[0] if self.accelerator.num_processes > 1 else choice[0]
-        if checkpoint is not None:
-            check_same_run(checkpoint, self._run, self.args.allow_changed_resume)
-        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.state.global_step == 0 < self.state.max_steps:
             raise ValueError(
                 f"the rows ended before the first step: of {self._report.rows} rows read, {self._report.dropped} were dropped "
@@ -397,78 +359,16 @@ class CRISPTrainer(DistillationTrainer):
             )
         return output
 
-    def _save_checkpoint(self, model, trial):
-        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save and checkpoint.is_dir():
-            # Of an earlier run, or torn: half overwritten, it would pass for a whole one
-            shutil.rmtree(checkpoint)
-        self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            error.add_note(self._describe_failed_save(checkpoint))
-            raise
+    # The teacher is state of a run as the optimizer's is: it goes into every checkpoint that can be resumed, and comes
+    # back after the student's weights
 
-    def _describe_failed_save(self, checkpoint: Path) -> str:
-        # Its part of the disk may be what the user, or the next run, needs
-        if self.args.should_save:
-            remove_torn(checkpoint)
-        free_mb = shutil.disk_usage(checkpoint.parent).free / 1e6
-        last = last_whole(checkpoint.parent)
-        if last == checkpoint:
-            return f"{checkpoint} is whole; what failed came after it. Go on from it with resume_from_checkpoint true."
-        return (
-            f"Saving {checkpoint} failed, so training stopped; what was written of it is removed. The disk has {free_mb:,.0f} "
-            "MB free. Make room, or lower save_total_limit, and "
-            + (
-                f"go on from {last} with resume_from_checkpoint true."
-                if last
-                else "start again: no checkpoint is whole."
-            )
-        )
+    def save_own_state(self, directory: str) -> dict[str, Any]:
+        self.teacher.save(directory, write=self.args.should_save)
+        return {"baseline_lengths_tokens": self._baseline_lengths_tokens}
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        self.teacher.save(output_dir, write=self.args.should_save)
-        # Of the steps since the last line of the log
-        loss_sum = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
-        if self.args.should_save:
-            unlogged = {
-                "loss_sum": loss_sum,
-                "last_logged_step": self._globalstep_last_logged,
-                "metrics": self._metrics["train"],
-            }
-            record = {
-                "run": self._run,
-                "baseline_lengths_tokens": self._baseline_lengths_tokens,
-                "skipped_steps": self._nonfinite.skipped_steps,
-                "unlogged": unlogged,
-            }
-            write_json(Path(output_dir, RUN_FILE), record)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The last of what all processes write; the file that transformers writes after it is the end mark
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.teacher.load(checkpoint, self.args.allow_changed_resume)
-            record = json.loads(Path(checkpoint, RUN_FILE).read_text(encoding="utf-8"))
-            self._baseline_lengths_tokens = record["baseline_lengths_tokens"]
-            self._nonfinite.skipped_steps = record["skipped_steps"]
-            self._unlogged = record["unlogged"]
-
-    def _restore_unlogged(self) -> None:
-        # Once the loop has set its own counters to zero
-        if self._unlogged is not None:
-            self._tr_loss += self._unlogged["loss_sum"]
-            self._globalstep_last_logged = self._unlogged["last_logged_step"]
-            self._metrics["train"].update(self._unlogged["metrics"])
-            self._unlogged = None
+    def load_own_state(self, directory: str, record: dict[str, Any]) -> None:
+        self.teacher.load(directory, self.args.allow_changed_resume)
+        self._baseline_lengths_tokens = record["baseline_lengths_tokens"]
 
     def _check_teacher_is_not_uniform(self) -> None:
         if len(self._step_entropies_nats) < self.args.gradient_accumulation_steps:

@@ -30,7 +30,7 @@ from benchmarks.lab.task import (
 from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.evaluation.sampling import sample
 from trl_crisp.instructions import build_teacher_prompt
-from trl_crisp.json_files import write_json
+from trl_crisp.run.files import write_json
 from trl_crisp.weighting import count_loss_items
 
 TRAIN_PROBLEMS = 4096

@@ -204,6 +204,8 @@ ZERO_RUN = Run(
 )
 # Saved after the refresh and before the last step
 SAVING_RUN = replace(ZERO_RUN, save_steps=2)
+# Four rollouts a step make two steps of an epoch: saved inside the second
+LATER_EPOCH_RUN = replace(ZERO_RUN, accumulation=1, steps=4, save_steps=3)
 
 
 def alone(run: Run) -> Run:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.distributed import fsdp2
-from tests.distributed.runs import DDP_RUNS, SAVING_RUN, SCALE, ZERO_RUN, Run, make_trainer, train
+from tests.distributed.runs import DDP_RUNS, LATER_EPOCH_RUN, SAVING_RUN, SCALE, ZERO_RUN, Run, make_trainer, train
 from tests.tiny_models import save_tiny
 
 Outcomes = dict[str, Any]
@@ -21,7 +21,10 @@ Outcomes = dict[str, Any]
 
 def ddp(directory: Path) -> Outcomes:
     outcomes: Outcomes = {name: train(run, directory) for name, run in DDP_RUNS.items()}
-    return outcomes | {"saved": train(SAVING_RUN, directory), "resumed": _resume(SAVING_RUN, directory)}
+    for name, run in (("", SAVING_RUN), ("-later", LATER_EPOCH_RUN)):
+        outcomes[f"saved{name}"] = train(run, directory / f"saved{name}")
+        outcomes[f"resumed{name}"] = _resume(run, directory / f"saved{name}")
+    return outcomes
 
 
 def zero2(directory: Path) -> Outcomes:

@@ -30,7 +30,7 @@ from trl_crisp.evaluation.metrics import (
     pass_at_k,
     share,
 )
-from trl_crisp.json_files import write_json
+from trl_crisp.run.files import write_json
 
 SCHEMA = "trl-crisp evaluation"
 SCHEMA_VERSION = 1

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_crisp.checkpoints import last_whole
+from trl_crisp.run.identity import last_own_checkpoint
 
 # Ours: one can be an accident of a batch; three in a row are what the weights now give
 MAX_SKIPPED_IN_A_ROW = 3
@@ -71,7 +71,7 @@ class SkipNonFiniteSteps(TrainerCallback):
 
 def describe_way_back(output_dir: str | None) -> str:
     """Return which checkpoint is the last good one, and what to look at."""
-    last = last_whole(output_dir or ".")
+    last = last_own_checkpoint(output_dir or ".")
     where = (
         f"The last good checkpoint is {last}: resume_from_checkpoint true goes on from it" if last else "No checkpoint"
     )

@@ -1,0 +1,1 @@
+"""How rollouts are sampled and handed on. Imports no trainer."""

@@ -1,0 +1,277 @@
+"""A `DistillationTrainer` whose runs can be killed at any point and resume exactly."""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from trl import DistillationTrainer
+
+from trl_crisp.run.checkpoints import RUN_FILE, keep_at_most, remove_torn, seal
+from trl_crisp.run.files import write_json
+from trl_crisp.run.identity import (
+    check_same_run,
+    last_own_checkpoint,
+    own_checkpoints,
+    resolve_checkpoint,
+    run_id_of,
+    start_run,
+)
+from trl_crisp.run.nonfinite import SkipNonFiniteSteps
+from trl_crisp.run.row_order import EpochOrder, Passes, warn_of_rows_made_on_access
+from trl_crisp.run.saving import check_can_be_saved
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class ResumableTrainer(DistillationTrainer):
+    """
+    TRL's `DistillationTrainer` for a run that is killed anywhere and resumes to the bits of the uninterrupted one.
+
+    What differs from [`~trl.DistillationTrainer`]:
+
+    - A checkpoint is whole or known to be torn, and knows its run. `resume_from_checkpoint=True` takes the run's own last
+      whole one.
+    - A run that resumes in a later epoch, or in a stream's later pass, reads the rows that the uninterrupted run reads.
+    - What was not logged yet at a checkpoint is logged after it.
+    - What a run saves at its end is tried before its start. A step whose gradient is not finite is skipped.
+
+    A subclass sets `run_description` before it trains, and overrides [`save_own_state`] and [`load_own_state`].
+
+    Attributes:
+        run_description: What makes runs differ ([`~trl_crisp.run.identity.describe_run`]). A checkpoint of a run with
+            another description is refused.
+    """
+
+    run_description: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_can_be_saved(self.model, self.processing_class)  # type: ignore[arg-type]
+        warn_of_rows_made_on_access(self.train_dataset)  # type: ignore[arg-type]
+        self._run_id: str | None = None
+        self._passes = Passes()
+        self._nonfinite = SkipNonFiniteSteps(self.accelerator)
+        for callback in (self._passes, self._nonfinite):
+            self.add_callback(callback)
+        # What a checkpoint knows of the steps since the last line of the log, until training continues
+        self._unlogged: dict[str, Any] | None = None
+
+    def save_own_state(self, directory: str) -> dict[str, Any]:
+        """Write what the subclass needs to resume into a checkpoint; return what its JSON record keeps. All processes call it."""
+        return {}
+
+    def load_own_state(self, directory: str, record: dict[str, Any]) -> None:
+        """Restore what [`save_own_state`] wrote and returned. All processes call it."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Train, from the start or from a checkpoint. A resumed run continues as if it had not been interrupted.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's path, or `True` for the run's own last whole one in `output_dir`: torn ones
+                and those of other runs are skipped with a message. If there is none, training starts afresh. From a
+                checkpoint of the last step nothing is trained.
+            trial, ignore_keys_for_eval: As in the parent.
+
+        Raises:
+            ValueError: For a checkpoint that is torn, that is past the last step, or that is of a run with another instruction,
+                schedule, adapter or model.
+            FileNotFoundError: For a path without a checkpoint.
+        """
+        output_dir = self.args.output_dir or "."
+        allowed = self.args.allow_changed_resume  # type: ignore[attr-defined]
+        # The main process decides for all, because the directory may look different to the others
+        chosen = self._from_main_process(lambda: resolve_checkpoint(resume_from_checkpoint, output_dir, allowed))
+        if chosen is not None:
+            check_same_run(chosen, self.run_description, allowed)
+        self._run_id = self._from_main_process(lambda: start_run(output_dir, chosen and run_id_of(chosen)))
+        self._passes.start()
+        return super().train(chosen, trial, ignore_keys_for_eval)
+
+    def _from_main_process(self, decide: Any) -> Any:
+        if self.accelerator.num_processes == 1:
+            return decide()
+        decision: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                decision = [decide()]
+            except (ValueError, FileNotFoundError) as error:
+                decision = [error]
+        (decided,) = broadcast_object_list(decision)
+        if isinstance(decided, Exception):
+            raise decided
+        return decided
+
+    # Rows
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_persistent_workers:
+            # Workers that stay draw their seed once a run, others once an epoch. From the rollouts' random stream a resumed run
+            # would draw once more than the uninterrupted one.
+            (getattr(loader, "base_dataloader", loader)).generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        self._passes.order = EpochOrder(super()._get_train_sampler(dataset))
+        return self._passes.order
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return epochs, batches
+        step = self.state.global_step
+        if step > max_steps:
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} is of step {step}, and this run ends at step {max_steps}. Resume "
+                "from an earlier checkpoint, train for more steps (max_steps, num_train_epochs), or use another output_dir for "
+                "another run."
+            )
+        started_at_step = step - batches // self.args.gradient_accumulation_steps
+        if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
+            # transformers takes the length of a stream to be max_steps
+            record = _read_record(resume_from_checkpoint)["pass"]
+            epochs, started_at_step = record["index"], record["started_at_step"]
+            batches = (step - started_at_step) * self.args.gradient_accumulation_steps
+        self._passes.resume(epochs, started_at_step)
+        # transformers would train one step more from a checkpoint of the last step
+        return (num_train_epochs, 0) if step == max_steps else (epochs, batches)
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self.model.training and self._unlogged is not None:  # type: ignore[union-attr]
+            # Once the loop has set its own counters to zero
+            self._tr_loss += self._unlogged["loss_sum"]
+            self._globalstep_last_logged = self._unlogged["last_logged_step"]
+            self._metrics["train"].update(self._unlogged["metrics"])
+            self._unlogged = None
+        return super()._prepare_inputs(generation_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.is_deepspeed_enabled and self.model.training:
+            self._nonfinite.check_loss(loss, self.state.global_step + 1, self.args.output_dir)
+        return loss
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        directory = Path(self._get_output_dir(trial))
+        checkpoint = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and checkpoint.is_dir():
+            # Of an earlier run, or torn: half overwritten, it would pass for a whole one
+            shutil.rmtree(checkpoint)
+        self.accelerator.wait_for_everyone()
+        # transformers counts the checkpoints of other runs too, and may take one of theirs for the latest
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            error.add_note(self._describe_failed_save(checkpoint, error))
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            keep_at_most(own_checkpoints(directory), limit, self.state.best_model_checkpoint)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        # With a limit of 1 transformers leaves the best checkpoint alone at the end, of those of other runs too
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and limit == 1 and best is not None:
+            for path in own_checkpoints(self._get_output_dir(trial)):
+                if path != Path(best):
+                    shutil.rmtree(path, ignore_errors=True)
+        return output
+
+    def _describe_failed_save(self, checkpoint: Path, error: Exception) -> str:
+        # Its part of the disk may be what the user, or the next run, needs
+        if self.args.should_save:
+            remove_torn(checkpoint)
+        last = last_own_checkpoint(checkpoint.parent)
+        if last == checkpoint:
+            return (
+                f"{checkpoint} is whole; what failed came after it. Resume from it with resume_from_checkpoint true."
+            )
+        make_room = ""
+        if _is_disk_full(error):
+            free_mb = shutil.disk_usage(checkpoint.parent).free / 1e6
+            make_room = f"The disk is full ({free_mb:,.0f} MB free now). Make room, or lower save_total_limit. "
+        return f"Saving {checkpoint} failed, so training stopped; what was written of it is removed. {make_room}" + (
+            f"Then resume from {last} with resume_from_checkpoint true."
+            if last
+            else "No checkpoint is whole, so the run has to start again."
+        )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        own = self.save_own_state(output_dir)
+        # Of the steps since the last line of the log
+        loss_sum = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+        if self.args.should_save:
+            record = {
+                "run_id": self._run_id,
+                "run": self.run_description,
+                "pass": {"index": self._passes.index, "started_at_step": self._passes.started_at_step},
+                "skipped_steps": self._nonfinite.skipped_steps,
+                "unlogged": {
+                    "loss_sum": loss_sum,
+                    "last_logged_step": self._globalstep_last_logged,
+                    "metrics": self._metrics["train"],
+                },
+                **own,
+            }
+            write_json(Path(output_dir, RUN_FILE), record)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last of what all processes write; the file that transformers writes after it is the end mark
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            record = _read_record(checkpoint)
+            self.load_own_state(checkpoint, record)
+            self._nonfinite.skipped_steps = record["skipped_steps"]
+            self._unlogged = record["unlogged"]
+
+
+def _read_record(checkpoint: str) -> dict[str, Any]:
+    return json.loads(Path(checkpoint, RUN_FILE).read_text(encoding="utf-8"))
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    for cause in _causes(error):
+        # safetensors says the number in its text alone
+        if getattr(cause, "errno", None) in _DISK_FULL or any(f"os error {n})" in str(cause) for n in _DISK_FULL):
+            return True
+    return False
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
