@@ -89,7 +89,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_crisp.data import load_prompts
-    from trl_crisp.instructions import resolve_instruction
+    from trl_crisp.prompts.instructions import resolve_instruction
     from trl_crisp.train import parse_args as parse_training_args
 
     bf16_speedup = measure_bf16_speedup()
@@ -358,7 +358,7 @@ def measure(
     """Answers to the held-out problems with the plain prompt and with the instruction before the problem."""
     from trl_crisp.evaluation.metrics import repeats_itself
     from trl_crisp.evaluation.sampling import SamplingProgress, sample
-    from trl_crisp.instructions import build_teacher_prompt
+    from trl_crisp.prompts.instructions import build_teacher_prompt
 
     plain = [[{"role": "user", "content": problem["question"]}] for problem in problems]
     concise = [build_teacher_prompt(messages, instruction, None)[0] for messages in plain]

@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 from tests.helpers import make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPTrainer
+from trl_crisp.loss.weighting import count_loss_items
 from trl_crisp.run.identity import last_own_checkpoint
-from trl_crisp.weighting import count_loss_items
 
 DDP = str(Path(__file__).parent.parent / "examples" / "accelerate" / "ddp-cpu.yaml")
 GREEDY = {"generation_kwargs": {"do_sample": False}, "shuffle_dataset": False}

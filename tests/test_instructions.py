@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from trl_crisp.instructions import INSTRUCTIONS, build_teacher_prompt, resolve_instruction
+from trl_crisp.prompts.instructions import INSTRUCTIONS, build_teacher_prompt, resolve_instruction
 
 # Typed from the paper, not taken from the package
 PAPER_V1 = (

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.oracles import divergence_nats, entropy_nats
 from tests.tiny_models import tiny_model
-from trl_crisp.losses import OutputHead, output_head, per_token_divergence, sampled_diagnostics
+from trl_crisp.loss.divergence import OutputHead, output_head, per_token_divergence, sampled_diagnostics
 
 B, T, H, V = 2, 4, 5, 11
 MASK_BT = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0]])

@@ -61,7 +61,7 @@ def test_the_papers_prompt():
         'own line after "Answer:".'
     )
     # The sentence that the instruction replaces
-    from trl_crisp.instructions import build_teacher_prompt
+    from trl_crisp.prompts.instructions import build_teacher_prompt
 
     text, replaced = build_teacher_prompt(prompt, "Be brief.", "Solve the following math problem step by step.")
     assert replaced

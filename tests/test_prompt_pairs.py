@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from tests.tiny_models import TEMPLATES, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPConfig, CRISPTrainer
-from trl_crisp.prompt_pairs import PromptPairs, check_columns
+from trl_crisp.prompts.pairs import PromptPairs, check_columns
 
 C = "Be brief, please."
 # The template, its flags, and the text that opens the model's turn, typed from the model's documentation

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trl_crisp.thinking import count_thinking_tokens
+from trl_crisp.prompts.thinking import count_thinking_tokens
 
 OPEN, CLOSE = 7, 8
 LETTERS = {"a": 1, "b": 2, "(": OPEN, ")": CLOSE}

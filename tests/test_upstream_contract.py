@@ -23,7 +23,7 @@ from trl.models.utils import _ForwardRedirection
 from tests.helpers import make_trainer, rows
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 from trl_crisp import CRISPTrainer, _upstream
-from trl_crisp.losses import _logit_scale
+from trl_crisp.loss.divergence import _logit_scale
 from trl_crisp.run.resumable import ResumableTrainer
 
 # Member, its parameters, who of ours relies on them
@@ -66,7 +66,7 @@ UPSTREAM = {
     "ChunkedDivergenceFunction": (
         "student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
         "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
-        "losses.py passes all by position",
+        "loss/divergence.py passes all by position",
     ),
     "pad": ("tensors padding_value padding_side pad_to_multiple_of", "trainer.py pads the teacher's prompts"),
     "prepare_deepspeed": ("model accelerator", "teacher.py"),
@@ -164,7 +164,7 @@ def test_compute_loss_unpacks_exactly_three_values(tmp_path, monkeypatch, count,
 
 @pytest.mark.parametrize(("given", "processes", "passed"), [(12, 1, 12.0), (12, 4, 3.0), (0, 1, 1.0), (0, 4, 0.25)])
 def test_num_items_in_batch_is_clamped_and_divided_by_the_processes(tmp_path, monkeypatch, given, processes, passed):
-    """weighting.py divides by what comes out, which is right because gradients are averaged over processes."""
+    """loss/weighting.py divides by what comes out, which is right because gradients are averaged over processes."""
     trainer = make_trainer(tmp_path)
     seen = []
 
@@ -200,7 +200,7 @@ def test_the_trainer_does_not_divide_the_loss_by_the_accumulation_steps(tmp_path
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_the_kernels_argument_order_and_two_outputs(beta):
-    """Every argument differs, so that two that changed places are seen; losses.py passes them by position."""
+    """Every argument differs, so that two that changed places are seen; loss/divergence.py passes them by position."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -247,7 +247,7 @@ def test_the_kernel_takes_no_token_at_all():
 
 
 def test_the_logit_scales_are_those_that_trl_reads():
-    """losses.py repeats TRL's list, which lies inside a method that CRISPTrainer replaces."""
+    """loss/divergence.py repeats TRL's list, which lies inside a method that CRISPTrainer replaces."""
     source = inspect.getsource(inspect.unwrap(DistillationTrainer._compute_loss))
     upstream = set(re.findall(r'getattr\(student_config, "(\w+)"', source))
     ours = {"logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"}

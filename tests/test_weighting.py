@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.oracles import mean_loss
-from trl_crisp.weighting import count_loss_items, loss_token_weights
+from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 
 MASKS = [[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
 

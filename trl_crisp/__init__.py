@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from trl_crisp.config import CRISPConfig
     from trl_crisp.evaluation.evaluating import EvaluationSettings
     from trl_crisp.evaluation.in_training import BenchmarkCallback
-    from trl_crisp.instructions import INSTRUCTIONS
+    from trl_crisp.prompts.instructions import INSTRUCTIONS
     from trl_crisp.trainer import CRISPTrainer
 
 _HOMES = {
@@ -18,7 +18,7 @@ _HOMES = {
     "CRISPConfig": "config",
     "CRISPTrainer": "trainer",
     "EvaluationSettings": "evaluation.evaluating",
-    "INSTRUCTIONS": "instructions",
+    "INSTRUCTIONS": "prompts.instructions",
 }
 
 

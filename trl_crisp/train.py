@@ -174,8 +174,8 @@ def main(
     from trl import get_peft_config, get_quantization_config
 
     from trl_crisp.data import is_hub_id, load_prompts
-    from trl_crisp.instructions import resolve_instruction
     from trl_crisp.models import check_model
+    from trl_crisp.prompts.instructions import resolve_instruction
     from trl_crisp.run.identity import resolve_checkpoint
     from trl_crisp.run.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
     from trl_crisp.trainer import CRISPTrainer

@@ -21,16 +21,16 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_crisp._upstream import pad
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
-from trl_crisp.instructions import Prompt, resolve_instruction
-from trl_crisp.losses import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
-from trl_crisp.prompt_pairs import PromptPairs, check_columns
+from trl_crisp.loss.divergence import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
+from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
+from trl_crisp.prompts.instructions import Prompt, resolve_instruction
+from trl_crisp.prompts.pairs import PromptPairs, check_columns
+from trl_crisp.prompts.thinking import count_thinking_tokens
 from trl_crisp.rollouts.own_sampling import own_sampling
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
 from trl_crisp.run.resumable import ResumableTrainer
 from trl_crisp.teacher import Teacher, make_teacher
-from trl_crisp.thinking import count_thinking_tokens
-from trl_crisp.weighting import count_loss_items, loss_token_weights
 
 # Steps whose mean completion length is the baseline of `completions/relative_length`. Ours: 5 steps are 160 rollouts at
 # the paper's batch, enough for a mean and early enough for a model that has hardly moved.

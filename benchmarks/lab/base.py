@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.lab.protocol import sha256_of
 from benchmarks.lab.task import DIFFICULTIES, FORMS, INSTRUCTION, Form, draw_problem, lab_tokenizer, prompt, solve
-from trl_crisp.instructions import build_teacher_prompt
+from trl_crisp.prompts.instructions import build_teacher_prompt
 
 # Both bases begin with solutions that repeat themselves most, which teaches them to look numbers up, and go on with those of
 # their own form. Each stage has a learning rate that falls to zero.

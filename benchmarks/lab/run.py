@@ -29,9 +29,9 @@ from benchmarks.lab.task import (
 )
 from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.evaluation.sampling import sample
-from trl_crisp.instructions import build_teacher_prompt
+from trl_crisp.loss.weighting import count_loss_items
+from trl_crisp.prompts.instructions import build_teacher_prompt
 from trl_crisp.run.files import write_json
-from trl_crisp.weighting import count_loss_items
 
 TRAIN_PROBLEMS = 4096
 _TRAIN_SEED, _TEST_SEED = 10_000, 20_000

@@ -21,7 +21,7 @@ from trl.models.utils import _ForwardRedirection
 from tests.distributed.runs import LORA, SCALE
 from tests.tiny_models import tiny_llama
 from trl_crisp import CRISPConfig
-from trl_crisp.losses import output_head, per_token_divergence
+from trl_crisp.loss.divergence import output_head, per_token_divergence
 from trl_crisp.teacher import Teacher, _named_parameters, make_teacher
 
 STEPS = 3

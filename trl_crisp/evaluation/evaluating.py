@@ -117,7 +117,7 @@ def evaluate(
         ImportError: Where math-verify or the engine is not installed.
     """
     from trl_crisp.evaluation.engines import load_engine, weights_sha256
-    from trl_crisp.instructions import resolve_instruction
+    from trl_crisp.prompts.instructions import resolve_instruction
 
     require_math_verify()
     if output_dir.exists() and not output_dir.is_dir():
@@ -239,7 +239,7 @@ def prompt_token_ids(
 ) -> list[list[int]]:
     """Return each problem's prompt as the model reads it, with the instruction where training puts it."""
     from trl_crisp.config import DAPO_OPENING_SENTENCE
-    from trl_crisp.instructions import build_teacher_prompt
+    from trl_crisp.prompts.instructions import build_teacher_prompt
 
     prompts = []
     for problem in problems:
@@ -329,7 +329,7 @@ def make_sample(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Sample:
     """Return a completion as it is kept."""
-    from trl_crisp.thinking import count_thinking_tokens
+    from trl_crisp.prompts.thinking import count_thinking_tokens
 
     ids = completion.token_ids
     said = ids[:-1] if completion.ended_by_eos else ids

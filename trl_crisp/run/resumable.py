@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import DistillationTrainer
 
@@ -27,6 +28,7 @@ from trl_crisp.run.identity import (
 from trl_crisp.run.nonfinite import SkipNonFiniteSteps
 from trl_crisp.run.row_order import EpochOrder, Passes, warn_of_rows_made_on_access
 from trl_crisp.run.saving import check_can_be_saved
+from trl_crisp.run.step_lines import StepLines
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -42,6 +44,7 @@ class ResumableTrainer(DistillationTrainer):
     - A run that resumes in a later epoch, or in a stream's later pass, reads the rows that the uninterrupted run reads.
     - What was not logged yet at a checkpoint is logged after it.
     - What a run saves at its end is tried before its start. A step whose gradient is not finite is skipped.
+    - The terminal gets one line for each line of the log ([`~trl_crisp.run.step_lines.StepLines`]).
 
     A subclass sets `run_description` before it trains, and overrides [`save_own_state`] and [`load_own_state`].
 
@@ -59,7 +62,10 @@ class ResumableTrainer(DistillationTrainer):
         self._run_id: str | None = None
         self._passes = Passes()
         self._nonfinite = SkipNonFiniteSteps(self.accelerator)
-        for callback in (self._passes, self._nonfinite):
+        # A dict of twenty values a step is for the trackers
+        for printer in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printer)
+        for callback in (self._passes, self._nonfinite, StepLines()):
             self.add_callback(callback)
         # What a checkpoint knows of the steps since the last line of the log, until training continues
         self._unlogged: dict[str, Any] | None = None

@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
-from trl_crisp.instructions import Prompt, build_teacher_prompt
+from trl_crisp.prompts.instructions import Prompt, build_teacher_prompt
 
 _CHECK_BATCH_ROWS = 256
 
@@ -46,7 +46,7 @@ class PromptPairs:
 
     Args:
         instruction: The instruction's text; `""` for the same prompt on both sides.
-        replaces: The student's own instruction, see [`~trl_crisp.instructions.build_teacher_prompt`].
+        replaces: The student's own instruction, see [`~trl_crisp.prompts.instructions.build_teacher_prompt`].
         role: Where the instruction goes.
         tokenize: Turns a list of prompts into a list of token id lists, with the generation prompt; the trainer's, so
             that chat-template flags and tools are the same on both sides.

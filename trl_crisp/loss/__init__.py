@@ -1,0 +1,1 @@
+"""The loss as pure functions of tensors. Imports no trainer."""
