@@ -174,7 +174,7 @@ def main(
     from trl import get_peft_config, get_quantization_config
 
     from trl_crisp.checkpoints import resolve_checkpoint
-    from trl_crisp.data import is_hub_id, load_prompts
+    from trl_crisp.data import is_hub_id, load_prompts, unreadable_rows_named
     from trl_crisp.instructions import resolve_instruction
     from trl_crisp.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
     from trl_crisp.models import check_model
@@ -204,18 +204,22 @@ def main(
         train_dataset, eval_dataset = load_prompts(script_args, evaluation=training_args.eval_strategy != "no")
 
     interrupt = SaveOnInterrupt()
-    trainer = CRISPTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        callbacks=[interrupt],
-    )
+    # A stream reads its rows along the training
+    rows_file = Path(script_args.dataset_name or "").expanduser()
+    with unreadable_rows_named(rows_file):
+        trainer = CRISPTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            callbacks=[interrupt],
+        )
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
     try:
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        with unreadable_rows_named(rows_file):
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
         interrupt.restore()
     if interrupt.stopped_at_step is not None:

@@ -40,7 +40,7 @@ from trl_crisp.json_files import write_json
 from trl_crisp.losses import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
 from trl_crisp.nonfinite import SkipNonFiniteSteps
 from trl_crisp.precision import check_step_size
-from trl_crisp.prompt_pairs import PromptPairs, check_columns
+from trl_crisp.prompt_pairs import PromptPairs, check_columns, check_row
 from trl_crisp.row_order import EpochOrder
 from trl_crisp.teacher import Teacher, make_teacher
 from trl_crisp.thinking import count_thinking_tokens
@@ -201,6 +201,7 @@ class CRISPTrainer(DistillationTrainer):
         first = next(iter(self.train_dataset), None)
         if first is None:
             raise ValueError("the train dataset is empty. Check its split and filters.")
+        check_row(first, 0)
         tail_tokens = self._count_generation_prompt_tokens(first["prompt"])
         self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, tail_tokens)
         if isinstance(self.eval_dataset, dict):
