@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from trl import ModelConfig, TrlParser
 
     from trl_crisp.config import CRISPConfig
@@ -169,14 +170,14 @@ def main(
     Raises:
         ValueError: For arguments that do not fit each other or the rows.
         FileNotFoundError, PermissionError, ConnectionError: Where the model, the rows or the checkpoint cannot be had.
-        SystemExit: After Ctrl-C (status 130), and where the Hub refused the finished model (status 1).
+        SystemExit: After Ctrl-C (status 130) and SIGTERM (143), and where the Hub refused the finished model (status 1).
     """
     from trl import get_peft_config, get_quantization_config
 
     from trl_crisp.checkpoints import resolve_checkpoint
     from trl_crisp.data import is_hub_id, load_prompts, unreadable_rows_named
     from trl_crisp.instructions import resolve_instruction
-    from trl_crisp.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
+    from trl_crisp.interruption import SaveOnInterrupt, ignore_signals, resume_command
     from trl_crisp.models import check_model
     from trl_crisp.trainer import CRISPTrainer
 
@@ -222,12 +223,18 @@ def main(
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
         interrupt.restore()
+    accelerator = trainer.accelerator
     if interrupt.stopped_at_step is not None:
-        trainer.accelerator.print(
+        # A launcher ends the others once one has ended
+        ignore_signals()
+        accelerator.print(
             f"Stopped after step {interrupt.stopped_at_step}; its checkpoint is in {output_dir}. Go on with:\n  "
             + resume_command()
         )
-        sys.exit(EXIT_CODE)
+        accelerator.wait_for_everyone()
+        del trainer, benchmark
+        _end(accelerator)
+        sys.exit(interrupt.exit_code)
     # By a user's call it would push too, which has its own place below
     trainer.save_model(str(output_dir), _internal_call=True)
     if benchmark is not None:
@@ -245,13 +252,19 @@ def main(
             sys.exit(1)
         trainer.accelerator.print(f"It is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
-    accelerator = trainer.accelerator
-    # The wrapped model and the optimizer hold the process group too: if its threads lived until the interpreter shuts down, they
-    # would now and then abort a process that has done all its work (pytorch/pytorch#190489). DeepSpeed's need the group to go.
+    del trainer, benchmark
+    _end(accelerator)
+
+
+def _end(accelerator: "Accelerator") -> None:
+    """
+    Finish the trackers and end the process group, once the trainer is gone.
+
+    The wrapped model and the optimizer hold the group too: if its threads lived until the interpreter shuts down, they would now
+    and then abort a process that has done all its work (pytorch/pytorch#190489). DeepSpeed's need the group to go.
+    """
     accelerator.free_memory()
-    del trainer
     gc.collect()
-    # Finishes the trackers and ends the process group
     accelerator.end_training()
 
 
@@ -313,8 +326,11 @@ def run(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 after such a message, and as in [`main`].
     """
+    from trl_crisp.interruption import ending_with_words
+
     try:
-        main(*parse_args(argv))
+        with ending_with_words():
+            main(*parse_args(argv))
     except (ValueError, OSError, ImportError) as error:
         frames = list(traceback.walk_tb(error.__traceback__))
         if Path(__file__).parent not in Path(frames[-1][0].f_code.co_filename).parents:
