@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "losses": {"_upstream"},
     "prompt_checks": set(),
     "unreadable_rows": set(),
+    "model_files": set(),
     "prompt_pairs": {"instructions", "prompt_checks"},
     "teacher": {"config", "_upstream"},
     "json_files": set(),

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.resources
 import json
+import logging
 import os
 import shlex
 import signal
@@ -69,14 +70,19 @@ def train(argv: list[str]) -> int:
         argv: Options of training and of `accelerate launch`, in any order.
 
     Raises:
-        ValueError: For an option of neither, or a launch config that there is not.
+        ValueError: For an option of neither, a launch config that there is not, or without a model or a dataset.
         FileNotFoundError: Where there is no such `--config` file.
     """
+    from trl_crisp.train import EVERYDAY_FLAGS, check_config, check_required, did_you_mean, flag_name, make_parser
+
+    # Before the imports that take seconds; flags that are not known yet may be what a mistyped one meant
+    if all(flag_name(item) in EVERYDAY_FLAGS for item in argv if item.startswith("--")):
+        check_required(argv)
+
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from trl_crisp.interruption import COMMAND_VARIABLE, EXIT_CODES, SIGNALS
-    from trl_crisp.train import check_config, did_you_mean, make_parser
 
     parser = make_parser(prog="trl-crisp train")
     parser.usage = "trl-crisp train [--config FILE.yaml] [--accelerate_config NAME|FILE.yaml] [options]"
@@ -96,6 +102,7 @@ def train(argv: list[str]) -> int:
             raise ValueError(
                 f"{flag} is an option neither of training nor of accelerate launch.{did_you_mean(flag, options)}"
             )
+    check_required(training_argv)
     # As a module: launched as a file it would put the package's directory on the import path
     args = launch_parser.parse_args([*launch_argv, "-m", "trl_crisp.train", *training_argv])
     os.environ[COMMAND_VARIABLE] = shlex.join(["trl-crisp", "train", *typed])
@@ -130,6 +137,8 @@ def _hand_on(signum: int, frame: FrameType | None) -> None:
     """Send a signal to the processes launched from here; those that have it from the terminal already take it for the same one."""
     import psutil
 
+    # What it says of processes that end with the status of the signal reads like a failure
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     children = psutil.Process().children()
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):

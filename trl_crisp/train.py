@@ -29,6 +29,67 @@ example:
   {prog} --config config.yaml --learning_rate 2e-6
 """
 
+# What a run cannot do without, and what to give
+REQUIRED = {
+    "model_name_or_path": "a model on the Hub, such as Qwen/Qwen3-0.6B, or a local directory",
+    "dataset_name": "a dataset on the Hub, a local .jsonl, .json, .parquet or .csv file, or reasoning-gym:TASK",
+}
+# With these alone there is nothing that could be a misspelt field, so that what is missing can be said before the fields are known
+EVERYDAY_FLAGS = {
+    *REQUIRED,
+    *(
+        "config",
+        "output_dir",
+        "instruction",
+        "prompt_template",
+        "prompt_column",
+        "learning_rate",
+        "max_steps",
+        "use_peft",
+    ),
+    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
+    *("use_cpu", "bf16", "report_to", "lora_target_modules", "save_steps", "logging_steps", "num_processes"),
+}
+# What other tools call a field
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "bs": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "model_id": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "dataset": "dataset_name",
+    "data": "dataset_name",
+    "train_file": "dataset_name",
+    "output": "output_dir",
+    "out": "output_dir",
+    "out_dir": "output_dir",
+    "scheduler": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "wd": "weight_decay",
+    "resume": "resume_from_checkpoint",
+    "lora": "use_peft",
+    "peft": "use_peft",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "wandb": "report_to",
+    "vllm": "use_vllm",
+    "cpu": "use_cpu",
+    "template": "prompt_template",
+}
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
@@ -153,9 +214,42 @@ def separate_value(argv: list[str], option: str) -> list[str]:
 
 
 def did_you_mean(name: str, known: Any) -> str:
-    """Return a sentence with the known names that are close to `name`, or nothing."""
-    close = difflib.get_close_matches(name.split("=")[0], list(known), n=3)
+    """Return a sentence with the known names that `name` most likely means, or nothing."""
+    known = list(known)
+    dashes = "--" if name.startswith("--") else ""
+    other = dashes + _OTHER_NAMES.get(flag_name(name), "")
+    close = [other] if other in known else difflib.get_close_matches(name.split("=")[0], known, n=3)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def flag_name(flag: str) -> str:
+    """Return the field that a flag such as `--output-dir=X` is of."""
+    return flag.split("=")[0].removeprefix("--").replace("-", "_")
+
+
+def check_required(argv: list[str]) -> None:
+    """
+    Check that the flags, or the file that `--config` names, give a model and a dataset. Needs nothing heavy.
+
+    Raises:
+        ValueError: With what is missing.
+    """
+    if {"-h", "--help"} & set(argv):
+        return
+    given = {flag_name(item) for item in argv if item.startswith("--")}
+    if "config" in given:
+        import yaml
+
+        argv = separate_value(argv, "--config")
+        try:
+            config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8"))
+            given |= {key for key, value in config.items() if value is not None}
+        # Whatever is wrong with the file has its own message
+        except (OSError, IndexError, ValueError, AttributeError, yaml.YAMLError):
+            return
+    if missing := [name for name in REQUIRED if name not in given]:
+        nouns = " and ".join(f"no {name.split('_')[0]}" for name in missing)
+        raise ValueError(f"{nouns}: set" + "".join(f"\n  --{name} to {REQUIRED[name]}" for name in missing))
 
 
 def main(
@@ -326,9 +420,13 @@ def run(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 after such a message, and as in [`main`].
     """
-    from trl_crisp.interruption import ending_with_words
-
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if all(flag_name(item) in EVERYDAY_FLAGS for item in argv if item.startswith("--")):
+            check_required(argv)
+
+        from trl_crisp.interruption import ending_with_words
+
         with ending_with_words():
             main(*parse_args(argv))
     except (ValueError, OSError, ImportError) as error:

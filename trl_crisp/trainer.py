@@ -21,6 +21,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import TrackioCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import DistillationTrainer
 
@@ -258,6 +259,13 @@ class CRISPTrainer(DistillationTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochOrder(super()._get_train_sampler(dataset))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Trackio's run ends with the training, and TRL writes to it in the midst of every evaluation
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrackioCallback) and not callback._initialized:
+                callback.setup(self.args, self.state, self.model)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
