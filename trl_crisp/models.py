@@ -39,7 +39,7 @@ def check_model(name: str | None, revision: str, trust_remote_code: bool) -> str
             AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"model_name_or_path={name!r}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}). Save the model's "
+                f"model_name_or_path={name!r}: its tokenizer cannot be loaded ({str(error).strip().partition(chr(10))[0]}). Save the model's "
                 "tokenizer into the directory: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
             ) from error
     try:

@@ -4,12 +4,14 @@ Like TRL's own scripts: every field is a flag, a YAML file gives them new defaul
 """
 
 import argparse
+import dataclasses
 import difflib
 import gc
 import logging
 import shlex
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,6 +281,8 @@ def main(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_crisp").setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
 
+    if training_args.process_index == 0:
+        warn_of_no_effect(script_args, model_args, benchmark_args)
     # Before the dataset, which may take minutes to prepare
     resolve_instruction(training_args.instruction)
     model = check_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
@@ -360,6 +364,33 @@ def _end(accelerator: "Accelerator") -> None:
     accelerator.free_memory()
     gc.collect()
     accelerator.end_training()
+
+
+def warn_of_no_effect(
+    script_args: "CRISPScriptArguments", model_args: "ModelConfig", benchmark_args: "BenchmarkArguments | None" = None
+) -> None:
+    """Warn for arguments that were set and mean nothing beside the others."""
+
+    def changed(arguments: Any, prefix: str) -> list[str]:
+        fields = (field for field in dataclasses.fields(arguments) if field.name.startswith(prefix))
+        return [field.name for field in fields if getattr(arguments, field.name) != _default(field)]
+
+    no_effect = {}
+    if not model_args.use_peft:
+        no_effect["use_peft"] = changed(model_args, "lora_")
+    if benchmark_args and not benchmark_args.eval_benchmark:
+        no_effect["eval_benchmark"] = changed(benchmark_args, "eval_benchmark_")
+    if not (script_args.dataset_name or "").startswith("reasoning-gym:"):
+        no_effect["a reasoning-gym task"] = changed(script_args, "dataset_size") + changed(script_args, "dataset_seed")
+    if script_args.dataset_train_fraction is None:
+        no_effect["dataset_train_fraction"] = changed(script_args, "dataset_split_seed")
+    for needed, names in no_effect.items():
+        if names:
+            warnings.warn(f"{', '.join(names)} has no effect without {needed}.", stacklevel=3)
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments") -> "BenchmarkCallback":
