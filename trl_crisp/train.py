@@ -39,16 +39,7 @@ REQUIRED = {
 # With these alone there is nothing that could be a misspelt field, so that what is missing can be said before the fields are known
 EVERYDAY_FLAGS = {
     *REQUIRED,
-    *(
-        "config",
-        "output_dir",
-        "instruction",
-        "prompt_template",
-        "prompt_column",
-        "learning_rate",
-        "max_steps",
-        "use_peft",
-    ),
+    *("output_dir", "instruction", "prompt_template", "prompt_column", "learning_rate", "max_steps", "use_peft"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
     *("use_cpu", "bf16", "report_to", "lora_target_modules", "save_steps", "logging_steps", "num_processes"),
 }
