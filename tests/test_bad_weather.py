@@ -14,6 +14,7 @@ import time
 from concurrent.futures import Future
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPTrainer
 from trl_crisp.loss.weighting import count_loss_items
 from trl_crisp.run.identity import last_own_checkpoint
+from trl_crisp.run.interruption import SaveOnInterrupt, ending_with_words
 
+TRAIN = str(Path(__file__).parent.parent / "examples" / "train.py")
 DDP = str(Path(__file__).parent.parent / "examples" / "accelerate" / "ddp-cpu.yaml")
 GREEDY = {"generation_kwargs": {"do_sample": False}, "shuffle_dataset": False}
 
@@ -342,12 +345,18 @@ def test_the_hub_refuses_the_push(files, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("launch", [[], ["--accelerate_config", DDP, "--main_process_port", "0"]], ids=["one", "two"])
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch):
-    """As a terminal does: the signal goes to all processes, the launcher's among them; with one and two that train."""
-    output_dir = tmp_path / "out dir"
-    arguments = [*launch, *flags(files, output_dir, "--max_steps", "500", "--save_strategy", "no")]
-    command = [sys.executable, "-m", "trl_crisp.cli", "train", *arguments]
+TWO = ["--accelerate_config", DDP, "--main_process_port", "0"]
+
+
+def stop(command: list[str], signum: int, to_all: bool) -> tuple[int, str]:
+    """
+    Run a training, send a signal after its first step, and return its status and what it said.
+
+    Args:
+        command: Of the training.
+        signum: What to send.
+        to_all: To the whole group of processes, as a terminal does, or to the launcher alone.
+    """
     process = subprocess.Popen(
         command,
         env=environment(PYTHONUNBUFFERED="1"),
@@ -355,18 +364,57 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # As under nohup, or in the background of a script
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert process.stdout is not None
     said = []
     for line in process.stdout:
         said.append(line)
         if line.startswith("step "):
-            os.killpg(process.pid, signal.SIGINT)
+            (os.killpg if to_all else os.kill)(process.pid, signum)
             break
     said += list(process.stdout)
-    status, text = process.wait(timeout=120), "".join(said)
-    assert status != 0
+    return process.wait(timeout=120), "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("command", "signum", "status"),
+    [
+        ([sys.executable, "-m", "trl_crisp.train"], signal.SIGTERM, 143),
+        # Its launcher dies of the signal and passes it on to nobody
+        (
+            [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", TRAIN],
+            signal.SIGTERM,
+            -signal.SIGTERM,
+        ),
+        ([sys.executable, "-m", "trl_crisp.cli", "train", *TWO], signal.SIGINT, 130),
+    ],
+    ids=["module", "accelerate", "two"],
+)
+def test_a_signal_to_the_first_process_alone_saves_a_checkpoint(files, tmp_path, command, signum, status):
+    got, text = stop([*command, *flags(files, tmp_path / "out", "--max_steps", "500")], signum, to_all=False)
+    assert got == status, text
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert last_own_checkpoint(tmp_path / "out") == checkpoint
+    assert f"Stopped after step {checkpoint.name.removeprefix('checkpoint-')};" in text
+    assert "--resume_from_checkpoint true" in text.split("Go on with:\n")[1]
+
+
+@pytest.mark.parametrize(
+    ("launch", "signum", "to_all", "status"),
+    [([], signal.SIGINT, True, 130), (TWO, signal.SIGTERM, False, 143)],
+    ids=["one", "two"],
+)
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch, signum, to_all, status):
+    """From a terminal the signal goes to all processes, from a supervisor to the launcher alone."""
+    output_dir = tmp_path / "out dir"
+    arguments = [*launch, *flags(files, output_dir, "--max_steps", "500", "--save_strategy", "no")]
+    got, text = stop([sys.executable, "-m", "trl_crisp.cli", "train", *arguments], signum, to_all)
+    assert got == status, text
     assert "then saving a checkpoint. Again to stop at once" in text, text
+    assert "failed" not in text
+    assert "Traceback" not in text
     (checkpoint,) = output_dir.glob("checkpoint-*")
     assert last_own_checkpoint(output_dir) == checkpoint
     step = int(checkpoint.name.removeprefix("checkpoint-"))
@@ -389,19 +437,47 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
     assert (output_dir / "model.safetensors").is_file()
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    from trl_crisp.run.interruption import SaveOnInterrupt
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(tmp_path, signum):
+    class Press(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signum)
+            time.sleep(0.1)
+            os.kill(os.getpid(), signum)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[SaveOnInterrupt(), Press()]).train()
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_same_signal_from_two_senders_is_one_request(tmp_path, signum, exit_code):
+    """A terminal signals the launcher and the training, and the launcher hands on; the second may come while C code runs."""
 
     class Press(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1.1)
-            os.kill(os.getpid(), signal.SIGINT)
+            threading.Timer(0.5, os.kill, (os.getpid(), signum)).start()
+            os.kill(os.getpid(), signum)
 
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(tmp_path, callbacks=[SaveOnInterrupt(), Press()]).train()
-    assert signal.getsignal(signal.SIGINT) is handler
+    interrupt = SaveOnInterrupt()
+    trainer = make_trainer(tmp_path, callbacks=[interrupt, Press()])
+    trainer.train()
+    assert (interrupt.stopped_at_step, interrupt.exit_code) == (1, exit_code)
+    assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_ends_with_words(capsys, signum, status):
+    def wait():
+        with ending_with_words():
+            os.kill(os.getpid(), signum)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as ended:
+        wait()
+    assert ended.value.code == status
+    assert "stopped at once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -551,3 +627,38 @@ def test_a_failure_after_the_checkpoint_is_whole_says_so(tmp_path, monkeypatch):
         trainer.train()
     assert f"{tmp_path}/checkpoint-2 is whole; what failed came after it" in raised.value.__notes__[0]
     assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+class OneRunAtATime:
+    """As trackio: a line outside of a run is an error."""
+
+    def __init__(self) -> None:
+        self.running, self.lines = False, 0
+        self.context_vars = SimpleNamespace(current_space_id=SimpleNamespace(get=lambda: None))
+
+    def init(self, **kwargs):
+        self.running = True
+
+    def log(self, metrics, step=None):
+        if not self.running:
+            raise RuntimeError("Call trackio.init() before trackio.log().")
+        self.lines += 1
+
+    def finish(self):
+        self.running = False
+
+
+def test_an_evaluation_after_the_training_reopens_trackios_run(tmp_path, monkeypatch):
+    """TRL's profiling writes to it inside the evaluation, where transformers reopens it only for the log after it."""
+    trackio = OneRunAtATime()
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_trackio_available", lambda: True)
+    monkeypatch.setattr("trl.extras.profiling.is_trackio_available", lambda: True)
+    monkeypatch.setattr("trl.extras.profiling.trackio", trackio, raising=False)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    trackio.config = type("Config", (dict,), {"update": lambda self, *args, **kwargs: None})()
+    trainer = make_trainer(tmp_path, report_to="trackio", max_steps=1, eval_dataset=rows(4))
+    trainer.train()
+    assert not trackio.running
+    lines = trackio.lines
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trackio.lines > lines

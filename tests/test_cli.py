@@ -12,6 +12,7 @@ from tests.tiny_models import save_tiny
 from trl_crisp.cli import launch_config_names, main
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name", "owner/rows"]
 ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
 
 
@@ -80,14 +81,14 @@ def test_arguments_are_split_between_launcher_and_training(launched):
     assert main(["train", *argv, "29501", "--use_cpu"]) == 0
     (args,) = launched
     assert (args.num_processes, args.main_process_port) == (2, 29501)
-    assert (args.module, args.training_script, args.quiet) == (True, "trl_crisp.train", True)
+    assert (args.module, args.training_script) == (True, "trl_crisp.train")
     expected = ["--max_steps", "2", "--config", config, "--learning_rate", "2", "--use_cpu"]
     assert args.training_script_args == expected
 
 
 @pytest.mark.parametrize("form", [["--accelerate_config", "zero3"], ["--accelerate_config=zero3"]])
 def test_named_launch_config_is_the_one_of_trl(launched, form):
-    assert main(["train", *form, "--num_processes", "4"]) == 0
+    assert main(["train", *REQUIRED, *form, "--num_processes", "4"]) == 0
     assert launched[0].config_file.endswith("accelerate_configs/zero3.yaml")
     assert Path(launched[0].config_file).is_file()
     assert launched[0].num_processes == 4
@@ -95,7 +96,7 @@ def test_named_launch_config_is_the_one_of_trl(launched, form):
 
 def test_launch_config_by_path(launched):
     path = str(ACCELERATE / "ddp-cpu.yaml")
-    assert main(["train", "--accelerate_config", path]) == 0
+    assert main(["train", *REQUIRED, "--accelerate_config", path]) == 0
     assert launched[0].config_file == path
 
 
@@ -108,6 +109,7 @@ def test_launch_config_names():
     [
         (["--accelerate_config", "zero4"], ["zero4: there is no such file", "fsdp2", "zero3"]),
         (["--accelerate_config"], ["needs a file or a name", "zero3"]),
+        (["--lr", "2"], ["--lr is an option neither", "Did you mean --learning_rate?"]),
         (["--max_step", "2"], ["--max_step is an option neither", "--max_steps"]),
         (["--num_proceses=2"], ["--num_proceses is an option neither", "--num_processes"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
@@ -127,7 +129,7 @@ def test_argument_errors(capsys, launched, tmp_path, argv, phrases):
 
 def test_a_value_of_the_wrong_type(capsys, launched):
     with pytest.raises(SystemExit) as caught:
-        main(["train", "--max_steps", "two"])
+        main(["train", *REQUIRED, "--max_steps", "two"])
     assert caught.value.code == 2
     assert "argument --max_steps/--max-steps: invalid int value: 'two'" in capsys.readouterr().err
 
@@ -150,8 +152,9 @@ def test_train_in_two_processes(tmp_path, monkeypatch):
 
 def test_an_error_of_the_training_is_the_last_line(tmp_path):
     command = [sys.executable, "-m", "trl_crisp.cli", "train", "--model_name_or_path", "./nowhere", "--use_cpu"]
+    command += ["--bf16", "false", "--dataset_name", "rows.jsonl"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("error: model_name_or_path='./nowhere'")
     assert "Traceback" not in run.stderr
 
@@ -163,5 +166,45 @@ def test_an_error_in_one_of_many_processes_is_pointed_at(monkeypatch, capsys):
         )
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
-    assert main(["train"]) == 1
+    assert main(["train", *REQUIRED]) == 1
     assert "process 3 failed first (exit status 1); its error is above" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "missing"),
+    [
+        ([], ["no model and no dataset", "--model_name_or_path", "--dataset_name"]),
+        (["--model_name_or_path=owner/model"], ["no dataset", "--dataset_name"]),
+        (["--dataset-name", "rows.jsonl", "--use_cpu", "true"], ["no model", "--model_name_or_path"]),
+        (["--config", "CONFIG"], ["no dataset", "--dataset_name"]),
+        # One that is no everyday flag is looked up first
+        (["--seed", "3"], ["no model and no dataset"]),
+    ],
+)
+def test_what_a_run_cannot_do_without_is_asked_for(capsys, launched, tmp_path, argv, missing):
+    (tmp_path / "config.yaml").write_text("model_name_or_path: owner/model\n")
+    argv = [str(tmp_path / "config.yaml") if item == "CONFIG" else item for item in argv]
+    assert main(["train", *argv]) == 2
+    error = capsys.readouterr().err
+    assert all(phrase in error for phrase in missing), error
+    assert not launched
+
+
+@pytest.mark.parametrize("command", ["trl_crisp.cli train", "trl_crisp.train"])
+def test_nothing_heavy_is_imported_to_ask_for_it(command):
+    code = (
+        f"import runpy, sys; sys.argv = {command.split()!r}\ntry: runpy.run_module({command.split()[0]!r}, run_name='__main__')\n"
+        "except SystemExit as ended: print(ended.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["2", "False", "False"], run.stderr
+    assert "no model and no dataset" in run.stderr
+
+
+@pytest.mark.parametrize(("returned", "status"), [(2, 2), (1, 1), (130, 130), (143, 143), (-9, 137), (-2, 130)])
+def test_the_status_is_that_of_the_training(monkeypatch, returned, status):
+    def fail(args):
+        raise subprocess.CalledProcessError(returned, "train")
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    assert main(["train", *REQUIRED]) == status

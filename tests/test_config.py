@@ -341,3 +341,52 @@ def test_it_can_be_saved_and_loaded_as_the_trainer_does(tmp_path):
     first = config(**EVERY_FIELD)
     torch.save(first, tmp_path / "training_args.bin")
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).to_dict() == first.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"warmup_steps": 2}, ["warmup_steps=2 has no effect", "'constant_with_warmup'"]),
+        ({"warmup_steps": 0.1}, ["warmup_steps=0.1 has no effect", "'constant_with_warmup'"]),
+        ({"lr_scheduler_kwargs": {"num_cycles": 1}}, ["lr_scheduler_kwargs={'num_cycles': 1} has no effect"]),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"num_cycles": 1}},
+            ["lr_scheduler_kwargs={'num_cycles': 1} has no effect with 'constant_with_warmup'"],
+        ),
+        ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor=0.1 has no effect"]),
+        ({"train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy='group_by_length' has no effect"]),
+        ({"vllm_mode": "server"}, ["vllm_mode has no effect without use_vllm=True"]),
+    ],
+)
+def test_a_setting_of_the_parents_without_effect_warns(fields, words):
+    (message,) = messages_of(**fields)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine"])
+def test_warmup_that_works_does_not_warn(schedule):
+    assert messages_of(lr_scheduler_type=schedule, warmup_steps=2) == []
+
+
+def test_auto_find_batch_size_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"auto_find_batch_size=True .*per_device_train_batch_size lower"):
+        config(auto_find_batch_size=True)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bf16": True}, {"bf16": False, "bf16_full_eval": True}])
+def test_bf16_without_a_gpu_says_what_to_add(monkeypatch, fields):
+    monkeypatch.setattr("trl_crisp.config.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="`--bf16 false --use_cpu true`"):
+        config(use_cpu=False, **fields)
+
+
+@pytest.mark.parametrize("report_to", ["wandb", ["tensorboard", "wandb"]])
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch, report_to):
+    monkeypatch.setattr("trl_crisp.config.get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=r"report_to='wandb': the package wandb is not installed.*pip install wandb"):
+        config(report_to=report_to)
+
+
+def test_a_tracker_that_there_is_not_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"report_to='wandbb' .*tensorboard, trackio, wandb"):
+        config(report_to="wandbb")

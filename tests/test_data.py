@@ -1,6 +1,7 @@
 """From a dataset's name to the rows that are trained on, and what is said where that fails."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from trl_crisp.data import (
     raise_for_hub,
     split,
     to_prompts,
+    unreadable_rows_named,
 )
 
 DAPO_TEMPLATE = (
@@ -280,12 +282,12 @@ ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
             ValueError,
             ["prompt_column='prompt' holds a int", "string or a list of messages"],
         ),
-        ("rows.jsonl", {"content": '{"prompt": "a"}\n{"prompt": null}\n'}, ValueError, ["1 of 2 rows have none"]),
+        ("rows.jsonl", {"content": '{"prompt": "a"}\n{"prompt": null}\n'}, ValueError, ["row 1:", "nothing (null)"]),
         (
             "rows.jsonl",
             {"content": '{"p": "a"}\n{"p": null}\n', "prompt_template": "{p}"},
             ValueError,
-            ["nothing in its column 'p'"],
+            ["row 1:", "nothing in its column 'p'"],
         ),
         (
             "rows.jsonl",
@@ -430,3 +432,141 @@ def test_what_the_hub_says(monkeypatch, error, offline, kind, expected, phrases)
     with pytest.raises(expected) as caught:
         raise_for_hub(error, kind, "o/n", "some_name")
     assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
+
+
+TEXTS = [{"prompt": f"Add {i}."} for i in range(5)]
+CHATS = [{"prompt": message(f"Add {i}.")} for i in range(5)]
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]}
+
+
+def prompts_of(args) -> list:
+    """Return the prompts as training would read them."""
+    return [row["prompt"] for row in load_prompts(args)[0]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "phrases"),
+    [
+        ([*TEXTS, {"prompt": ""}], ["prompt_column='prompt' holds an empty prompt"]),
+        ([*TEXTS, {"prompt": " \n\t"}], ["prompt_column='prompt' holds an empty prompt"]),
+        ([*TEXTS, {"prompt": None}], ["prompt_column='prompt' holds nothing (null)"]),
+        ([*TEXTS, {"n": 1}], ["prompt_column='prompt' holds nothing (null)"]),
+        ([*TEXTS, {"prompt": 3}], ["prompt_column='prompt' holds a int ('3')"]),
+        ([*TEXTS, {"prompt": message("x")}], ["holds a list of messages", "rows before it a string"]),
+        ([*TEXTS, {"prompt": json.dumps(message("x"))}], ["holds messages as JSON", "rows before it text"]),
+        ([*CHATS, {"prompt": "x"}], ["holds a string ('x')", "rows before it a list of messages"]),
+        ([*CHATS, {"prompt": None}], ["prompt_column='prompt' holds nothing (null)"]),
+        ([*CHATS, {"prompt": []}], ["a list of no messages"]),
+        ([*CHATS, {"prompt": ["x"]}], ["a list with a str ('x')"]),
+        ([*CHATS, {"prompt": [{"content": "x"}]}], ["message 0 has no 'role'; its keys are content"]),
+        ([*CHATS, {"prompt": [{"role": None, "content": "x"}]}], ["message 0 has no 'role'"]),
+        ([*CHATS, {"prompt": [{"role": "user"}]}], ["message 0, of role 'user', has no 'content'"]),
+        ([*CHATS, {"prompt": [{"role": "user", "content": None}]}], ["message 0, of role 'user', has 'content' null"]),
+        (
+            [*CHATS, {"prompt": [*message("x"), {"role": "assistant", "content": None}, *message("y")]}],
+            ["message 1, of role 'assistant', has 'content' null", "'tool_calls'"],
+        ),
+        ([*CHATS, {"prompt": [{"role": "user", "content": 3}]}], ["neither a string nor a list of blocks ('3')"]),
+        ([*CHATS, {"prompt": message(" ")}], ["its last user message says nothing"]),
+        ([*CHATS, {"prompt": [*message("x"), *message("")]}], ["its last user message says nothing"]),
+        (
+            [*CHATS, {"prompt": message([{"type": "text", "text": " "}])}],
+            ["its last user message says nothing"],
+        ),
+        (
+            [{**row, "teacher_prompt": "x"} for row in TEXTS] + [{"prompt": "y", "teacher_prompt": " "}],
+            ["teacher_prompt_column='teacher_prompt' holds an empty prompt"],
+        ),
+        (
+            [{**row, "teacher_prompt": "x"} for row in TEXTS] + [{"prompt": "y", "teacher_prompt": message("x")}],
+            ["teacher_prompt_column='teacher_prompt' holds a list of messages", "rows before it a string"],
+        ),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_named(tmp_path, rows, phrases, streaming):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=re.escape(f"dataset_name={path!r}, row 5: ")) as caught:
+        prompts_of(arguments(path, dataset_streaming=streaming, deduplicate_prompts=not streaming))
+    assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("extension", "content", "phrases"),
+    [
+        (".jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', ["row 1, column 'prompt'", "0xe9", "not UTF-8"]),
+        (".jsonl", b'{"prompt": "a", "n": 1}\n\n{"prompt": "b", "n": "\xff"}', ["row 1, column 'n'", "0xff"]),
+        (".json", b'[{"prompt": "a"}, {"prompt": "caf\xe9"}]', ["row 1, column 'prompt'", "0xe9", "not UTF-8"]),
+        (".csv", b'prompt,n\n"a\nb",1\ncaf\xe9,2\n', ["row 1, column 'prompt'", "0xe9", "not UTF-8"]),
+        (".jsonl", '{"prompt": "a"}\n'.encode("utf-16"), ["row 0", "0xff", "not UTF-8"]),
+        (".jsonl", b'{"prompt": "a"}\n{"prompt": "b"', ["row 1 is torn or malformed"]),
+        (".jsonl", b'{"prompt": "a"}\n{"prompt": "b\n{"prompt": "c"}\n', ["row 1 is torn or malformed"]),
+        (".json", b'[{"prompt": "a"}, {"prompt": "b"', ["row 1 is torn or malformed"]),
+        (".csv", b"prompt,n\na,1\nb,2,3\n", ["row 1 is torn or malformed: 3 cells under 2 columns"]),
+        (".jsonl", b'{"prompt": "a"}\n3\n', ["row 1 is a number (3)", "an object with named columns"]),
+        (".jsonl", b'{"prompt": "a"}\n{"prompt": "\\ud800"}\n', ["row 1, column 'prompt'", "half a surrogate"]),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, extension, content, phrases, streaming):
+    path = tmp_path / f"rows{extension}"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=re.escape(f"dataset_name={str(path)!r} cannot be read as {extension}")
+    ) as caught:
+        prompts_of(arguments(path, dataset_streaming=streaming, deduplicate_prompts=not streaming))
+    assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("row", "late"),
+    [
+        (lambda text: {"prompt": text}, {"prompt": message("y")}),
+        (lambda text: {"prompt": message(text)}, {"prompt": "y"}),
+        (lambda text: {"prompt": text, "n": 1}, {"prompt": "y", "n": {"a": 1}}),
+    ],
+)
+def test_a_column_that_changes_its_type_late_is_named(tmp_path, row, late, streaming):
+    """Beyond what the reader of `datasets` takes in at once, 10 MB, the types are those of the rows before."""
+    rows = [row(f"{i} {'x' * 1_000_000}") for i in range(11)]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, late])
+    with pytest.raises(ValueError, match="row 11"), unreadable_rows_named(tmp_path / "rows.jsonl"):
+        prompts_of(arguments(path, dataset_streaming=streaming, deduplicate_prompts=not streaming))
+
+
+def test_an_assistants_tool_calls_need_no_content(tmp_path):
+    rows = [
+        *CHATS,
+        {"prompt": [*message("x"), {**CALL, "content": None}, {"role": "tool", "name": "f", "content": ""}]},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": [*message("x"), CALL, *message("y")]}])
+    assert len(prompts_of(arguments(path))) == 7
+
+
+def test_a_row_without_a_teacher_prompt_of_its_own(tmp_path):
+    """It has the instruction, beside rows whose teacher's prompts are messages as JSON too."""
+    given = [json.dumps(message("Briefly. 1?")), None]
+    for some in (given, given[::-1]):
+        rows = [{"prompt": message(f"{i}?"), "teacher_prompt": teacher} for i, teacher in enumerate(some)]
+        train, _ = load_prompts(arguments(write_rows(tmp_path / "rows.jsonl", rows)))
+        assert train["teacher_prompt"][:] == [teacher and json.loads(teacher) for teacher in some]
+
+
+@pytest.mark.parametrize(
+    ("row", "phrase"),
+    [
+        ({"p": "", "n": 1}, "all columns that it names are empty"),
+        ({"p": message("x"), "n": 1}, "the column 'p' holds messages"),
+        ({"p": None, "n": 1}, "nothing in its column 'p'"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_fills_no_template_is_named(tmp_path, row, phrase, streaming):
+    path = write_rows(tmp_path / "rows.jsonl", [{"p": "a", "n": 1}, row])
+    args = arguments(
+        path, prompt_template="Solve: {p}", dataset_streaming=streaming, deduplicate_prompts=not streaming
+    )
+    with pytest.raises(ValueError, match=re.escape(f"dataset_name={path!r}, row 1: prompt_template: ")) as caught:
+        prompts_of(args)
+    assert phrase in str(caught.value)

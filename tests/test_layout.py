@@ -23,6 +23,8 @@ MODULES = {
 MAY_IMPORT = {
     "_upstream": set(),
     "config": set(),
+    "unreadable_rows": set(),
+    "model_files": set(),
     "teacher": {"config", "_upstream"},
     "prompts": set(),
     "loss": {"_upstream"},

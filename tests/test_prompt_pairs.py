@@ -337,3 +337,43 @@ def test_a_stream_of_unknown_columns_passes():
     unknown = stream([{"question": "a"}])
     assert unknown.column_names is None
     check_columns(unknown)
+
+
+# Rows that cannot be asked
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": ""}, r"row 5: column 'prompt' holds an empty prompt"),
+        ({"prompt": None}, r"row 5: column 'prompt' holds nothing \(null\)"),
+        ({"prompt": "a", "teacher_prompt": "\n"}, r"row 5: column 'teacher_prompt' holds an empty prompt"),
+        ({"prompt": "\u200b"}, r"row 5: column 'prompt' gives no token at all"),
+        ({"prompt": "a", "teacher_prompt": "\u200b"}, r"row 5: column 'teacher_prompt' gives no token at all"),
+    ],
+)
+def test_a_row_that_asks_for_nothing_is_named(row, message, stream):
+    """For a stream as it is read; a tokenizer may leave nothing of a text that is not empty."""
+    rows = Dataset.from_list([{"prompt": "aa", "teacher_prompt": "b"}] * 5 + [{"teacher_prompt": "b", **row}])
+    letters = by_letters(tokenize=lambda prompts: [[ord(a) for a in prompt if a.isalpha()] for prompt in prompts])
+    with pytest.raises(ValueError, match=message):
+        list(letters.select(rows.to_iterable_dataset() if stream else rows, 0)[0])
+
+
+@pytest.mark.parametrize("first", ["text", "messages"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_that_change_their_type_are_named(first, stream):
+    kinds = {"text": "a", "messages": [user("a")]}
+    one, other = kinds.pop(first), next(iter(kinds.values()))
+    rows = Dataset.from_list([{"prompt": one}] * 5 + [{"prompt": other}], on_mixed_types="use_json")
+    with pytest.raises(ValueError, match=r"row 5: column 'prompt' holds .*, and the rows before it"):
+        list(pairs_of().select(rows.to_iterable_dataset() if stream else rows, 0)[0])
+
+
+@pytest.mark.parametrize("prompt", ["", None, [], [{"content": "a"}], [{"role": "user", "content": None}]])
+def test_the_first_row_is_named_by_the_trainer_too(tmp_path, prompt):
+    rows = Dataset.from_list([{"prompt": prompt}, {"prompt": prompt}])
+    args = CRISPConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="row 0: column 'prompt'"):
+        CRISPTrainer(tiny_model(), args, rows, None, tiny_tokenizer())

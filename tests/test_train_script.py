@@ -4,8 +4,10 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from tests.tiny_models import save_tiny
 from trl_crisp.models import check_model
 from trl_crisp.run.identity import resolve_checkpoint
-from trl_crisp.train import main, make_parser, next_steps, parse_args, run
+from trl_crisp.train import main, make_parser, next_steps, parse_args, run, warn_of_no_effect
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
 
@@ -185,7 +187,11 @@ def test_flags_win_over_the_file_and_env_is_set(tmp_path, monkeypatch):
     ("content", "error", "phrases"),
     [
         ("max_step: 3\n", ValueError, ["config.yaml", "max_step.", "Did you mean max_steps"]),
-        ("instructon: v1\nlr: 1\n", ValueError, ["instructon. Did you mean instruction", "\n  lr."]),
+        (
+            "instructon: v1\nlr: 1\n",
+            ValueError,
+            ["instructon. Did you mean instruction", "\n  lr. Did you mean learning_rate?"],
+        ),
         ("num_processes: 2\n", ValueError, ["num_processes", "go on the command line"]),
         ("a: [\n", ValueError, ["config.yaml", "no valid YAML"]),
         ("- a\n", ValueError, ["config.yaml", "field: value"]),
@@ -206,6 +212,9 @@ def test_config_file_errors(tmp_path, content, error, phrases):
     ("argv", "phrases"),
     [
         (["--max_step", "3"], ["'--max_step'", "Did you mean --max_steps"]),
+        (["--lr", "3"], ["'--lr'", "Did you mean --learning_rate?"]),
+        (["--batch-size=3"], ["Did you mean --per_device_train_batch_size?"]),
+        (["--epochs", "3"], ["Did you mean --num_train_epochs?"]),
         (["stray"], ["'stray'"]),
         (["--config"], ["--config needs the path"]),
     ],
@@ -230,6 +239,37 @@ def test_model_errors(tmp_path, name, error, phrases):
     with pytest.raises(error) as caught:
         check_model(str(tmp_path) if name == "EMPTY" else name, "main", False)
     assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["half", "empty"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_torn_file_of_the_model_is_named(models, tmp_path, name, content):
+    model = shutil.copytree(models(), tmp_path / "model")
+    data = (model / name).read_bytes()
+    (model / name).write_bytes(data[: len(data) // 2] if content == "half" else b"")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is torn or damaged"):
+        check_model(str(model), "main", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "phrase"),
+    [
+        ("model.safetensors", FileNotFoundError, "no weights"),
+        ("tokenizer.json", ValueError, "its tokenizer cannot be loaded"),
+    ],
+)
+def test_a_model_that_lacks_a_file(models, tmp_path, name, error, phrase):
+    model = shutil.copytree(models(), tmp_path / "model")
+    (model / name).unlink()
+    with pytest.raises(error, match=phrase):
+        check_model(str(model), "main", False)
+
+
+def test_a_missing_shard_is_named(models, tmp_path):
+    model = shutil.copytree(models(), tmp_path / "model")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"names model-00002\.safetensors, and there is no such file"):
+        check_model(str(model), "main", False)
 
 
 def test_the_model_is_checked_before_the_rows(rows, tmp_path):
@@ -359,3 +399,23 @@ def test_accelerate_launches_the_example(models, rows, tmp_path):
     assert run.returncode == 0, run.stderr
     assert f"The model is in {tmp_path}" in run.stdout
     assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_r", "64"], "lora_r has no effect without use_peft"),
+        (["--lora_target_modules", "all-linear"], "lora_target_modules has no effect without use_peft"),
+        (["--eval_benchmark_limit", "5"], "eval_benchmark_limit has no effect without eval_benchmark"),
+        (["--dataset_size", "5"], "dataset_size has no effect without a reasoning-gym task"),
+        (["--dataset_split_seed", "5"], "dataset_split_seed has no effect without dataset_train_fraction"),
+        ([], None),
+        (["--lora_r", "64", "--use_peft"], None),
+    ],
+)
+def test_arguments_without_effect_warn(tmp_path, flags, message):
+    script_args, _, model_args, benchmark_args = parse_args(small("owner/model", "rows.jsonl", tmp_path, *flags))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_no_effect(script_args, model_args, benchmark_args)
+    assert [str(warning.message) for warning in caught] == ([f"{message}."] if message else [])

@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import importlib.resources
 import json
+import logging
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,18 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    # A shell that runs a command in the background may let it ignore Ctrl-C; one that was sent to it is meant
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return COMMANDS[args.command](args.arguments)
     except (ValueError, FileNotFoundError, PermissionError, ConnectionError, ImportError) as error:
         print(f"trl-crisp {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if args.command != "eval":
-            raise
-        print(
-            "\nInterrupted. The answers that were finished are kept: the same command goes on with the rest.",
-            file=sys.stderr,
-        )
+        kept = "The answers that were finished are kept: the same command goes on with the rest."
+        print("\nInterrupted." + (f" {kept}" if args.command == "eval" else ""), file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -69,14 +70,19 @@ def train(argv: list[str]) -> int:
         argv: Options of training and of `accelerate launch`, in any order.
 
     Raises:
-        ValueError: For an option of neither, or a launch config that there is not.
+        ValueError: For an option of neither, a launch config that there is not, or without a model or a dataset.
         FileNotFoundError: Where there is no such `--config` file.
     """
+    from trl_crisp.train import EVERYDAY_FLAGS, check_config, check_required, did_you_mean, flag_name, make_parser
+
+    # Before the imports that take seconds; flags that are not known yet may be what a mistyped one meant
+    if all(flag_name(item) in EVERYDAY_FLAGS for item in argv if item.startswith("--")):
+        check_required(argv)
+
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from trl_crisp.run.interruption import COMMAND_VARIABLE, EXIT_CODE
-    from trl_crisp.train import check_config, did_you_mean, make_parser
+    from trl_crisp.run.interruption import COMMAND_VARIABLE, EXIT_CODES, SIGNALS
 
     parser = make_parser(prog="trl-crisp train")
     parser.usage = "trl-crisp train [--config FILE.yaml] [--accelerate_config NAME|FILE.yaml] [options]"
@@ -96,37 +102,51 @@ def train(argv: list[str]) -> int:
             raise ValueError(
                 f"{flag} is an option neither of training nor of accelerate launch.{did_you_mean(flag, options)}"
             )
-    # As a module: launched as a file it would put the package's directory on the import path. Quiet, so that an error
-    # of the training is not followed by one of the launcher.
-    args = launch_parser.parse_args([*launch_argv, "--quiet", "-m", "trl_crisp.train", *training_argv])
+    check_required(training_argv)
+    # As a module: launched as a file it would put the package's directory on the import path
+    args = launch_parser.parse_args([*launch_argv, "-m", "trl_crisp.train", *training_argv])
     os.environ[COMMAND_VARIABLE] = shlex.join(["trl-crisp", "train", *typed])
-    # Ctrl-C is the training's, which finishes its step and saves a checkpoint; torch's launcher would kill it half a minute
-    # later
-    args.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"
-    before = signal.signal(signal.SIGINT, _hand_on)
+    # Ctrl-C and SIGTERM are the training's, which finishes its step and saves a checkpoint; torch's launcher would kill it half a
+    # minute later
+    args.signals_to_handle = "SIGHUP,SIGQUIT"
+    before = {signum: signal.signal(signum, _hand_on) for signum in SIGNALS}
     try:
         launch_command(args)
+    except subprocess.CalledProcessError as failure:
+        # As a shell would: of a process that a signal ended, 128 and the signal
+        return failure.returncode if failure.returncode > 0 else 128 - failure.returncode
     except ChildFailedError as failure:
+        statuses = {process.exitcode for process in failure.failures.values()}
+        if stopped := statuses.intersection(EXIT_CODES):
+            return min(stopped)
         # The launcher's traceback would stand after those of the processes, which say what happened
         rank, first = failure.get_first_failure()
         print(
             f"trl-crisp train: process {rank} failed first (exit status {first.exitcode}); its error is above.",
             file=sys.stderr,
         )
-        return EXIT_CODE if first.exitcode == EXIT_CODE else 1
+        # 2: what was given cannot be trained on
+        return 2 if first.exitcode == 2 else 1
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     return 0
 
 
 def _hand_on(signum: int, frame: FrameType | None) -> None:
-    """Send a signal to the processes launched from here that the terminal, which signals a group, has not sent it to."""
+    """Send a signal to the processes launched from here; those that have it from the terminal already take it for the same one."""
     import psutil
 
-    for child in psutil.Process().children():
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(child.pid) != os.getpgrp():
-                os.kill(child.pid, signum)
+    # What it says of processes that end with the status of the signal reads like a failure
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    children = psutil.Process().children()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(signum)
+    if not children:
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signum)
 
 
 def evaluate(argv: list[str]) -> int:

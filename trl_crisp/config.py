@@ -6,6 +6,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from transformers import SchedulerType
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DistillationConfig
 
 InstructionRole = Literal["user", "system"]
@@ -18,6 +23,14 @@ DAPO_OPENING_SENTENCE = "Solve the following math problem step by step."
 PAPER_GLOBAL_BATCH_SIZE = 32
 PAPER_TEACHER_SYNC_STEPS = 50
 PAPER_LEARNING_RATE = 1e-6
+# Trackers and what has to be installed for them
+_TRACKER_PACKAGES = {
+    **{
+        name: name
+        for name in ("wandb", "trackio", "tensorboard", "mlflow", "clearml", "codecarbon", "dagshub", "dvclive")
+    },
+    **{"comet_ml": "comet_ml", "neptune": "neptune", "swanlab": "swanlab", "azure_ml": "azureml-sdk"},
+}
 
 
 @dataclass
@@ -155,12 +168,72 @@ class CRISPConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_device()
         super().__post_init__()
+        self._check_trackers()
         self._check_choices()
+        self._check_training_loop()
         self._check_instruction()
         self._check_teacher_source()
         self._resolve_schedule()
         self._warn_off_paper()
+
+    def _check_device(self) -> None:
+        # bf16 is on where it is left open and fp16 is off
+        wants_bf16 = bool(self.bf16 or self.bf16_full_eval) or (self.bf16 is None and not self.fp16)
+        if wants_bf16 and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            raise ValueError(
+                "bf16=True, the default, needs a GPU that computes in bfloat16, and there is none here. On a CPU add "
+                "`--bf16 false --use_cpu true`; on an older GPU `--bf16 false`."
+            )
+
+    def _check_trackers(self) -> None:
+        available = get_available_reporting_integrations()
+        for name in self.report_to or []:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise ValueError(
+                    f"report_to={name!r} is no tracker that transformers knows; those are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+                )
+            # It looks for some of them in ways of its own
+            if name in _TRACKER_PACKAGES and name not in available:
+                package = _TRACKER_PACKAGES[name]
+                raise ValueError(
+                    f"report_to={name!r}: the package {package} is not installed (or switched off by an environment variable). "
+                    f"Install it with `pip install {package}`, or set report_to to none."
+                )
+
+    def _check_training_loop(self) -> None:
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True is not supported: after a failed attempt the trainer would go on with that attempt's "
+                "completions and draw rows twice. Set per_device_train_batch_size lower and gradient_accumulation_steps higher by "
+                "hand, with the same product; the loss is the same."
+            )
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if schedule == "constant":
+            if self.warmup_steps:
+                self._warn(
+                    f"warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type='constant', the default here. Set "
+                    "lr_scheduler_type to 'constant_with_warmup' to warm up."
+                )
+            if self.lr_scheduler_kwargs:
+                self._warn(
+                    f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} has no effect with lr_scheduler_type='constant', the "
+                    "default here. Set lr_scheduler_type to the schedule that they belong to."
+                )
+        elif schedule == "constant_with_warmup" and self.lr_scheduler_kwargs:
+            self._warn(f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} has no effect with {schedule!r}.")
+        # The loss is the divergence, and rows come in the order of `shuffle_dataset`
+        for name, value in (("label_smoothing_factor", 0.0), ("train_sampling_strategy", "random")):
+            if getattr(self, name, value) != value:
+                self._warn(
+                    f"{name}={getattr(self, name)!r} has no effect: CRISP's loss reads no labels, and its sampler keeps "
+                    "the rows of a step together."
+                )
+        if not self.use_vllm:
+            defaults = DistillationConfig.__dataclass_fields__
+            if changed := [n for n in defaults if n.startswith("vllm_") and getattr(self, n) != defaults[n].default]:
+                self._warn(f"{', '.join(changed)} has no effect without use_vllm=True.")
 
     def _check_choices(self) -> None:
         for name, choices in (

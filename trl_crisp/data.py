@@ -4,13 +4,16 @@ A row ends up with `prompt`, a string or a list of messages, which is what [`~tr
 columns stay (`teacher_prompt` among them).
 """
 
+import contextlib
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import re
 import string
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from trl import ScriptArguments
+
+from trl_crisp.prompts.checks import PromptKind, check_prompt
+from trl_crisp.unreadable_rows import find_unreadable_row, is_utf8
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -137,7 +143,9 @@ def load_prompts(args: CRISPScriptArguments, evaluation: bool = False) -> tuple[
         )
     splits = load_splits(args)
     train = _pick_split(splits, args.dataset_train_split, "dataset_train_split", name)
-    train = to_prompts(train, args)
+    # Of a stream the first rows are read here
+    with unreadable_rows_named(Path(name).expanduser()):
+        train = to_prompts(train, args)
     if args.deduplicate_prompts:
         train = deduplicate(train)
     if args.dataset_train_fraction is not None:
@@ -182,27 +190,34 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
     """
     Give each row its `prompt`: the template filled in, or the column renamed.
 
+    All rows are checked here, before de-duplication and the split give them other numbers; those of a stream as they are read.
+
     Raises:
-        ValueError: For a column that there is not, no rows, or a column that holds no prompts.
+        ValueError: For a column that there is not, no rows, or a row that holds no prompt, named by its number and column.
     """
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"dataset_name={args.dataset_name!r} has no rows. Check the file, or the split.")
     columns = list(first)
+    name = args.dataset_name
+    fields = {}
     column = args.teacher_prompt_column or "teacher_prompt"
     if column in columns:
         dataset = _rename(dataset, columns, column, "teacher_prompt")
-        dataset = _read_json_messages(dataset, first[column], "teacher_prompt", column)
+        fields["teacher_prompt"] = f"teacher_prompt_column={column!r}"
+        dataset = _read_json_messages(dataset, "teacher_prompt", column, name)
         # The column has another name now
-        first = next(iter(dataset))
-        columns = list(first)
+        columns = list(next(iter(dataset)))
     elif args.teacher_prompt_column:
         raise ValueError(
             f"teacher_prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}."
         )
     if args.prompt_template is not None:
         _check_template(args.prompt_template, columns)
-        return dataset.map(_fill_template, fn_kwargs={"template": args.prompt_template})
+        dataset = dataset.map(
+            _fill_template, with_indices=True, fn_kwargs={"template": args.prompt_template, "dataset_name": name}
+        )
+        return _check_rows(dataset, fields, name)
     column = args.prompt_column
     if column not in columns:
         raise ValueError(
@@ -210,12 +225,10 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
             "the one with the prompts as prompt_column, or write a prompt_template."
         )
     dataset = _rename(dataset, columns, column, "prompt")
-    if _json_messages(first[column]) is not None:
-        return _read_json_messages(dataset, first[column], "prompt", column)
-    _check_prompt(first[column], column)
-    if not args.dataset_streaming and (nulls := dataset.data.column("prompt").null_count):
-        raise ValueError(f"prompt_column={column!r}: {nulls} of {len(dataset)} rows have none. Remove those rows.")
-    if isinstance(first[column], str):
+    fields["prompt"] = f"prompt_column={column!r}"
+    dataset = _read_json_messages(dataset, "prompt", column, name)
+    dataset = _check_rows(dataset, fields, name)
+    if isinstance(next(iter(dataset))["prompt"], str):
         logger.warning(
             "The prompts are strings, which the model reads without its chat template. For a chat model make them "
             "user messages: prompt_template '{%s}'.",
@@ -224,11 +237,42 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
     return dataset
 
 
+def _check_rows(dataset: "DatasetLike", fields: dict[str, str], dataset_name: str | None) -> "DatasetLike":
+    """
+    Check the columns' prompts row by row, those of a stream as they are read.
+
+    Args:
+        fields: What the user calls each column, for the messages.
+    """
+    from datasets import Dataset
+
+    kinds: dict[str, PromptKind] = {}
+
+    def check(row: dict[str, Any], number: int) -> bool:
+        for column, field_name in fields.items():
+            # A row without a teacher's prompt of its own has the instruction
+            if column == "prompt" or row[column] is not None:
+                where = f"dataset_name={dataset_name!r}, row {number}: {field_name}"
+                kinds[column] = check_prompt(row[column], where, kinds.get(column))
+                if kinds[column] == "text" and _json_messages(row[column]) is not None:
+                    raise ValueError(
+                        f"{where} holds messages as JSON ({row[column][:80]!r}), and the rows before it text. Mend or remove "
+                        "such rows."
+                    )
+        return True
+
+    if not isinstance(dataset, Dataset):
+        return dataset.filter(check, with_indices=True)
+    for number, row in enumerate(_iterate(dataset, list(fields))):
+        check(row, number)
+    return dataset
+
+
 def deduplicate(dataset: "Dataset") -> "Dataset":
     """Keep the first row of each prompt, in the order of the rows."""
     seen = set()
     kept = []
-    for index, prompt in enumerate(_iterate_prompts(dataset)):
+    for index, prompt in enumerate(row["prompt"] for row in _iterate(dataset, ["prompt"])):
         # 16 bytes instead of the text: the raw DAPO-Math-17k has 1.8 million rows
         digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=16).digest()
         if digest not in seen:
@@ -383,7 +427,6 @@ def load_file(path: Path, streaming: bool, field_name: str = "dataset_name") -> 
         ValueError: For a file that cannot be read, or without a row.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     builder = FILE_BUILDERS.get(path.suffix.lower())
     if builder is None:
@@ -393,18 +436,47 @@ def load_file(path: Path, streaming: bool, field_name: str = "dataset_name") -> 
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{field_name}={str(path)!r} is an empty file. It needs at least one row.")
-    try:
+    # The reader takes any bytes, and the row fails once it is used
+    if path.suffix.lower() != ".parquet" and not is_utf8(path):
+        raise _unreadable(path, field_name, "it is not UTF-8")
+    with unreadable_rows_named(path, field_name):
         return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
-    except DatasetGenerationError as error:
-        raise ValueError(
-            f"{field_name}={str(path)!r} cannot be read as {path.suffix}: {error.__cause__ or error}. Check the "
-            "file's content."
-        ) from error
-    except ValueError as error:
+
+
+@contextlib.contextmanager
+def unreadable_rows_named(path: Path, field_name: str = "dataset_name") -> Iterator[None]:
+    """
+    Let what reads a local file inside this context raise an error that names file, row and column.
+
+    A stream reads its rows late, so a training on one belongs in it too.
+
+    Args:
+        path: Of the file; a path that is none leaves all errors as they are.
+        field_name: What the user calls it.
+
+    Raises:
+        ValueError: For rows that cannot be read, and for a file without a row.
+    """
+    import datasets.packaged_modules
+
+    readers = Path(datasets.packaged_modules.__file__).parent
+    try:
+        yield
+    except Exception as error:
         # A file with a header, or `[]`, and no row
         if "corresponds to no data" in str(error):
             raise ValueError(f"{field_name}={str(path)!r} has no rows. It needs at least one row.") from error
-        raise
+        frames = (frame for each in _exception_chain(error) for frame, _ in traceback.walk_tb(each.__traceback__))
+        if not path.is_file() or not any(readers in Path(frame.f_code.co_filename).parents for frame in frames):
+            raise
+        raise _unreadable(path, field_name, error.__cause__ or error) from error
+
+
+def _unreadable(path: Path, field_name: str, reason: object) -> ValueError:
+    found = find_unreadable_row(path) if path.suffix.lower() != ".parquet" else None
+    return ValueError(
+        f"{field_name}={str(path)!r} cannot be read as {path.suffix}: {found or reason}. Check the file's content."
+    )
 
 
 def _load_hub(name: str, config: str | None, streaming: bool) -> dict[str, "DatasetLike"]:
@@ -445,16 +517,17 @@ def _json_messages(value: Any) -> list[dict[str, Any]] | None:
     return messages if fit else None
 
 
-def _read_json_messages(dataset: "DatasetLike", first: Any, name: str, column: str) -> "DatasetLike":
+def _read_json_messages(dataset: "DatasetLike", name: str, column: str, dataset_name: str | None) -> "DatasetLike":
+    first = next((row[name] for row in itertools.islice(dataset, 1000) if row[name] is not None), None)
     if _json_messages(first) is None:
         return dataset
 
     def read(row: dict[str, Any], number: int) -> dict[str, Any]:
         messages = _json_messages(row[name])
-        if messages is None:
+        if messages is None and not (row[name] is None and name == "teacher_prompt"):
             raise ValueError(
-                f"column {column!r} has messages as JSON in its first row, and in row {number} {str(row[name])[:80]!r}. Mend or "
-                "remove such rows."
+                f"dataset_name={dataset_name!r}: column {column!r} has messages as JSON in its first row, and in row {number} "
+                f"{str(row[name])[:80]!r}. Mend or remove such rows."
             )
         return {name: messages}
 
@@ -482,24 +555,28 @@ def _check_template(template: str, columns: list[str]) -> None:
             )
 
 
-def _fill_template(row: dict[str, Any], template: str) -> dict[str, Any]:
+def _fill_template(row: dict[str, Any], number: int, template: str, dataset_name: str | None) -> dict[str, Any]:
+    where = f"dataset_name={dataset_name!r}, row {number}: prompt_template:"
+    said = False
     for _, name, _, _ in string.Formatter().parse(template):
-        if name is not None and row[name.split("[")[0]] is None:
-            raise ValueError(f"prompt_template: a row has nothing in its column {name!r}. Remove such rows.")
+        if name is None:
+            continue
+        value = row[name.split("[")[0]]
+        if value is None:
+            raise ValueError(f"{where} the row has nothing in its column {name!r}. Remove such rows.")
+        if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+            raise ValueError(
+                f"{where} the column {name!r} holds messages, which would go into the text as Python writes them. Give the "
+                "column as prompt_column, without a template."
+            )
+        said = said or bool(str(value).strip())
+    if not said:
+        raise ValueError(
+            f"{where} all columns that it names are empty, so the row asks for nothing. Remove such rows."
+        )
     return {"prompt": [{"role": "user", "content": template.format(**row)}]}
 
 
-def _check_prompt(prompt: Any, column: str) -> None:
-    if isinstance(prompt, str):
-        return
-    messages = prompt if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-        raise ValueError(
-            f"prompt_column={column!r} holds a {type(prompt).__name__} ({str(prompt)[:80]!r}), and a prompt is a "
-            "string or a list of messages with 'role' and 'content'. Name another column, or write a prompt_template."
-        )
-
-
-def _iterate_prompts(dataset: "Dataset") -> Iterator[Any]:
-    for batch in dataset.select_columns("prompt").iter(1000):
-        yield from batch["prompt"]
+def _iterate(dataset: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in dataset.select_columns(columns).iter(1000):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

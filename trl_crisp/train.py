@@ -4,16 +4,19 @@ Like TRL's own scripts: every field is a flag, a YAML file gives them new defaul
 """
 
 import argparse
+import dataclasses
 import difflib
 import gc
 import logging
 import shlex
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from trl import ModelConfig, TrlParser
 
     from trl_crisp.config import CRISPConfig
@@ -27,6 +30,58 @@ example:
       --max_completion_length 1024 --output_dir qwen3-0.6b-crisp
   {prog} --config config.yaml --learning_rate 2e-6
 """
+
+# What a run cannot do without, and what to give
+REQUIRED = {
+    "model_name_or_path": "a model on the Hub, such as Qwen/Qwen3-0.6B, or a local directory",
+    "dataset_name": "a dataset on the Hub, a local .jsonl, .json, .parquet or .csv file, or reasoning-gym:TASK",
+}
+# With these alone there is nothing that could be a misspelt field, so that what is missing can be said before the fields are known
+EVERYDAY_FLAGS = {
+    *REQUIRED,
+    *("output_dir", "instruction", "prompt_template", "prompt_column", "learning_rate", "max_steps", "use_peft"),
+    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
+    *("use_cpu", "bf16", "report_to", "lora_target_modules", "save_steps", "logging_steps", "num_processes"),
+}
+# What other tools call a field
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "bs": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "model_id": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "dataset": "dataset_name",
+    "data": "dataset_name",
+    "train_file": "dataset_name",
+    "output": "output_dir",
+    "out": "output_dir",
+    "out_dir": "output_dir",
+    "scheduler": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "wd": "weight_decay",
+    "resume": "resume_from_checkpoint",
+    "lora": "use_peft",
+    "peft": "use_peft",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "wandb": "report_to",
+    "vllm": "use_vllm",
+    "cpu": "use_cpu",
+    "template": "prompt_template",
+}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -152,9 +207,42 @@ def separate_value(argv: list[str], option: str) -> list[str]:
 
 
 def did_you_mean(name: str, known: Any) -> str:
-    """Return a sentence with the known names that are close to `name`, or nothing."""
-    close = difflib.get_close_matches(name.split("=")[0], list(known), n=3)
+    """Return a sentence with the known names that `name` most likely means, or nothing."""
+    known = list(known)
+    dashes = "--" if name.startswith("--") else ""
+    other = dashes + _OTHER_NAMES.get(flag_name(name), "")
+    close = [other] if other in known else difflib.get_close_matches(name.split("=")[0], known, n=3)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def flag_name(flag: str) -> str:
+    """Return the field that a flag such as `--output-dir=X` is of."""
+    return flag.split("=")[0].removeprefix("--").replace("-", "_")
+
+
+def check_required(argv: list[str]) -> None:
+    """
+    Check that the flags, or the file that `--config` names, give a model and a dataset. Needs nothing heavy.
+
+    Raises:
+        ValueError: With what is missing.
+    """
+    if {"-h", "--help"} & set(argv):
+        return
+    given = {flag_name(item) for item in argv if item.startswith("--")}
+    if "config" in given:
+        import yaml
+
+        argv = separate_value(argv, "--config")
+        try:
+            config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8"))
+            given |= {key for key, value in config.items() if value is not None}
+        # Whatever is wrong with the file has its own message
+        except (OSError, IndexError, ValueError, AttributeError, yaml.YAMLError):
+            return
+    if missing := [name for name in REQUIRED if name not in given]:
+        nouns = " and ".join(f"no {name.split('_')[0]}" for name in missing)
+        raise ValueError(f"{nouns}: set" + "".join(f"\n  --{name} to {REQUIRED[name]}" for name in missing))
 
 
 def main(
@@ -169,21 +257,23 @@ def main(
     Raises:
         ValueError: For arguments that do not fit each other or the rows.
         FileNotFoundError, PermissionError, ConnectionError: Where the model, the rows or the checkpoint cannot be had.
-        SystemExit: After Ctrl-C (status 130), and where the Hub refused the finished model (status 1).
+        SystemExit: After Ctrl-C (status 130) and SIGTERM (143), and where the Hub refused the finished model (status 1).
     """
     from trl import get_peft_config, get_quantization_config
 
-    from trl_crisp.data import is_hub_id, load_prompts
+    from trl_crisp.data import is_hub_id, load_prompts, unreadable_rows_named
     from trl_crisp.models import check_model
     from trl_crisp.prompts.instructions import resolve_instruction
     from trl_crisp.run.identity import resolve_checkpoint
-    from trl_crisp.run.interruption import EXIT_CODE, SaveOnInterrupt, resume_command
+    from trl_crisp.run.interruption import SaveOnInterrupt, ignore_signals, resume_command
     from trl_crisp.trainer import CRISPTrainer
 
     # The first process alone says what happens to the rows
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_crisp").setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
 
+    if training_args.process_index == 0:
+        warn_of_no_effect(script_args, model_args, benchmark_args)
     # Before the dataset, which may take minutes to prepare
     resolve_instruction(training_args.instruction)
     model = check_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
@@ -206,26 +296,36 @@ def main(
         train_dataset, eval_dataset = load_prompts(script_args, evaluation=training_args.eval_strategy != "no")
 
     interrupt = SaveOnInterrupt()
-    trainer = CRISPTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        callbacks=[interrupt],
-    )
+    # A stream reads its rows along the training
+    rows_file = Path(script_args.dataset_name or "").expanduser()
+    with unreadable_rows_named(rows_file):
+        trainer = CRISPTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            callbacks=[interrupt],
+        )
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
     try:
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        with unreadable_rows_named(rows_file):
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
         interrupt.restore()
+    accelerator = trainer.accelerator
     if interrupt.stopped_at_step is not None:
-        trainer.accelerator.print(
+        # A launcher ends the others once one has ended
+        ignore_signals()
+        accelerator.print(
             f"Stopped after step {interrupt.stopped_at_step}; its checkpoint is in {output_dir}. Go on with:\n  "
             + resume_command()
         )
-        sys.exit(EXIT_CODE)
+        accelerator.wait_for_everyone()
+        del trainer, benchmark
+        _end(accelerator)
+        sys.exit(interrupt.exit_code)
     # By a user's call it would push too, which has its own place below
     trainer.save_model(str(output_dir), _internal_call=True)
     if benchmark is not None:
@@ -243,14 +343,47 @@ def main(
             sys.exit(1)
         trainer.accelerator.print(f"It is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
-    accelerator = trainer.accelerator
-    # The wrapped model and the optimizer hold the process group too: if its threads lived until the interpreter shuts down, they
-    # would now and then abort a process that has done all its work (pytorch/pytorch#190489). DeepSpeed's need the group to go.
+    del trainer, benchmark
+    _end(accelerator)
+
+
+def _end(accelerator: "Accelerator") -> None:
+    """
+    Finish the trackers and end the process group, once the trainer is gone.
+
+    The wrapped model and the optimizer hold the group too: if its threads lived until the interpreter shuts down, they would now
+    and then abort a process that has done all its work (pytorch/pytorch#190489). DeepSpeed's need the group to go.
+    """
     accelerator.free_memory()
-    del trainer
     gc.collect()
-    # Finishes the trackers and ends the process group
     accelerator.end_training()
+
+
+def warn_of_no_effect(
+    script_args: "CRISPScriptArguments", model_args: "ModelConfig", benchmark_args: "BenchmarkArguments | None" = None
+) -> None:
+    """Warn for arguments that were set and mean nothing beside the others."""
+
+    def changed(arguments: Any, prefix: str) -> list[str]:
+        fields = (field for field in dataclasses.fields(arguments) if field.name.startswith(prefix))
+        return [field.name for field in fields if getattr(arguments, field.name) != _default(field)]
+
+    no_effect = {}
+    if not model_args.use_peft:
+        no_effect["use_peft"] = changed(model_args, "lora_")
+    if benchmark_args and not benchmark_args.eval_benchmark:
+        no_effect["eval_benchmark"] = changed(benchmark_args, "eval_benchmark_")
+    if not (script_args.dataset_name or "").startswith("reasoning-gym:"):
+        no_effect["a reasoning-gym task"] = changed(script_args, "dataset_size") + changed(script_args, "dataset_seed")
+    if script_args.dataset_train_fraction is None:
+        no_effect["dataset_train_fraction"] = changed(script_args, "dataset_split_seed")
+    for needed, names in no_effect.items():
+        if names:
+            warnings.warn(f"{', '.join(names)} has no effect without {needed}.", stacklevel=3)
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments") -> "BenchmarkCallback":
@@ -311,8 +444,15 @@ def run(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 after such a message, and as in [`main`].
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        main(*parse_args(argv))
+        if all(flag_name(item) in EVERYDAY_FLAGS for item in argv if item.startswith("--")):
+            check_required(argv)
+
+        from trl_crisp.run.interruption import ending_with_words
+
+        with ending_with_words():
+            main(*parse_args(argv))
     except (ValueError, OSError, ImportError) as error:
         frames = list(traceback.walk_tb(error.__traceback__))
         if Path(__file__).parent not in Path(frames[-1][0].f_code.co_filename).parents:

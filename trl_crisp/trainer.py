@@ -17,6 +17,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import TrackioCallback
 from transformers.trainer_utils import TrainOutput
 
 from trl_crisp._upstream import pad
@@ -24,7 +25,7 @@ from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
 from trl_crisp.loss.divergence import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.prompts.instructions import Prompt, resolve_instruction
-from trl_crisp.prompts.pairs import PromptPairs, check_columns
+from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens
 from trl_crisp.rollouts.own_sampling import own_sampling
 from trl_crisp.run.identity import describe_run
@@ -183,6 +184,7 @@ class CRISPTrainer(ResumableTrainer):
         first = next(iter(self.train_dataset), None)
         if first is None:
             raise ValueError("the train dataset is empty. Check its split and filters.")
+        check_row(first, 0)
         tail_tokens = self._count_generation_prompt_tokens(first["prompt"])
         self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, tail_tokens)
         if isinstance(self.eval_dataset, dict):
@@ -236,6 +238,13 @@ class CRISPTrainer(ResumableTrainer):
         columns: list[str] = self._signature_columns  # type: ignore[assignment]
         if "teacher_prompt" not in columns:  # remove_unused_columns would drop it
             columns.append("teacher_prompt")
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Trackio's run ends with the training, and TRL writes to it in the midst of every evaluation
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrackioCallback) and not callback._initialized:
+                callback.setup(self.args, self.state, self.model)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:

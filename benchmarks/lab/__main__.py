@@ -53,6 +53,8 @@ def main() -> None:
     if args.resume:
         runs = [run for run in runs if not path_of(*run).exists()]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    # A shell that runs this in the background may let it ignore Ctrl-C; one that was sent to it is meant
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         failed = run_side_by_side(runs, args.workers, path_of)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
+from trl_crisp.prompts.checks import PromptKind, check_prompt
 from trl_crisp.prompts.instructions import Prompt, build_teacher_prompt
 
 _CHECK_BATCH_ROWS = 256
@@ -22,6 +23,8 @@ class PromptReport:
     replaced: int = 0
     given: int = 0
     longest_tokens: int = 0
+    # Of the first row, and so of all
+    kind: PromptKind | None = None
 
     def describe(self, max_prompt_tokens: int | None) -> str:
         """Return the findings in two sentences."""
@@ -136,6 +139,7 @@ class PromptPairs:
     ) -> list[bool]:
         pairs = []
         for i, row in enumerate(rows):
+            report.kind = check_row(row, first_row + i, report.kind)
             try:
                 pairs.append(self.teacher_prompt(row))
             except ValueError as error:
@@ -156,6 +160,11 @@ class PromptPairs:
                     f"row {first_row + i}: student's and teacher's prompts end in different tokens ({student_ids[-n:]} and "
                     f"{teacher_ids[-n:]}), so the completion would not begin at the same point. Let both end in the same "
                     "message, with the same chat_template_kwargs (such as enable_thinking)."
+                )
+            if not student_ids or not teacher_ids:
+                side = "teacher_prompt" if student_ids else "prompt"
+                raise ValueError(
+                    f"row {first_row + i}: column {side!r} gives no token at all, so there is nothing to answer. Remove such rows."
                 )
             longest = max(len(student_ids), len(teacher_ids))
             report.longest_tokens = max(report.longest_tokens, longest)
@@ -203,6 +212,27 @@ def check_columns(dataset: Dataset | IterableDataset, name: str = "train") -> No
             f"the {name} dataset has the column {images[0]!r}: vision inputs are not supported, because the teacher's "
             "prompt would need its own image tokens and nobody has tried that. Remove the column to train on text."
         )
+
+
+def check_row(row: dict[str, Any], number: int, kind: PromptKind | None = None) -> PromptKind:
+    """
+    Check the form of a row's prompts; see [`~trl_crisp.prompts.checks.check_prompt`].
+
+    Args:
+        row: With `prompt`, and optionally `teacher_prompt`.
+        number: Of the row, counted from 0.
+        kind: What the prompts before it are; any if `None`.
+
+    Returns:
+        What this row's prompt is.
+
+    Raises:
+        ValueError: For prompts that cannot be asked; the row and the column are named.
+    """
+    kind = check_prompt(row.get("prompt"), f"row {number}: column 'prompt'", kind)
+    if row.get("teacher_prompt") is not None:
+        check_prompt(row["teacher_prompt"], f"row {number}: column 'teacher_prompt'")
+    return kind
 
 
 def _batches(dataset: Dataset) -> Iterator[tuple[int, list[dict[str, Any]]]]:

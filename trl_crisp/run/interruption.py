@@ -1,14 +1,18 @@
-"""Ctrl-C: the step is finished, a checkpoint is written, and the command that goes on from it is said."""
+"""Ctrl-C or SIGTERM: the step is finished, a checkpoint is written, and the command that goes on from it is said."""
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
@@ -16,34 +20,44 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 # Set by a command that launches the training in another process: what the user typed
 COMMAND_VARIABLE = "TRL_CRISP_COMMAND"
-# Ours: a launcher passes the signal on to processes that have it from the terminal already, within milliseconds
-_SAME_KEYPRESS_S = 1.0
-# What a shell gives a process that Ctrl-C ended
-EXIT_CODE = 128 + signal.SIGINT
+# What a terminal, a supervisor and a scheduler stop a run with
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a shell gives a process that one of them ended
+EXIT_CODES = tuple(128 + signum for signum in SIGNALS)
+# Ours: a terminal or a supervisor signals all processes, and a launcher passes the signal on to them, within milliseconds
+_SAME_REQUEST_S = 1.0
+_LAUNCHERS = {
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
+    *("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed", "trl-crisp", "trl_crisp.cli"),
+}
 
 
 class SaveOnInterrupt(TrainerCallback):
     """
-    Makes Ctrl-C end a training as its last step would, with a checkpoint; a second Ctrl-C ends it at once.
+    Makes Ctrl-C and SIGTERM end a training as its last step would, with a checkpoint; a second one ends it at once.
 
-    Under several processes all stop after the same step, whichever of them the signal reached.
+    A launcher that ends counts as a SIGTERM: `accelerate launch` with one process passes no signal on. Under several processes
+    all stop after the same step, whichever of them the signal reached.
 
     Attributes:
         stopped_at_step: The optimizer step after which training was stopped, `None` where it was not.
+        exit_code: What the process ends with then: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self) -> None:
         self.stopped_at_step: int | None = None
-        self._requested_s: float | None = None
-        self._handler_before: Any = None
+        self.exit_code = 0
+        self._requested: int | None = None
+        self._handlers_before: dict[int, Any] = {}
+        self._launcher_pid = os.getppid() if _is_launcher(os.getppid()) else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.stopped_at_step = self._requested_s = None
+        self.stopped_at_step = self._requested = None
         # Python hands signals to the main thread alone
         if threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGINT, self._request)
+            self._handlers_before = {signum: signal.signal(signum, self._request) for signum in SIGNALS}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,32 +65,82 @@ class SaveOnInterrupt(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Give Ctrl-C its meaning of before the training back."""
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
-            self._handler_before = None
+        """Give the signals their meaning of before the training back."""
+        for signum, handler in self._handlers_before.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        self._handlers_before = {}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        requested = torch.tensor(float(self._requested_s is not None), device=args.device)
-        if reduce(requested, "sum").item():
-            control.should_save = control.should_training_stop = True
-            self.stopped_at_step = state.global_step
+        if self._requested is None and self._launcher_pid not in (None, os.getppid()):
+            self._requested = signal.SIGTERM
+            _tell("\nThe launcher has ended: saving a checkpoint.")
+        requests = torch.tensor([float(self._requested == signum) for signum in SIGNALS], device=args.device)
+        for requested, exit_code in zip(reduce(requests, "sum").tolist(), EXIT_CODES, strict=True):
+            if requested:
+                control.should_save = control.should_training_stop = True
+                self.stopped_at_step, self.exit_code = state.global_step, exit_code
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        now_s = time.monotonic()
-        if self._requested_s is None:
-            self._requested_s = now_s
-            if PartialState().is_main_process:
-                print(
-                    "\nCtrl-C: finishing this step, and its measurement where one has begun, then saving a checkpoint. Again to "
-                    "stop at once.",
-                    file=sys.stderr,
-                )
-        elif now_s - self._requested_s > _SAME_KEYPRESS_S:
+        if self._requested is None:
+            self._requested = signum
+            start_s = time.monotonic()
+            _tell(
+                f"\n{_name(signum)}: finishing this step, and its measurement where one has begun, then saving a checkpoint. Again "
+                "to stop at once."
+            )
+            # Whatever else reaches this process meanwhile is the same request: after a long call into C a time taken in the
+            # handler would say nothing about when a signal came
+            with self._ignoring():
+                time.sleep(max(0.0, start_s + _SAME_REQUEST_S - time.monotonic()))
+        else:
             self.restore()
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signum)
+
+    @contextlib.contextmanager
+    def _ignoring(self) -> Iterator[None]:
+        handlers = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+        try:
+            yield
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def ending_with_words() -> Iterator[None]:
+    """
+    Make Ctrl-C and SIGTERM inside, but for the steps of a training, end the program with one line and without a traceback.
+
+    Raises:
+        SystemExit: With the status of the signal, 130 or 143.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        ignore_signals()
+        raise KeyboardInterrupt(signum)
+
+    before = {signum: signal.signal(signum, end) for signum in SIGNALS}
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        signum = interrupt.args[0] if interrupt.args else signal.SIGINT
+        _tell(f"\n{_name(signum)}: stopped at once, without a checkpoint of what came after the last one.")
+        raise SystemExit(128 + signum) from None
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+
+def ignore_signals() -> None:
+    """Let the signals do nothing to a process that is about to end: others send them again, such as a launcher."""
+    if threading.current_thread() is threading.main_thread():
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def resume_command() -> str:
@@ -88,3 +152,22 @@ def resume_command() -> str:
         script = ["-m", module.name] if module is not None else [sys.argv[0]]
         command = shlex.join(["accelerate", "launch", *script, *sys.argv[1:]])
     return f"{command} --resume_from_checkpoint true"
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        # The interpreter, options of its own, the script or -m and the module
+        words = psutil.Process(pid).cmdline()[:5]
+    except psutil.Error:
+        return False
+    return any(Path(word).name in _LAUNCHERS for word in words)
+
+
+def _name(signum: int) -> str:
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+def _tell(message: str) -> None:
+    # One process speaks for all; before accelerate is set up there is no telling which
+    if not PartialState._shared_state or PartialState().is_main_process:
+        print(message, file=sys.stderr)
