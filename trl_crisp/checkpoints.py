@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_crisp.config import CRISPConfig
 from trl_crisp.json_files import write_json
+from trl_crisp.revisions import cached_commit
 
 FILES_FILE = "checkpoint_files.json"
 RUN_FILE = "crisp_run.json"
@@ -168,9 +169,11 @@ def describe_run(model: nn.Module, args: CRISPConfig, instruction: str) -> dict[
             "lora_alpha": adapter.lora_alpha,
             "target_modules": modules if isinstance(modules, str | None) else sorted(modules),
         }
+    name = getattr(config, "_name_or_path", None)
+    init_kwargs: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
     run["model"] = {
-        "name": getattr(config, "_name_or_path", None),
-        "revision": getattr(config, "_commit_hash", None),
+        "name": name,
+        "revision": cached_commit(name, init_kwargs.get("revision")),
         "weights": fingerprint(model),
     }
     return run
@@ -185,9 +188,9 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in (*_COMPARED_FIELDS, "lora")
         if before.get(name) != after.get(name)
     ]
-    # The same weights may have moved to another directory; where they are sharded only the name is known
-    key = "weights" if all(model["weights"] for model in models) else "name"
-    if models[0][key] != models[1][key]:
+    # The same weights may have moved to another directory; where they are sharded only the name and the commit are known
+    keys = ("weights",) if all(model["weights"] for model in models) else ("name", "revision")
+    if any(models[0][key] != models[1][key] for key in keys):
         names = [f"{model['name']!r} (revision {model['revision']}, weights {model['weights']})" for model in models]
         lines.append(f"model: {names[0]} in the checkpoint, {names[1]} now")
     return lines

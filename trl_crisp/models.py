@@ -1,16 +1,38 @@
 """Whether the model that the user names can be had, before anything heavy begins."""
 
+import json
 from pathlib import Path
 
 from trl_crisp.data import raise_for_hub
 
+# What transformers and PEFT read as JSON
+_JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
-def check_model(name: str | None, revision: str, trust_remote_code: bool) -> str:
+
+def check_model(
+    name: str | None, revision: str, trust_remote_code: bool, field_name: str = "model_name_or_path"
+) -> str:
     """
     Check that the model can be had, by reading its config, and return its name.
 
+    Args:
+        name: A Hub id, or a directory.
+        revision: Of the Hub id.
+        trust_remote_code: As transformers' own.
+        field_name: What the user calls it, for the messages.
+
     Raises:
-        ValueError: Where no model is named.
+        ValueError: Where no model is named, and for a directory whose files are torn.
         FileNotFoundError: Where there is no such directory, model or revision.
         PermissionError, ConnectionError: See [`~trl_crisp.data.raise_for_hub`].
     """
@@ -18,22 +40,65 @@ def check_model(name: str | None, revision: str, trust_remote_code: bool) -> str
 
     if not name:
         raise ValueError(
-            "no model: set model_name_or_path to a model on the Hub, such as Qwen/Qwen3-8B, or to a local directory."
+            f"no model: set {field_name} to a model on the Hub, such as Qwen/Qwen3-8B, or to a local directory."
         )
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"model_name_or_path={name!r}: the directory has no config.json, so it holds no model. Give the "
+                f"{field_name}={name!r}: the directory has no config.json, so it holds no model. Give the "
                 "directory that save_pretrained wrote; merge an adapter into its base model first."
             )
+        check_model_files(path)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
-            f"model_name_or_path={name!r}: there is no such directory (looked for {path.absolute()}). Check the path; "
+            f"{field_name}={name!r}: there is no such directory (looked for {path.absolute()}). Check the path; "
             "a model on the Hub is named OWNER/NAME."
         )
     try:
         AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise_for_hub(error, "model", name, "model_name_or_path")
+        raise_for_hub(error, "model", name, field_name)
     return name
+
+
+def check_model_files(directory: Path) -> None:
+    """
+    Check that a model's or an adapter's files are whole, by their structure; the weights themselves are not read.
+
+    Raises:
+        ValueError: For a JSON file that is none, and a safetensors file that is none or is shorter than it says.
+        FileNotFoundError: For a shard that the index names and that is not there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    again = "Copy or save the model again."
+    shards: set[str] = set()
+    for name in _JSON_FILES:
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read as JSON: {error}. {again}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} has to hold a JSON object; it holds a {type(content).__name__}. {again}")
+        if name.endswith(".index.json") and not (directory / name.removesuffix(".index.json")).is_file():
+            weight_map = content.get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{path} has no weight_map, so the shards are unknown. {again}")
+            # transformers takes the first index that is there
+            shards = shards or set(map(str, weight_map.values()))
+    if missing := sorted(name for name in shards if not (directory / name).is_file()):
+        raise FileNotFoundError(
+            f"{directory}: the index of the weights names {', '.join(missing)}, and there is no such file. {again}"
+        )
+    for name in ("model.safetensors", "adapter_model.safetensors", *sorted(shards)):
+        path = directory / name
+        if path.suffix == ".safetensors" and path.is_file():
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read as safetensors: {error}. {again}") from error

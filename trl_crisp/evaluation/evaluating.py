@@ -39,7 +39,7 @@ class EvaluationSettings:
     What to measure. The defaults are the paper's protocol (Sec. "Evaluation").
 
     Attributes:
-        model: A Hub id, a directory, or a directory with an adapter.
+        model: A Hub id or a directory, of a model or of an adapter.
         benchmark: See [`~trl_crisp.evaluation.problems.load_benchmark`].
         file: A local copy of the benchmark's rows.
         instruction: `""` for the plain prompt; a name of the catalogue, a text or a .txt file for the "concise prompt" baseline.
@@ -116,7 +116,8 @@ def evaluate(
         FileNotFoundError, PermissionError, ConnectionError: Where the model or the problems cannot be had.
         ImportError: Where math-verify or the engine is not installed.
     """
-    from trl_crisp.evaluation.engines import load_engine, weights_sha256
+    from trl_crisp.evaluation.engines import load_engine
+    from trl_crisp.evaluation.loading import describe_weights, find_model
     from trl_crisp.instructions import resolve_instruction
 
     require_math_verify()
@@ -131,8 +132,9 @@ def evaluate(
         check_positions(config, prompt_tokens, settings.max_new_tokens)
         return prompt_tokens + settings.max_new_tokens
 
-    engine = load_engine(settings.engine, settings.model, longest, settings.batch_size)
-    about = {"weights_sha256": weights_sha256(settings.model)}
+    source = find_model(settings.model)
+    engine = load_engine(settings.engine, source, longest, settings.batch_size)
+    about = describe_weights(source)
     return measure(engine, settings, instruction, benchmark, output_dir, on_progress, baseline, about)
 
 
