@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +32,8 @@ def made(tmp_path_factory):
         task_type="CAUSAL_LM",
     )
     get_peft_model(base, config).save_pretrained(directory / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(directory / "model")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(directory / "plain")
     return directory
 
 
@@ -69,6 +71,8 @@ Q_1 = "base_model.model.model.layers.1.self_attn.q_proj.lora_A"
         ("model", lambda key: f"_orig_mod.{key}", ["_orig_mod.lm_head.weight", "'_orig_mod.' in them"]),
         ("model", lambda key: key.replace("layers.1", "layers.2"), [LAYER_1, "model.layers.2.mlp.down_proj.weight"]),
         ("tied", lambda key: None if "embed" in key else key, ["not in the files", "model.embed_tokens.weight"]),
+        ("plain", lambda key: None, [f"not in the files: {Q_1.replace('layers.1', 'layers.0')}"]),
+        ("plain", lambda key: f"module.{key}", ["not in the files", "without a place in the model: module.base"]),
         ("adapter", lambda key: None, ["lm_head"]),
         ("adapter", lambda key: None if "lm_head" in key else key, ["lm_head"]),
         ("adapter", lambda key: None if key.startswith(Q_1) else key, [f"not in the files: {Q_1}", "on its base"]),
@@ -92,7 +96,8 @@ Q_1 = "base_model.model.model.layers.1.self_attn.q_proj.lora_A"
 )
 def test_weights_that_do_not_fit_are_named(made, tmp_path, name, change, phrases):
     directory = copy_of(made, name, tmp_path)
-    rewrite(directory / ("adapter_model.safetensors" if name == "adapter" else "model.safetensors"), change)
+    [path] = directory.glob("*model.safetensors")
+    rewrite(path, change)
     source = find_model(str(directory))
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         load_model(source)
@@ -103,6 +108,42 @@ def test_weights_that_do_not_fit_are_named(made, tmp_path, name, change, phrases
         with pytest.raises(ValueError) as again:  # noqa: PT011
             check_weights(source)
         assert str(again.value) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("model", LoraConfig(r=2, target_modules="all-linear", use_dora=True)),
+        # Its projections are shared by the layers
+        ("model", VeraConfig(target_modules=["q_proj"])),
+        # On a head that is tied to the embeddings
+        ("tied", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])),
+        ("tied", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+        ("tied", LoraConfig(r=2, target_modules=["embed_tokens"])),
+    ],
+)
+def test_a_merged_adapter_is_the_model_that_was_trained(made, tmp_path, name, config):
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(made / name), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    model.save_pretrained(tmp_path)
+    merged = load_model(find_model(str(tmp_path)))
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    # As vLLM gets it
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_model(find_model(str(tmp_path / "merged")))
+    torch.testing.assert_close(again(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+def test_an_adapter_that_cannot_be_merged(made, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(made / "model")
+    get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="PROMPT_TUNING is no change of the base's weights"):
+        load_model(find_model(str(tmp_path)))
 
 
 def test_more_keys_than_the_adapter_has_are_named(made, tmp_path):

@@ -8,6 +8,8 @@ import torch
 from transformers import SchedulerType
 from trl import DistillationConfig
 
+from trl_crisp.chat_template_flags import check_chat_template_kwargs
+
 InstructionRole = Literal["user", "system"]
 TeacherModelKind = Literal["periodic", "base", "ema", "live"]
 LossNormalization = Literal["sequence", "token"]
@@ -156,6 +158,7 @@ class CRISPConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_chat_template_kwargs(self.chat_template_kwargs)
         self._check_choices()
         self._check_instruction()
         self._check_teacher_source()

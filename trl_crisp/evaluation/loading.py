@@ -184,17 +184,35 @@ def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" 
             # Told as an error below
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapter = PeftModel.from_pretrained(model, source.name, revision=source.revision)
+        if not hasattr(adapter.base_model, "merge_and_unload"):
+            raise ValueError(
+                f"{adapter.peft_type.value} is no change of the base's weights, so it cannot be merged into them"
+            )
         # Once more, for the keys that PEFT leaves out without a word
         weights = load_peft_weights(source.name, device="cpu", key_mapping=key_mapping, revision=source.revision)
         result = set_peft_model_state_dict(adapter, weights)
-        # Among all that the adapter's file lacks are the base's weights
+        # Among all that the adapter's file lacks are the base's weights, and tensors that have a second name
+        state = {key: tensor.data_ptr() for key, tensor in adapter.state_dict().items()}
         own = {
             tensor.data_ptr() for tensor in get_peft_model_state_dict(adapter, save_embedding_layers=False).values()
         }
-        state = adapter.state_dict()
-        missing = [key for key in result.missing_keys if state[key].data_ptr() in own]
+        own -= {state[key] for key in state.keys() - set(result.missing_keys)}
+        missing = [key for key in result.missing_keys if state[key] in own]
         _check_keys(source, missing, result.unexpected_keys, [])
+        _untie(adapter)
         return adapter.merge_and_unload()
+
+
+def _untie(adapter: Any) -> None:
+    """Give the head its own weights where the adapter changes the embeddings alone: merging would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    embeddings, head = adapter.get_input_embeddings(), adapter.get_output_embeddings()
+    alone = isinstance(embeddings, BaseTunerLayer) and not isinstance(head, BaseTunerLayer)
+    if alone and head.weight is embeddings.get_base_layer().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        adapter.config.tie_word_embeddings = False
 
 
 def check_weights(source: ModelSource) -> None:
