@@ -141,6 +141,8 @@ def evaluate(argv: list[str]) -> int:
     """
     parser = make_eval_parser()
     args = parser.parse_args(read_eval_config(parser, argv))
+    if "config" in args:
+        raise ValueError(f"--config {args.config}: give one file, and the option's whole name.")
 
     from trl_crisp.evaluation.evaluating import EvaluationSettings
     from trl_crisp.evaluation.evaluating import evaluate as run
@@ -259,11 +261,16 @@ def read_eval_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[s
             if not isinstance(value, list):
                 raise ValueError(f"--config {path}: {key} is {value!r}; give a list.")
             arguments += [flag, *map(str, value)]
-        elif isinstance(value, dict) == (action.type is _json_object) and not isinstance(value, list):
+        elif isinstance(value, dict) == (action.type is _json_object) and not isinstance(value, list | bool):
             # In one item: a text that begins with a dash is a value too
             arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         else:
-            kind = "a mapping" if action.type is _json_object else "one value"
+            # YAML reads no, off and yes as such
+            kind = (
+                "a mapping"
+                if action.type is _json_object
+                else "one value, in quotes if it is a word that YAML reads otherwise"
+            )
             raise ValueError(f"--config {path}: {key} is {value!r}; give {kind}.")
     return [*arguments, *argv[:position], *argv[position + 2 :]]
 

@@ -79,7 +79,7 @@ def check_model_files(directory: Path) -> None:
         if not path.is_file():
             continue
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} cannot be read as JSON: {error}. {again}") from error
         if not isinstance(content, dict):

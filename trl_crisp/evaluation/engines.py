@@ -269,7 +269,7 @@ def _load_generation_config(model: str, revision: str | None) -> "GenerationConf
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(model, revision=revision)
+        return GenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:
         # As transformers does where a model has none
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision))

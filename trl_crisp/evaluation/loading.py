@@ -64,7 +64,7 @@ def find_model(name: str, revision: str = "main", field_name: str = "model") -> 
                 f"{field_name}={name!r}: the directory has an {_ADAPTER_CONFIG} and no weights ({' or '.join(_ADAPTER_WEIGHTS)}). "
                 "Give the directory that save_pretrained wrote."
             )
-    config = json.loads(path.read_bytes())
+    config = json.loads(path.read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(
@@ -190,7 +190,7 @@ def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" 
             )
         # Once more, for the keys that PEFT leaves out without a word
         weights = load_peft_weights(source.name, device="cpu", key_mapping=key_mapping, revision=source.revision)
-        result = set_peft_model_state_dict(adapter, weights)
+        result: Any = set_peft_model_state_dict(adapter, weights)
         # Among all that the adapter's file lacks are the base's weights, and tensors that have a second name
         state = {key: tensor.data_ptr() for key, tensor in adapter.state_dict().items()}
         own = {
@@ -229,7 +229,7 @@ def _load_whole(source: ModelSource, device_map: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _told_as_error_of(source, "the model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
             revision=source.revision,
             dtype="auto",
@@ -238,6 +238,7 @@ def _load_whole(source: ModelSource, device_map: str | None = None) -> Any:
             # They are told with their names below
             ignore_mismatched_sizes=True,
         )
+        model, info = loaded
         _check_keys(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model
 

@@ -135,7 +135,7 @@ class SampleFile:
 
 def _read_protocol(line: bytes, path: Path) -> dict[str, Any]:
     try:
-        protocol = json.loads(line)["protocol"]
+        protocol = json.loads(line.decode("utf-8"))["protocol"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}, line 1: it holds no protocol ({type(error).__name__}: {error}), so nothing tells what the samples came from. Give "
@@ -148,7 +148,7 @@ def _read_protocol(line: bytes, path: Path) -> dict[str, Any]:
 
 def _read_sample(line: bytes, path: Path, number: int) -> Sample:
     try:
-        values = json.loads(line)
+        values = json.loads(line.decode("utf-8").rstrip())
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
         sample = Sample(**values)
@@ -246,7 +246,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file. `trl-crisp eval --output DIRECTORY` writes one.")
     try:
-        results = json.loads(path.read_bytes())
+        results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"{path} is no JSON: {error}. `trl-crisp eval` writes results.json whole; write it again."
