@@ -180,6 +180,27 @@ def test_another_model_or_adapter_differs(tmp_path):
     assert differences(*sharded)[0].startswith("model: ")
 
 
+def test_the_commit_of_a_hub_model_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    commits = {"main": "0" * 39 + "1", "older": "0" * 39 + "2"}
+    for revision, commit in commits.items():
+        tiny_model("llama").save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs" / revision).write_text(commit)
+    model = tiny_model("llama")
+    model.config._name_or_path = "org/tiny"
+    runs = {
+        revision: describe_run(model, config(tmp_path, model_init_kwargs=kwargs), "")
+        for revision, kwargs in (("main", None), ("older", {"revision": "older"}))
+    }
+    assert {revision: run["model"]["revision"] for revision, run in runs.items()} == commits
+    assert differences(runs["main"], runs["older"]) == []
+    # Where the weights are not known, the commit decides
+    sharded = [{**run, "model": {**run["model"], "weights": None}} for run in runs.values()]
+    assert differences(*sharded)[0].startswith(f"model: 'org/tiny' (revision {commits['main']}")
+
+
 @pytest.mark.parametrize(("before", "after"), [("periodic", "base"), ("live", "periodic"), ("periodic", "live")])
 def test_going_on_with_another_schedule_takes_the_state_over(tmp_path, before, after):
     """Where the user allows it: a saved teacher's weights stay, and one that was the student begins as the student."""

@@ -185,9 +185,8 @@ def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" 
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapter = PeftModel.from_pretrained(model, source.name, revision=source.revision)
         if not hasattr(adapter.base_model, "merge_and_unload"):
-            raise ValueError(
-                f"{adapter.peft_type.value} is no change of the base's weights, so it cannot be merged into them"
-            )
+            kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+            raise ValueError(f"{kind} is no change of the base's weights, so it cannot be merged into them")
         # Once more, for the keys that PEFT leaves out without a word
         weights = load_peft_weights(source.name, device="cpu", key_mapping=key_mapping, revision=source.revision)
         result: Any = set_peft_model_state_dict(adapter, weights)
