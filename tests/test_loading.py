@@ -73,8 +73,8 @@ Q_1 = "base_model.model.model.layers.1.self_attn.q_proj.lora_A"
         ("tied", lambda key: None if "embed" in key else key, ["not in the files", "model.embed_tokens.weight"]),
         ("plain", lambda key: None, [f"not in the files: {Q_1.replace('layers.1', 'layers.0')}"]),
         ("plain", lambda key: f"module.{key}", ["not in the files", "without a place in the model: module.base"]),
-        ("adapter", lambda key: None, ["lm_head"]),
-        ("adapter", lambda key: None if "lm_head" in key else key, ["lm_head"]),
+        ("adapter", lambda key: None, ["the files have no 'base_model.model.lm_head.weight'"]),
+        ("adapter", lambda key: None if "lm_head" in key else key, ["no 'base_model.model.lm_head.weight'"]),
         ("adapter", lambda key: None if key.startswith(Q_1) else key, [f"not in the files: {Q_1}", "on its base"]),
         (
             "adapter",
@@ -235,6 +235,46 @@ def test_a_torn_file_is_named(made, tmp_path, name, file, part):
     (directory / file).write_bytes(content[: int(len(content) * part)])
     with pytest.raises(ValueError, match=rf"{file} cannot be read as"):
         find_model(str(directory))
+
+
+@pytest.mark.parametrize("name", ["model", "plain"])
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_torn_weights_in_torchs_own_format_are_named(made, tmp_path, name, part):
+    directory = copy_of(made, name, tmp_path)
+    [path] = directory.glob("*model.safetensors")
+    weights = load_file(path)
+    path.unlink()
+    path = directory / {"model": "pytorch_model.bin", "plain": "adapter_model.bin"}[name]
+    torch.save(weights, path)
+    load_model(find_model(str(directory)))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read as torch's: it was cut off"):
+        find_model(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", "many", "its config cannot be loaded: .*hidden_size"),
+        ("model_type", "nope", "its config cannot be loaded: .*`nope`"),
+    ],
+)
+def test_a_config_that_is_none_is_named(made, tmp_path, field, value, message):
+    directory = copy_of(made, "model", tmp_path)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=f"(?s)model='{directory}': {message}"):
+        find_model(str(directory))
+
+
+def test_another_size_is_named_with_the_shapes(made, tmp_path):
+    directory = copy_of(made, "model", tmp_path)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 64}))
+    shapes = r"of another shape: model\.layers\.0\.mlp\.down_proj\.weight \(\[32, 48\] in the files, \[32, 64\] here\)"
+    with pytest.raises(ValueError, match=shapes):
+        load_model(find_model(str(directory)))
 
 
 def test_shards(made, tmp_path):

@@ -1,6 +1,9 @@
 """Whether the model that the user names can be had, before anything heavy begins."""
 
 import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trl_crisp.data import raise_for_hub
@@ -17,6 +20,8 @@ _JSON_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+
+_WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def check_model(
@@ -55,11 +60,44 @@ def check_model(
             f"{field_name}={name!r}: there is no such directory (looked for {path.absolute()}). Check the path; "
             "a model on the Hub is named OWNER/NAME."
         )
-    try:
+    with loading_errors_named(name, "its config", field_name):
         AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise_for_hub(error, "model", name, field_name)
     return name
+
+
+@contextmanager
+def loading_errors_named(name: str, what: str, field_name: str = "model") -> Iterator[None]:
+    """
+    Let what loads a part of a model inside this context raise an error that names the model.
+
+    Args:
+        name: A Hub id, or a directory.
+        what: Is loaded, for the messages.
+        field_name: What the user calls the model.
+
+    Raises:
+        ValueError: For what transformers, PEFT and the readers of files raise.
+        FileNotFoundError, PermissionError, ConnectionError: See [`~trl_crisp.data.raise_for_hub`].
+        ImportError: Where a package is missing that the model needs.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError and name in str(error):
+            raise
+        if not Path(name).is_dir():
+            try:
+                raise_for_hub(error, "model", name, field_name)
+            except Exception as told:
+                if told is not error:
+                    raise
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyError) and str(error).startswith("'base_model."):
+            # PEFT's, of a module that was trained whole
+            reason = f"the files have no {error}"
+        raise ValueError(f"{field_name}={name!r}: {what} cannot be loaded: {reason}") from error
 
 
 def check_model_files(directory: Path) -> None:
@@ -67,7 +105,7 @@ def check_model_files(directory: Path) -> None:
     Check that a model's or an adapter's files are whole, by their structure; the weights themselves are not read.
 
     Raises:
-        ValueError: For a JSON file that is none, and a safetensors file that is none or is shorter than it says.
+        ValueError: For a JSON file that is none, and a file of weights that is none or was cut off.
         FileNotFoundError: For a shard that the index names and that is not there.
     """
     from safetensors import SafetensorError, safe_open
@@ -94,9 +132,17 @@ def check_model_files(directory: Path) -> None:
         raise FileNotFoundError(
             f"{directory}: the index of the weights names {', '.join(missing)}, and there is no such file. {again}"
         )
-    for name in ("model.safetensors", "adapter_model.safetensors", *sorted(shards)):
+    for name in (*_WEIGHTS_FILES, *sorted(shards)):
         path = directory / name
-        if path.suffix == ".safetensors" and path.is_file():
+        if not path.is_file():
+            continue
+        if path.suffix == ".bin":
+            # A zip archive, whose table of contents is at its end; those of old versions of torch are none
+            with path.open("rb") as file:
+                is_archive = file.read(4) == b"PK\x03\x04"
+            if path.stat().st_size == 0 or (is_archive and not zipfile.is_zipfile(path)):
+                raise ValueError(f"{path} cannot be read as torch's: it was cut off. {again}")
+        else:
             try:
                 with safe_open(path, framework="pt"):
                     pass

@@ -1,14 +1,14 @@
 """From a model's name to its weights: whole models and adapters, each weight from the files, and what tells it from others."""
 
-import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_crisp.models import check_model, check_model_files, loading_errors_named
 from trl_crisp.revisions import cached_commit
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ def find_model(name: str, revision: str = "main", field_name: str = "model") -> 
         ValueError: For torn files, and an adapter without a base model of its own.
         FileNotFoundError, PermissionError, ConnectionError: Where the model, or the adapter's base, cannot be had.
     """
-    from trl_crisp.models import check_model, check_model_files
-
     path = _adapter_config_of(name, revision)
     if path is None:
         check_model(name, revision, False, field_name)
@@ -132,7 +130,7 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     owner = _tokenizer_owner(source)
-    with _told_as_error_of(owner, "its tokenizer"):
+    with loading_errors_named(owner.name, "its tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(owner.name, revision=owner.revision)
     if not tokenizer.chat_template:
         raise ValueError(
@@ -179,7 +177,7 @@ def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" 
     if tokenizer is not None and _tokenizer_owner(source) is source and len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
     key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-    with _told_as_error_of(source, "the adapter"):
+    with loading_errors_named(source.name, "the adapter"):
         with warnings.catch_warnings():
             # Told as an error below
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
@@ -227,7 +225,7 @@ def check_weights(source: ModelSource) -> None:
 def _load_whole(source: ModelSource, device_map: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with _told_as_error_of(source, "the model"):
+    with loading_errors_named(source.name, "the model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
             revision=source.revision,
@@ -272,32 +270,3 @@ def _listed(keys: Collection[str]) -> str:
     names = sorted(keys)
     more = f" and {len(names) - _NAMED_KEYS} more" if len(names) > _NAMED_KEYS else ""
     return ", ".join(names[:_NAMED_KEYS]) + more
-
-
-@contextlib.contextmanager
-def _told_as_error_of(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn what transformers, PEFT and the readers of files raise into a `ValueError` that names the model."""
-    try:
-        yield
-    except (ImportError, MemoryError):
-        raise
-    except ValueError as error:
-        if type(error) is ValueError and source.name in str(error):
-            raise
-        raise ValueError(f"{source.name!r}: {what} cannot be loaded: {error}") from error
-    except Exception as error:
-        if source.revision is not None:
-            _raise_for_hub(error, source.name)
-        # A KeyError is a bare key
-        reason = f"there is no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{source.name!r}: {what} cannot be loaded: {reason}") from error
-
-
-def _raise_for_hub(error: Exception, name: str) -> None:
-    from trl_crisp.data import raise_for_hub
-
-    try:
-        raise_for_hub(error, "model", name, "model")
-    except Exception as told:
-        if told is not error:
-            raise
