@@ -93,7 +93,7 @@ def loading_errors_named(name: str, what: str, field_name: str = "model") -> Ite
             except Exception as told:
                 if told is not error:
                     raise
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         if isinstance(error, KeyError) and str(error).startswith("'base_model."):
             # PEFT's, of a module that was trained whole
             reason = f"the files have no {error}"

@@ -261,8 +261,7 @@ def _check_keys(
     raise ValueError(
         f"{source.name!r}: the weights in the files are not those of the {what} that the config describes.\n  "
         + "\n  ".join(found)
-        + f"\nMissing weights would be random or without effect, and the others are left out.{hint} Save the model again by "
-        "save_pretrained."
+        + f"\nWhat would be measured is another model.{hint} Save it again by save_pretrained."
     )
 
 
