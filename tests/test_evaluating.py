@@ -352,7 +352,7 @@ def test_a_torn_model_ends_in_words(files, tmp_path, capsys, file, part):
     content = (model / file).read_bytes()
     (model / file).write_bytes(content[: int(len(content) * part)])
     assert main([*flags(files, tmp_path / "out"), "--model", str(model)]) == 2
-    assert f"trl-crisp eval: error: {model / file} cannot be read as" in capsys.readouterr().err
+    assert f"trl-crisp eval: error: model='{model}': {file} is torn or damaged" in capsys.readouterr().err
 
 
 def test_an_output_below_a_file_is_refused(files, tmp_path, capsys):

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "teacher": {"config", "_upstream"},
     "json_files": set(),
     "revisions": set(),
+    "model_files": set(),
     "checkpoints": {"config", "json_files", "revisions"},
     "interruption": set(),
     "nonfinite": {"checkpoints"},

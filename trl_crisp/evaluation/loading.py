@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_crisp.models import check_model, check_model_files, loading_errors_named
+from trl_crisp.model_files import check_model_files
+from trl_crisp.models import check_model, loading_errors_named
 from trl_crisp.revisions import cached_commit
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def find_model(name: str, revision: str = "main", field_name: str = "model") -> 
         check_model(name, revision, False, field_name)
         return ModelSource(name, cached_commit(name, revision))
     if Path(name).is_dir():
-        check_model_files(Path(name))
+        check_model_files(Path(name), f"{field_name}={name!r}")
         if not any((Path(name) / file).is_file() for file in _ADAPTER_WEIGHTS):
             raise FileNotFoundError(
                 f"{field_name}={name!r}: the directory has an {_ADAPTER_CONFIG} and no weights ({' or '.join(_ADAPTER_WEIGHTS)}). "
