@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests.helpers import config, make_trainer, parameters_of
 from tests.tiny_models import tiny_model
+from trl_crisp.rows.revisions import cached_commit
 from trl_crisp.run.checkpoints import checkpoints_in, find_fault, remove_torn, seal
 from trl_crisp.run.files import write_json
 from trl_crisp.run.identity import (
@@ -175,6 +176,27 @@ def test_another_model_or_adapter_differs(tmp_path):
     assert differences(llama, moved) == []
     sharded = [{**run, "model": {**run["model"], "weights": None}} for run in (llama, moved)]
     assert differences(*sharded)[0].startswith("model: ")
+
+
+def test_the_commit_of_a_hub_model_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    commits = {"main": "0" * 39 + "1", "older": "0" * 39 + "2"}
+    for revision, commit in commits.items():
+        tiny_model("llama").save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs" / revision).write_text(commit)
+    model = tiny_model("llama")
+    model.config._name_or_path = "org/tiny"
+    runs = {
+        revision: describe_run(model, config(tmp_path), "", cached_commit("org/tiny", given))
+        for revision, given in (("main", None), ("older", "older"))
+    }
+    assert {revision: run["model"]["revision"] for revision, run in runs.items()} == commits
+    assert differences(runs["main"], runs["older"]) == []
+    # Where the weights are not known, the commit decides
+    sharded = [{**run, "model": {**run["model"], "weights": None}} for run in runs.values()]
+    assert differences(*sharded)[0].startswith(f"model: 'org/tiny' (revision {commits['main']}")
 
 
 @pytest.mark.parametrize(("before", "after"), [("periodic", "base"), ("live", "periodic"), ("periodic", "live")])

@@ -161,6 +161,12 @@ ERRORS = [
     ({"teacher_model_kind": "ema", "teacher_sync_steps": 0}, ["teacher_sync_steps=0"]),
     ({"teacher_model_kind": "ema", "teacher_update_rate": 0.0}, ["teacher_update_rate=0.0", "at most 1"]),
     ({"teacher_model_kind": "ema", "teacher_update_rate": 1.5}, ["teacher_update_rate=1.5", "above 0"]),
+    (
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        ["add_generation_prompt", "no flag of a chat template"],
+    ),
+    ({"chat_template_kwargs": '{"tools": [], "messages": []}'}, ["messages, tools", "such as enable_thinking"]),
+    ({"chat_template_kwargs": {"truncation": True, "enable_thinking": False}}, ["has truncation, which"]),
     ({"beta": 1.5}, ["beta", "1.5"]),
     ({"beta": -0.5}, ["beta", "-0.5"]),
 ]

@@ -1,6 +1,8 @@
 """`trl-crisp eval` on a tiny model: protocol, samples on disk, going on after an interruption, numbers by hand."""
 
+import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +145,221 @@ def test_samples_of_other_weights_or_prompts_are_refused(files, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="an answer to problem '0' with another prompt"):
         evaluate(settings(files, model=str(tmp_path / "model"), limit=1), tmp_path / "out")
+
+
+COMMITS = ["0" * 39 + "1", "0" * 39 + "2"]
+
+
+def test_a_hub_model_that_was_pushed_again_is_another(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--org--tiny"
+
+    def push(commit: str, seed: int) -> None:
+        save_tiny(repository / "snapshots" / commit, "qwen3", seed=seed)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+
+    push(COMMITS[0], 0)
+    first = evaluate(settings(files, model="org/tiny", limit=1), tmp_path / "out")
+    assert (first["protocol"]["model_revision"], first["protocol"]["weights_sha256"]) == (COMMITS[0], None)
+    before = (tmp_path / "out" / "samples.jsonl").stat().st_mtime_ns
+    evaluate(settings(files, model="org/tiny", limit=1), tmp_path / "out")
+    assert (tmp_path / "out" / "samples.jsonl").stat().st_mtime_ns == before
+    push(COMMITS[1], 1)
+    with pytest.raises(ValueError, match=f"model_revision: '{COMMITS[0]}' there, '{COMMITS[1]}' now"):
+        evaluate(settings(files, model="org/tiny", limit=1), tmp_path / "out")
+
+
+def test_samples_of_weights_that_nothing_names_are_not_reused(tmp_path):
+    protocol = {"model": "m", "model_revision": None, "weights_sha256": None}
+    SampleFile(tmp_path / "samples.jsonl", protocol)
+    with pytest.raises(
+        ValueError, match="neither a commit nor a digest tells whether the weights of 'm' are still those"
+    ):
+        SampleFile(tmp_path / "samples.jsonl", protocol)
+    SampleFile(tmp_path / "known.jsonl", {**protocol, "weights_sha256": "ab"})
+    SampleFile(tmp_path / "known.jsonl", {**protocol, "weights_sha256": "ab"})
+
+
+LINE = json.dumps(dataclasses.asdict(Sample("0", 0, "1", [7, 1], 0, True, "ab")))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (LINE[:40].encode(), "Unterminated string"),
+        (b"", "Expecting value"),
+        (b"\0" * 30, "Expecting value"),
+        (LINE.replace("1", "\xe9", 1).encode("latin-1"), "codec can't decode"),
+        (LINE.replace('"number": 0, ', "").encode(), "missing 1 required positional argument: 'number'"),
+        (LINE.replace('"number"', '"numbers"').encode(), "unexpected keyword argument 'numbers'"),
+        (LINE.replace("[7, 1]", "null").encode(), "token_ids is a NoneType"),
+        (LINE.replace("[7, 1]", '[7, "1"]').encode(), "token_ids has '1'"),
+        (b"[1]", "it holds a list"),
+    ],
+)
+def test_a_damaged_line_of_samples_is_named(tmp_path, line, reason):
+    path = tmp_path / "samples.jsonl"
+    SampleFile(path, {"seed": 0})
+    path.write_bytes(path.read_bytes() + LINE.encode() + b"\n" + line + b"\n" + LINE.encode() + b"\n")
+    with pytest.raises(ValueError, match=rf"samples.jsonl, line 3: it is no sample \(.*{reason}.*\). Remove the line"):
+        SampleFile(path, {"seed": 0})
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"{}", b'{"protocol": 1}', b"\xe9"])
+def test_samples_without_a_protocol_are_named(tmp_path, line):
+    (tmp_path / "samples.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 1: .*protocol"):
+        SampleFile(tmp_path / "samples.jsonl", {"seed": 0})
+
+
+def test_the_second_run_in_a_directory_is_refused(files, tmp_path, capsys):
+    """The lock ends with the process that has it, killed or not."""
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, output), "--batch-size=1", "--samples=5000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not (output / "samples.jsonl").is_file():
+            time.sleep(0.01)
+        assert main(flags(files, output)) == 2
+        assert f"'{output}' is in use by process {process.pid} on " in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.wait()
+    assert main(flags(files, output, "--samples=1", "--limit=1")) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["results.json", "samples.jsonl"]
+
+
+def test_a_long_question_is_named(files, tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"id": "short", "question": "1?", "answer": "1"}, {"id": "long", "question": "1 + " * 2000, "answer": "1"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        ValueError, match=r"problem 'long' \(row 1\) has a prompt of \d+ tokens.*no room for an answer"
+    ):
+        evaluate(settings(files, benchmark=str(path)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "field", ["add_generation_prompt", "tokenize", "return_dict", "messages", "conversation", "tools"]
+)
+def test_template_flags_that_are_not_the_templates(files, field):
+    with pytest.raises(ValueError, match=rf"chat_template_kwargs has {field}, which is no flag of a chat template"):
+        settings(files, chat_template_kwargs={"enable_thinking": False, field: True})
+
+
+def test_the_command_reads_a_file(files, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {files / 'model'}\nbenchmark: {files / 'own.jsonl'}\nsamples: 2\nmax-new-tokens: 24\nbudgets: [8]\nseed: 3\n"
+        f"limit:\ntemperature: 0.5\nexact: true\nchat_template_kwargs: {{enable_thinking: false}}\noutput: {tmp_path / 'file'}\n"
+    )
+    assert main(["eval", "--config", str(config)]) == 0
+    protocol = load_results(tmp_path / "file")["protocol"]
+    assert (protocol["seed"], protocol["temperature"], protocol["top_p"]) == (3, 0.5, 0.95)
+    assert protocol["chat_template_kwargs"] == {"enable_thinking": False}
+    assert protocol["grader"] == "the authors' rules"
+    assert set(load_results(tmp_path / "file")["summary"]) == {"8", "24"}
+    # Flags win
+    assert (
+        main(["eval", f"--config={config}", "--seed", "4", "--limit", "1", "--output", str(tmp_path / "flags")]) == 0
+    )
+    results = load_results(tmp_path / "flags")
+    assert (results["protocol"]["seed"], len(results["problems"])) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_new_token: 8\n", "max_new_token. Did you mean max_new_tokens"),
+        ("temprature: 1\nbudgets: [8]\n", "temprature. Did you mean temperature?"),
+        ("num_processes: 2\n", "has keys that are no options of `trl-crisp eval`:\n  num_processes."),
+        ("config: other.yaml\n", "has keys that are no options"),
+        ("budgets: 8\n", "budgets is 8; give a list"),
+        ("samples: [8]\n", "samples is [8]; give one value"),
+        ("instruction: no\n", "instruction is False; give one value, in quotes"),
+        ("exact: 1\n", "exact is 1; give true or false"),
+        ("chat_template_kwargs: 1\n", "chat_template_kwargs is 1; give a mapping"),
+        ("temperature: .nan\n", "temperature=nan has to be a finite number"),
+        ("- model\n", "must hold `field: value` lines; it holds list"),
+        ("a: [\n", "is no valid YAML"),
+        ("samples: 2.5\n", "argument --samples: invalid int value: '2.5'"),
+    ],
+)
+def test_a_file_that_the_command_cannot_use(files, tmp_path, capsys, text, message):
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    try:
+        status = main([*flags(files, tmp_path / "out"), "--config", str(config)])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there_or_given_twice(files, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    for more, message in (
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
+        (["--config"], "--config needs the path of a YAML file"),
+        (["--config", str(tmp_path / "config.yaml")] * 2, "give one file"),
+    ):
+        assert main([*flags(files, tmp_path / "out"), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--top-p", "0", "top_p=0.0 has to be above 0 and at most 1"),
+        ("--top-p", "1.1", "top_p=1.1 has to be above 0 and at most 1"),
+        ("--top-p", "nan", "top_p=nan has to be a finite number"),
+        ("--temperature", "nan", "temperature=nan has to be a finite number"),
+        ("--temperature", "inf", "temperature=inf has to be a finite number"),
+        ("--temperature", "-1", "temperature=-1.0 has to be 0, for greedy answers, or more"),
+        ("--top-k", "-1", "top_k=-1 has to be at least 0. 0 turns it off."),
+        ("--seed", "-1", "seed=-1 has to be at least 0"),
+        ("--samples", "0", "samples=0 has to be at least 1"),
+        ("--limit", "0", "limit=0 has to be at least 1"),
+        ("--limit", "-5", "limit=-5 has to be at least 1"),
+        ("--batch-size", "0", "batch_size=0 has to be at least 1"),
+        ("--budgets", "0", "budget 0 is not between 1 and max_new_tokens=24"),
+        ("--chat-template-kwargs", '{"tokenize": false}', "chat_template_kwargs has tokenize"),
+        ("--chat-template-kwargs", "[1]", "has to be a JSON object"),
+        ("--benchmark", "maht500", "Did you mean math500?"),
+    ],
+)
+def test_options_that_make_no_sense_end_in_words(files, tmp_path, capsys, option, value, message):
+    try:
+        status = main([*flags(files, tmp_path / "out"), option, value])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [("config.json", 0.5), ("tokenizer.json", 0.5), ("model.safetensors", 0.5), ("model.safetensors", 0)],
+)
+def test_a_torn_model_ends_in_words(files, tmp_path, capsys, file, part):
+    model = tmp_path / "model"
+    shutil.copytree(files / "model", model)
+    content = (model / file).read_bytes()
+    (model / file).write_bytes(content[: int(len(content) * part)])
+    assert main([*flags(files, tmp_path / "out"), "--model", str(model)]) == 2
+    assert f"trl-crisp eval: error: model='{model}': {file} is torn or damaged" in capsys.readouterr().err
+
+
+def test_an_output_below_a_file_is_refused(files, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(flags(files, output)) == 2
+        assert f"{str(tmp_path / 'file')!r} is a file. Give a directory" in capsys.readouterr().err
 
 
 def test_the_command_offers_the_engines_that_there_are():
@@ -301,6 +518,23 @@ def test_only_results_of_the_same_measurement_are_compared():
         compare(base, other, 100)
 
 
+def test_results_without_the_problems_revision_are_not_compared():
+    rows = [problem(str(i), (80, True)) for i in range(2)]
+    base = {"protocol": {**PROTOCOL, "benchmark_revision": None}, "problems": rows}
+    with pytest.raises(ValueError, match="benchmark_revision: None there, None here"):
+        compare(base, base, 100)
+
+
+def test_a_baseline_that_lacks_parts_is_named_before_the_sampling(files, tmp_path):
+    base = evaluate(settings(files, limit=2), tmp_path / "base")
+    for name in ("problems", "protocol", "summary"):
+        with pytest.raises(ValueError, match=f"the baseline's results have no {name}"):
+            evaluate(
+                settings(files, limit=2), tmp_path / "out", None, {key: base[key] for key in base.keys() - {name}}
+            )
+    assert not (tmp_path / "out").exists()
+
+
 def test_schema(tmp_path):
     path = tmp_path / "results.json"
     write_results(path, {"problems": []})
@@ -309,9 +543,11 @@ def test_schema(tmp_path):
         ("{", "no JSON"),
         ('{"schema": "other"}', "its schema is 'other'"),
         ("[]", "its schema is None"),
+        ("\xe9", "no JSON"),
+        ('{"schema": "trl-crisp evaluation"}', "schema version None"),
         ('{"schema": "trl-crisp evaluation", "schema_version": 0}', "schema version 0, and this trl-crisp reads 1"),
     ):
-        path.write_text(content)
+        path.write_bytes(content.encode("latin-1"))
         with pytest.raises(ValueError, match=message):
             load_results(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -331,6 +567,12 @@ def test_sample_file_keeps_any_text(tmp_path):
         ("samples", 0, "samples=0"),
         ("budgets", (25,), "budget 25 is not between"),
         ("max_new_tokens", 0, "max_new_tokens=0"),
+        ("samples", 2.0, "samples=2.0 has to be an integer"),
+        ("samples", None, "samples=None has to be an integer"),
+        ("seed", True, "seed=True has to be an integer"),
+        ("budgets", ("8",), "budget='8' has to be an integer"),
+        ("temperature", "hot", "temperature='hot' has to be a finite number"),
+        ("chat_template_kwargs", "{}", "chat_template_kwargs='{}' has to be a mapping"),
     ],
 )
 def test_settings_that_make_no_sense(files, field, value, message):

@@ -3,9 +3,11 @@ r"""Grading: the paper's rules on the forms that answers take, and expressions t
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import grading as speed
@@ -304,3 +306,36 @@ def test_the_committed_measurement_of_speed():
     assert set(result["bombs"]) == set(speed.BOMBS)
     # The answer line and the whole response, each with its own time-out, and what starting a process again takes
     assert all(bomb["seconds"] < 3 * result["protocol"]["timeout_s"] for bomb in result["bombs"].values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a process with its parent on Linux alone")
+def test_a_killed_caller_leaves_no_process_behind_in_the_middle_of_a_comparison():
+    code = (
+        "from trl_crisp.evaluation.grading import Grader\n"
+        "with Grader(workers=2, timeout_s=600) as grader:\n"
+        "    grader.grade_all([('Answer: 42', '42')] * 2)\n"
+        "    print(*(worker.process.pid for worker in grader._workers), flush=True)\n"
+        "    grader.grade_all([('Answer: 9^(9^(9^9))', '42'), ('Answer: 42', '42')])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as caller:
+        workers = [psutil.Process(int(pid)) for pid in caller.stdout.readline().split()]
+        assert len(workers) == 2
+        # One of them computes
+        started_s = [sum(worker.cpu_times()[:2]) for worker in workers]
+        while all(sum(w.cpu_times()[:2]) < s + 0.3 for w, s in zip(workers, started_s, strict=True)):
+            time.sleep(0.02)
+        caller.kill()
+    _, left = psutil.wait_procs(workers, timeout=10)
+    for worker in left:
+        worker.kill()
+    assert not left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a process with its parent on Linux alone")
+def test_a_grader_outlives_the_thread_that_used_it_first():
+    with Grader(workers=1) as grader:
+        first = threading.Thread(target=grader.grade_all, args=([("Answer: 42", "42")],))
+        first.start()
+        first.join()
+        grader._workers[0].process.wait(timeout=10)
+        assert grader.grade_all([("Answer: 42", "42")])[0].correct

@@ -1,6 +1,7 @@
 """Benchmarks from files in their own columns; what is not there is named, with the ways to have it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,63 @@ def test_ids_tell_rows_apart(tmp_path):
     twice = write(tmp_path / "twice.jsonl", *[{"question": "1?", "answer": "1", "id": "x"}] * 2)
     with pytest.raises(ValueError, match="rows 0 and 1 have the same id 'x'"):
         load_benchmark(str(twice))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": None, "answer": "2"}, "it has no text: its column 'question' holds None"),
+        ({"question": " ", "answer": "2"}, "it has no text: its column 'question' holds ' '"),
+        ({"answer": "2"}, "it has no text: its column 'question' holds None"),
+        ({"problem": "2?", "answer": "2"}, "its column 'question' holds None, and its column 'problem' a text"),
+        ({"question": "2?"}, "it has no answer to grade by: its column 'answer' holds None"),
+    ],
+)
+def test_a_cell_of_a_users_file_that_cannot_be_used_is_named(tmp_path, row, message):
+    path = write(tmp_path / "own.jsonl", {"question": "1?", "answer": "1"}, row)
+    with pytest.raises(ValueError, match=f"^own.jsonl, row 1: {re.escape(message)}"):
+        load_benchmark(str(path))
+
+
+def test_a_question_that_is_no_text_is_named(tmp_path):
+    path = write(tmp_path / "own.jsonl", {"question": [{"role": "user", "content": "1?"}], "answer": "1"})
+    with pytest.raises(ValueError, match=r"row 0: its column 'question' holds a list and not a text: \"\[\{'role"):
+        load_benchmark(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value", "message"),
+    [
+        ("math500", "problem", None, "'problem' holds None"),
+        ("aime24", "Answer", "abc", "'answer' holds 'abc' and not an integer"),
+        ("aime25", "answer", 70.5, "'answer' holds 70.5 and not an integer"),
+        ("aime25", "answer", None, "'answer' holds None"),
+        ("gsm8k", "answer", None, "'answer' holds None"),
+        ("gsm8k", "question", "", "'question' holds ''"),
+        ("gpqa-diamond", "Incorrect Answer 2", None, "'Incorrect Answer 2' holds None"),
+        ("mmlu", "answer", 4, "'answer' holds 4, and there are 4 choices, from 0"),
+        ("mmlu", "choices", "pqrs", "'choices' holds 'pqrs' and not a list of texts"),
+        ("mmlu", "choices", None, "'choices' holds None"),
+    ],
+)
+def test_a_cell_of_a_benchmark_that_cannot_be_used_is_named(tmp_path, name, column, value, message):
+    path = write(tmp_path / "rows.jsonl", ROWS[name], {**ROWS[name], column: value})
+    with pytest.raises(ValueError, match=f"^rows.jsonl, row 1: .*{re.escape(message)}"):
+        load_benchmark(name, file=path)
+
+
+def test_a_level_may_be_missing(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {**ROWS["math500"], "level": None})
+    assert [problem.level for problem in load_benchmark("math500", file=path).problems] == [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("MATH-500", "math500"), ("aime_2024", "aime24"), ("gpqa", "gpqa-diamond"), ("GSM-8K", "gsm8k"), ("mlu", "mmlu")],
+)
+def test_a_name_that_is_close_is_suggested(name, meant):
+    with pytest.raises(ValueError, match=rf"benchmark '{name}' is unknown. Did you mean {meant}[ ?]"):
+        load_benchmark(name)
 
 
 @pytest.mark.parametrize("answer", [None, "", "  "])

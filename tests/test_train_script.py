@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.tiny_models import save_tiny
-from trl_crisp.models import check_model
+from trl_crisp.models.source import check_model
 from trl_crisp.run.identity import resolve_checkpoint
 from trl_crisp.train import main, make_parser, next_steps, parse_args, run, warn_of_no_effect
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.lab.task import draw_problem, lab_tokenizer, prompt
@@ -122,3 +123,17 @@ def test_evaluation_goes_on_with_what_is_missing_and_takes_an_adapter(tmp_path):
             EvaluationSettings(**{**settings.__dict__, "engine": "transformers"}),
             tmp_path / "part",
         )
+
+
+def test_weights_that_are_not_in_the_files_are_named(tmp_path):
+    save_tiny(tmp_path / "model", "qwen3", head_dim=64)
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    (tmp_path / "own.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    settings = EvaluationSettings(
+        model=str(tmp_path / "model"), benchmark=str(tmp_path / "own.jsonl"), max_new_tokens=24, engine="vllm"
+    )
+    with pytest.raises(ValueError, match=r"not in the files: model\.layers\.1\.mlp\.up_proj\.weight"):
+        evaluate(settings, tmp_path / "out")

@@ -159,7 +159,10 @@ def evaluate(argv: list[str]) -> int:
     Raises:
         ValueError, FileNotFoundError, PermissionError, ConnectionError: For what cannot be measured.
     """
-    args = make_eval_parser().parse_args(argv)
+    parser = make_eval_parser()
+    args = parser.parse_args(read_eval_config(parser, argv))
+    if "config" in args:
+        raise ValueError(f"--config {args.config}: give one file, and the option's whole name.")
 
     from trl_crisp.evaluation.evaluating import EvaluationSettings
     from trl_crisp.evaluation.evaluating import evaluate as run
@@ -189,7 +192,14 @@ def make_eval_parser() -> argparse.ArgumentParser:
         formatter_class=_EvalHelp,
     )
     add = parser.add_argument
-    add("--model", required=True, help="Hub id, directory, or directory with an adapter")
+    add(
+        "--config",
+        metavar="FILE.yaml",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="values for the options below; flags win over them",
+    )
+    add("--model", required=True, help="Hub id or directory, of a model or of an adapter")
     add(
         "--benchmark",
         required=True,
@@ -228,6 +238,61 @@ def make_eval_parser() -> argparse.ArgumentParser:
     add("--baseline", type=Path, help="results of another run of the same problems, to compare with")
     add("--output", type=Path, required=True, help="directory for samples.jsonl and results.json")
     return parser
+
+
+def read_eval_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """
+    Return the arguments of `trl-crisp eval` with those of its `--config` file, if any, before them: the last one wins.
+
+    Args:
+        parser: Of [`make_eval_parser`].
+        argv: As typed.
+
+    Raises:
+        ValueError: For a file that is no mapping, keys that are no options, and values that an option cannot have.
+        FileNotFoundError: Where there is no such file.
+    """
+    from trl_crisp.train import did_you_mean, read_config, separate_value
+
+    argv = separate_value(argv, "--config")
+    if "--config" not in argv:
+        return argv
+    position = argv.index("--config")
+    if position + 1 == len(argv):
+        raise ValueError("--config needs the path of a YAML file after it.")
+    path = Path(argv[position + 1])
+    config = {str(key).replace("-", "_"): value for key, value in read_config(path).items()}
+    options = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    if unknown := [key for key in config if key not in options]:
+        hints = "".join(f"\n  {key}.{did_you_mean(key, options)}" for key in unknown)
+        raise ValueError(f"--config {path} has keys that are no options of `trl-crisp eval`:{hints}")
+    arguments = []
+    for key, value in config.items():
+        action = options[key]
+        flag = action.option_strings[0]
+        if value is None:
+            # As if the line were not there
+            continue
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ValueError(f"--config {path}: {key} is {value!r}; give true or false.")
+            arguments += [flag] * value
+        elif action.nargs == "*":
+            if not isinstance(value, list):
+                raise ValueError(f"--config {path}: {key} is {value!r}; give a list.")
+            arguments += [flag, *map(str, value)]
+        elif isinstance(value, dict) == (action.type is _json_object) and not isinstance(value, list | bool):
+            # In one item: a text that begins with a dash is a value too
+            arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+        else:
+            # YAML reads no, off and yes as such
+            kind = (
+                "a mapping"
+                if action.type is _json_object
+                else "one value, in quotes if it is a word that YAML reads otherwise"
+            )
+            raise ValueError(f"--config {path}: {key} is {value!r}; give {kind}.")
+    return [*arguments, *argv[:position], *argv[position + 2 :]]
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from transformers.integrations.integration_utils import (
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DistillationConfig
 
+from trl_crisp.prompts.chat_template_flags import check_chat_template_kwargs
+
 InstructionRole = Literal["user", "system"]
 TeacherModelKind = Literal["periodic", "base", "ema", "live"]
 LossNormalization = Literal["sequence", "token"]
@@ -171,6 +173,7 @@ class CRISPConfig(DistillationConfig):
         self._check_device()
         super().__post_init__()
         self._check_trackers()
+        check_chat_template_kwargs(self.chat_template_kwargs)
         self._check_choices()
         self._check_training_loop()
         self._check_instruction()

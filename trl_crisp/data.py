@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from trl import ScriptArguments
 
 from trl_crisp.prompts.checks import PromptKind, check_prompt
-from trl_crisp.unreadable_rows import find_unreadable_row, is_utf8
+from trl_crisp.rows.unreadable import find_unreadable_row, is_utf8
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -173,8 +173,6 @@ def check_config(parser: "TrlParser", argv: list[str]) -> list[str]:
         ValueError: For a file that is no mapping, or keys that are no fields.
         FileNotFoundError: Where there is no such file.
     """
-    import yaml
-
     argv = separate_value(argv, "--config")
     if "--config" not in argv:
         return argv
@@ -182,14 +180,7 @@ def check_config(parser: "TrlParser", argv: list[str]) -> list[str]:
     if position == len(argv):
         raise ValueError("--config needs the path of a YAML file after it.")
     path = Path(argv[position])
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: there is no such file (looked for {path.absolute()}).")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is no valid YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--config {path} must hold `field: value` lines; it holds {type(config).__name__}.")
+    config = read_config(path)
     # `env`, a mapping of environment variables, is TrlParser's own
     fields = {action.dest for action in parser._actions} - {"help", "config"} | {"env"}
     if unknown := [key for key in config if key not in fields]:
@@ -199,6 +190,27 @@ def check_config(parser: "TrlParser", argv: list[str]) -> list[str]:
             "such as num_processes, go on the command line."
         )
     return argv
+
+
+def read_config(path: Path) -> dict[Any, Any]:
+    """
+    Return the fields of a YAML file that `--config` names.
+
+    Raises:
+        ValueError: For a file that is no mapping.
+        FileNotFoundError: Where there is no such file.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file (looked for {path.absolute()}).")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is no valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--config {path} must hold `field: value` lines; it holds {type(config).__name__}.")
+    return config
 
 
 def separate_value(argv: list[str], option: str) -> list[str]:
@@ -262,7 +274,7 @@ def main(
     from trl import get_peft_config, get_quantization_config
 
     from trl_crisp.data import is_hub_id, load_prompts, unreadable_rows_named
-    from trl_crisp.models import check_model
+    from trl_crisp.models.source import check_model
     from trl_crisp.prompts.instructions import resolve_instruction
     from trl_crisp.run.identity import resolve_checkpoint
     from trl_crisp.run.interruption import SaveOnInterrupt, ignore_signals, resume_command

@@ -28,6 +28,7 @@ from trl_crisp.prompts.instructions import Prompt, resolve_instruction
 from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens
 from trl_crisp.rollouts.own_sampling import own_sampling
+from trl_crisp.rows.revisions import cached_commit
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
 from trl_crisp.run.resumable import ResumableTrainer
@@ -154,7 +155,9 @@ class CRISPTrainer(ResumableTrainer):
             args.max_prompt_length,
         )
         self._select_rows()
-        self.run_description = describe_run(self.model, args, instruction)
+        init_kwargs: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
+        revision = cached_commit(self.model.config._name_or_path, init_kwargs.get("revision"))
+        self.run_description = describe_run(self.model, args, instruction, revision)
         self.teacher = make_teacher(self.model, args, self.accelerator)
 
         self._baseline_lengths_tokens: list[float] = []

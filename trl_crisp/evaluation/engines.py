@@ -1,16 +1,14 @@
 """What generates the answers: transformers, anywhere, or vLLM. Both take token ids and give token ids."""
 
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trl_crisp.evaluation.loading import ModelSource, check_weights, load_model, load_tokenizer
 from trl_crisp.evaluation.sampling import Completion, SamplingProgress, eos_token_ids_of, sample
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ class Engine(Protocol):
     config: "PretrainedConfig"
 
     def describe(self) -> dict[str, Any]:
-        """Return what its answers depend on: `dtype`, `device`, `model_revision`, `eos_token_ids`, `versions`."""
+        """Return what its answers depend on: `dtype`, `device`, `eos_token_ids`, `versions`."""
         ...
 
     def generate(
@@ -91,7 +89,6 @@ class TransformersEngine:
     def describe(self) -> dict[str, Any]:
         device = self.model.device.type
         return {
-            "model_revision": getattr(self.config, "_commit_hash", None),
             "dtype": _dtype_name(self.model.dtype),
             "device": _cpu_name() if device == "cpu" else device,
             "eos_token_ids": sorted(eos_token_ids_of(self.model.generation_config)),
@@ -124,23 +121,30 @@ class VllmEngine:
         model: A Hub id or a directory that transformers loads too.
         max_model_tokens: The longest prompt and answer together, which bounds the memory.
         batch_size: Answers at once; vLLM's own choice if `None`.
+        revision: The commit of a Hub id.
     """
 
     name = "vllm"
 
     def __init__(
-        self, model: str, tokenizer: "PreTrainedTokenizerBase", max_model_tokens: int, batch_size: int | None
+        self,
+        model: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_model_tokens: int,
+        batch_size: int | None,
+        revision: str | None = None,
     ):
         from transformers import AutoConfig
 
         vllm = _import_vllm()
         self.tokenizer = tokenizer
-        self.config = AutoConfig.from_pretrained(model)
-        self._eos = sorted(eos_token_ids_of(_load_generation_config(model)))
+        self.config = AutoConfig.from_pretrained(model, revision=revision)
+        self._eos = sorted(eos_token_ids_of(_load_generation_config(model, revision)))
         self._vllm = vllm
         more = {} if batch_size is None else {"max_num_seqs": batch_size}
         self._llm = vllm.LLM(
             model=model,
+            revision=revision,
             # As it was saved: vLLM's "auto" halves float32
             dtype=_dtype_name(self.config.dtype or "auto"),
             max_model_len=max_model_tokens,
@@ -156,7 +160,6 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         return {
-            "model_revision": getattr(self.config, "_commit_hash", None),
             "dtype": _dtype_name(self._llm.llm_engine.model_config.dtype),
             "device": _cpu_name() if current_platform.is_cpu() else current_platform.device_type,
             "eos_token_ids": self._eos,
@@ -218,21 +221,21 @@ class VllmEngine:
 
 def load_engine(
     name: str,
-    model: str,
+    source: ModelSource,
     max_model_tokens: Callable[["PreTrainedTokenizerBase", "PretrainedConfig"], int],
     batch_size: int | None,
 ) -> Engine:
     """
-    Load a model, with its adapter where the directory holds one, and its tokenizer, into an engine.
+    Load a model, with its adapter where it is one, and its tokenizer, into an engine.
 
     Args:
         name: One of [`ENGINES`].
-        model: A Hub id, a directory, or a directory with an adapter.
+        source: See [`~trl_crisp.evaluation.loading.find_model`].
         max_model_tokens: Called with the tokenizer and the model's config: the longest prompt and answer together.
         batch_size: Answers at once.
 
     Raises:
-        ValueError: For a name, or a model, that cannot be used.
+        ValueError: For a name, or a model, that cannot be used; see [`~trl_crisp.evaluation.loading.load_model`].
         FileNotFoundError, PermissionError, ConnectionError: Where the model cannot be had.
         ImportError: Where vLLM is not installed.
     """
@@ -242,88 +245,34 @@ def load_engine(
         raise ValueError(f"engine={name!r} is unknown. Choose {' or '.join(ENGINES)}.")
     if name == "vllm":
         _import_vllm()
-    is_adapter = (Path(model) / "adapter_config.json").is_file()
-    if not is_adapter:
-        from trl_crisp.models import check_model
-
-        check_model(model, "main", False)
-    tokenizer = load_tokenizer(model, is_adapter)
+    tokenizer = load_tokenizer(source)
     if name == "transformers":
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return TransformersEngine(_load_model(model, is_adapter).to(device).eval(), tokenizer)
-    if not is_adapter:
-        longest = max_model_tokens(tokenizer, AutoConfig.from_pretrained(model))
-        return VllmEngine(model, tokenizer, longest, batch_size)
+        return TransformersEngine(load_model(source, tokenizer).to(device).eval(), tokenizer)
+    if source.base is None:
+        config = AutoConfig.from_pretrained(source.name, revision=source.revision)
+        # transformers would ask for the packages of a quantization that vLLM has built in; vLLM checks the names too
+        if getattr(config, "quantization_config", None) is None:
+            check_weights(source)
+        return VllmEngine(source.name, tokenizer, max_model_tokens(tokenizer, config), batch_size, source.revision)
     # vLLM serves adapters, but not with layers that were trained whole, and answers faster without one
     with tempfile.TemporaryDirectory() as merged:
-        whole = _load_model(model, is_adapter)
+        whole = load_model(source, tokenizer)
         longest = max_model_tokens(tokenizer, whole.config)
         whole.save_pretrained(merged)
         return VllmEngine(merged, tokenizer, longest, batch_size)
 
 
-def weights_sha256(model: str) -> str | None:
-    """
-    Return the digest of a local model's weights and config, with those of the base where it is an adapter.
-
-    `None` for a model of the Hub, whose weights the revision names.
-    """
-    directory = Path(model)
-    if not directory.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    adapter = directory / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        digest.update(str(weights_sha256(base)).encode())
-    return digest.hexdigest()
-
-
-def load_tokenizer(model: str, is_adapter: bool = False) -> "PreTrainedTokenizerBase":
-    """
-    Return a model's tokenizer; that of the base where an adapter's directory has none.
-
-    Raises:
-        ValueError: Where it has no chat template.
-    """
-    from peft import PeftConfig
-    from transformers import AutoTokenizer
-
-    source: Any = model
-    if is_adapter and not (Path(model) / "tokenizer_config.json").is_file():
-        source = PeftConfig.from_pretrained(model).base_model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"model {model!r} has no chat template, so the prompts cannot be put as a user's messages. Use a model "
-            "trained on conversations, or set tokenizer.chat_template and save the tokenizer beside the model."
-        )
-    return tokenizer
-
-
-def _load_model(model: str, is_adapter: bool) -> Any:
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
-    if is_adapter:
-        return AutoPeftModelForCausalLM.from_pretrained(model, dtype="auto").merge_and_unload()
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-
-
-def _load_generation_config(model: str) -> "GenerationConfig":
+def _load_generation_config(model: str, revision: str | None) -> "GenerationConfig":
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(model)
+        return GenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:
         # As transformers does where a model has none
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision))
 
 
 def _import_vllm() -> Any:

@@ -2,13 +2,16 @@
 
 import hashlib
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_crisp.evaluation.grading import require_math_verify
+from trl_crisp.evaluation.locking import locked
 from trl_crisp.evaluation.problems import Benchmark, Problem, load_benchmark
 from trl_crisp.evaluation.results import (
     Sample,
@@ -20,6 +23,7 @@ from trl_crisp.evaluation.results import (
     write_results,
 )
 from trl_crisp.evaluation.scoring import score_samples
+from trl_crisp.prompts.chat_template_flags import check_chat_template_kwargs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -33,13 +37,22 @@ _PLACES = 1_000_000
 Tell = Callable[[str, int, int, str], None]
 
 
+def _check_integer(name: str, value: Any, least: int | None = None) -> None:
+    """Raise `ValueError` for what is no integer, or is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}={value!r} has to be an integer.")
+    if least is not None and value < least:
+        off = " 0 turns it off." if name == "top_k" else ""
+        raise ValueError(f"{name}={value} has to be at least {least}.{off}")
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """
     What to measure. The defaults are the paper's protocol (Sec. "Evaluation").
 
     Attributes:
-        model: A Hub id, a directory, or a directory with an adapter.
+        model: A Hub id or a directory, of a model or of an adapter.
         benchmark: See [`~trl_crisp.evaluation.problems.load_benchmark`].
         file: A local copy of the benchmark's rows.
         instruction: `""` for the plain prompt; a name of the catalogue, a text or a .txt file for the "concise prompt" baseline.
@@ -73,13 +86,30 @@ class EvaluationSettings:
     chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} has to be at least 1.")
-        if too_large := [budget for budget in self.budgets if not 1 <= budget <= self.max_new_tokens]:
+        for name in ("samples", "max_new_tokens", "batch_size", "limit"):
+            if getattr(self, name) is not None or name in ("samples", "max_new_tokens"):
+                _check_integer(name, getattr(self, name), 1)
+        for name in ("seed", "top_k"):
+            _check_integer(name, getattr(self, name), 0)
+        for budget in self.budgets:
+            _check_integer("budget", budget)
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} has to be a finite number.")
+        if self.temperature < 0:
             raise ValueError(
-                f"budget {too_large[0]} is not between 1 and max_new_tokens={self.max_new_tokens}, which bounds the answers."
+                f"temperature={self.temperature} has to be 0, for greedy answers, or more: the logits are divided by it."
             )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} has to be above 0 and at most 1: it is the share of the probability that tokens are drawn from, and "
+                "1 turns it off. For greedy answers give temperature 0."
+            )
+        if outside := [budget for budget in self.budgets if not 1 <= budget <= self.max_new_tokens]:
+            raise ValueError(
+                f"budget {outside[0]} is not between 1 and max_new_tokens={self.max_new_tokens}, which bounds the answers."
+            )
+        check_chat_template_kwargs(self.chat_template_kwargs)
 
     @property
     def all_budgets(self) -> list[int]:
@@ -112,27 +142,39 @@ def evaluate(
         The results, as in results.json ([`~trl_crisp.evaluation.results`]).
 
     Raises:
-        ValueError: For settings, problems, samples on disk or a baseline that do not fit.
+        ValueError: For settings, problems, samples on disk or a baseline that do not fit, and while another process evaluates into
+            the same directory.
         FileNotFoundError, PermissionError, ConnectionError: Where the model or the problems cannot be had.
         ImportError: Where math-verify or the engine is not installed.
     """
-    from trl_crisp.evaluation.engines import load_engine, weights_sha256
+    require_math_verify()
+    for path in (output_dir, *output_dir.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(
+                f"output {str(output_dir)!r}: {str(path)!r} is a file. Give a directory, which need not be there yet."
+            )
+    with locked(output_dir):
+        return _evaluate(settings, output_dir, on_progress, baseline)
+
+
+def _evaluate(
+    settings: EvaluationSettings, output_dir: Path, on_progress: Tell | None, baseline: dict[str, Any] | None
+) -> dict[str, Any]:
+    from trl_crisp.evaluation.engines import load_engine
+    from trl_crisp.evaluation.loading import describe_weights, find_model
     from trl_crisp.prompts.instructions import resolve_instruction
 
-    require_math_verify()
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output {str(output_dir)!r} is a file. Give a directory, which need not be there yet.")
     instruction = resolve_instruction(settings.instruction)
     benchmark = load_benchmark(settings.benchmark, settings.limit, settings.file)
 
     def longest(tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig") -> int:
         prompts = prompt_token_ids(benchmark.problems, instruction, tokenizer, settings.chat_template_kwargs)
-        prompt_tokens = max(map(len, prompts))
-        check_positions(config, prompt_tokens, settings.max_new_tokens)
-        return prompt_tokens + settings.max_new_tokens
+        check_positions(config, benchmark.problems, prompts, settings.max_new_tokens)
+        return max(map(len, prompts)) + settings.max_new_tokens
 
-    engine = load_engine(settings.engine, settings.model, longest, settings.batch_size)
-    about = {"weights_sha256": weights_sha256(settings.model)}
+    source = find_model(settings.model)
+    engine = load_engine(settings.engine, source, longest, settings.batch_size)
+    about = describe_weights(source)
     return measure(engine, settings, instruction, benchmark, output_dir, on_progress, baseline, about)
 
 
@@ -155,7 +197,7 @@ def measure(
         sampled_in_s: How long the sampling took, where the engine's answers were there before.
     """
     prompts = prompt_token_ids(benchmark.problems, instruction, engine.tokenizer, settings.chat_template_kwargs)
-    check_positions(engine.config, max(map(len, prompts)), settings.max_new_tokens)
+    check_positions(engine.config, benchmark.problems, prompts, settings.max_new_tokens)
     sampling_protocol = {**describe_sampling(settings, instruction, benchmark, engine), **(about or {})}
     protocol = {
         **sampling_protocol,
@@ -163,6 +205,8 @@ def measure(
         "grader": "the authors' rules" if settings.exact else "the authors' rules, with digits and emphasis read",
     }
     if baseline is not None:
+        if missing := sorted({"problems", "protocol", "summary"} - baseline.keys()):
+            raise ValueError(f"the baseline's results have no {', '.join(missing)}: evaluate it again.")
         check_comparable(baseline, protocol, {problem.id: problem.answer for problem in benchmark.problems})
     file = SampleFile(output_dir / "samples.jsonl", sampling_protocol)
     _check_prompts(file, benchmark, prompts)
@@ -192,23 +236,40 @@ def measure(
     return results
 
 
-def check_positions(config: "PretrainedConfig", prompt_tokens: int, max_new_tokens: int) -> None:
+def check_positions(
+    config: "PretrainedConfig", problems: Sequence[Problem], prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
     """
-    Raise `ValueError` where a prompt and its answer have more tokens than the model has positions.
+    Raise `ValueError` where a prompt and its answer have more tokens than the model has positions, naming the problem.
 
     A model whose rotary embedding is stretched has more than its config's `max_position_embeddings`, and is not checked.
+
+    Args:
+        config: The model's.
+        problems: The longest prompt is named by its problem's id.
+        prompts: The problems' token ids.
+        max_new_tokens: An answer is cut there.
     """
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if positions is None or rope.get("rope_type", "default") != "default":
         return
-    if prompt_tokens + max_new_tokens > positions:
+    row, longest = max(enumerate(prompts), key=lambda pair: len(pair[1]))
+    prompt_tokens = len(longest)
+    if prompt_tokens + max_new_tokens <= positions:
+        return
+    problem = f"problem {problems[row].id!r} (row {row})"
+    if prompt_tokens >= positions:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens needs "
-            f"{prompt_tokens + max_new_tokens} positions, and the model was made for {positions}: beyond them its answers mean "
-            f"nothing. Give --max-new-tokens (along a training run --eval_benchmark_max_new_tokens) {positions - prompt_tokens} or less."
+            f"{problem} has a prompt of {prompt_tokens} tokens, and the model was made for {positions} positions: there is no room for "
+            "an answer. Shorten or remove the row."
         )
+    raise ValueError(
+        f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens, that of {problem}, needs "
+        f"{prompt_tokens + max_new_tokens} positions, and the model was made for {positions}: beyond them its answers mean "
+        f"nothing. Give --max-new-tokens (along a training run --eval_benchmark_max_new_tokens) {positions - prompt_tokens} or less."
+    )
 
 
 def describe_sampling(

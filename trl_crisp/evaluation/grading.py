@@ -189,6 +189,9 @@ class Grader:
             while len(self._workers) < min(self._count, len(gradings)):
                 self._workers.append(_Worker())
             for worker in self._workers:
+                # Linux ends it with the thread that started it
+                if worker.process.poll() is not None:
+                    worker.restart()
                 give(worker, None)
             while waiting := list(selector.get_map().values()):
                 left_s = min(key.data.deadline_s for key in waiting) - time.monotonic()

@@ -143,7 +143,7 @@ class BenchmarkCallback(TrainerCallback):
         tokenizer: Any = self._tokenizer()
         model: Any = trainer.model
         prompts = prompt_token_ids(self.benchmark.problems, "", tokenizer, settings.chat_template_kwargs)
-        check_positions(model.config, max(map(len, prompts)), settings.max_new_tokens)
+        check_positions(model.config, self.benchmark.problems, prompts, settings.max_new_tokens)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -304,7 +304,7 @@ class BenchmarkCallback(TrainerCallback):
         """Answer this process's share, and return everyone's answers in the order of sampling."""
         settings, accelerator = self.settings, self.trainer.accelerator
         prompts = prompt_token_ids(self.benchmark.problems, "", engine.tokenizer, settings.chat_template_kwargs)
-        check_positions(engine.config, max(map(len, prompts)), settings.max_new_tokens)
+        check_positions(engine.config, self.benchmark.problems, prompts, settings.max_new_tokens)
         order = in_sampling_order(len(prompts), settings.samples)
         mine = range(accelerator.process_index, len(order), accelerator.num_processes)
         completions: list[tuple[int, Completion]] = []

@@ -1,5 +1,6 @@
 """Benchmarks as rows of one form: a prompt, the right answer, how it is graded, a difficulty where the benchmark has one."""
 
+import difflib
 import hashlib
 import json
 import random
@@ -71,7 +72,7 @@ class Benchmark:
 class _OnTheHub:
     dataset: str
     split: str
-    convert: Callable[[dict[str, Any], int], Problem]
+    convert: Callable[["_Row", int], Problem]
     config: str | None = None
 
 
@@ -95,7 +96,7 @@ def load_benchmark(name: str, limit: int | None = None, file: str | Path | None 
     path = Path(file if file is not None else name)
     if known is None and path.suffix.lower() not in FILE_BUILDERS:
         raise ValueError(
-            f"benchmark {name!r} is unknown. Choose one of {', '.join(BENCHMARKS)}, or give a file that ends in one of "
+            f"benchmark {name!r} is unknown.{_did_you_mean(name)} Choose one of {', '.join(BENCHMARKS)}, or give a file that ends in one of "
             f"{', '.join(FILE_BUILDERS)} with the columns question and answer."
         )
     if known is None and file is not None:
@@ -111,7 +112,9 @@ def load_benchmark(name: str, limit: int | None = None, file: str | Path | None 
     problems = []
     for number, row in enumerate(rows[:limit]):
         try:
-            problems.append(convert(row, number))
+            problems.append(convert(_Row(row), number))
+        except _BadCell as error:
+            raise ValueError(f"{source}, row {number}: {error}. Mend or remove the row.") from error
         except KeyError as error:
             raise ValueError(
                 f"{source}, row {number}: there is no column {error}; it has {', '.join(row)}. "
@@ -123,6 +126,44 @@ def load_benchmark(name: str, limit: int | None = None, file: str | Path | None 
             ) from error
     _check(problems, source)
     return Benchmark(name, source, revision, problems)
+
+
+def _did_you_mean(name: str) -> str:
+    # MATH-500 and aime_2024 are what these are called elsewhere
+    plain = {re.sub("[^a-z0-9]", "", known): known for known in BENCHMARKS}
+    close = difflib.get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(plain[known] for known in close)}?" if close else ""
+
+
+class _BadCell(Exception):
+    """Says which column of a row cannot be used, and why."""
+
+
+class _Row(dict[str, Any]):
+    """A row whose cells are there: an empty one is an error that names its column."""
+
+    def __getitem__(self, column: str) -> Any:
+        value = super().__getitem__(column)
+        if value is None or (isinstance(value, str) and not value.strip()) or value != value:
+            what = "answer to grade by" if column.lower() == "answer" else "text"
+            raise _BadCell(f"it has no {what}: its column {column!r} holds {value!r}")
+        return value
+
+    def text(self, column: str) -> str:
+        value = self[column]
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise _BadCell(f"its column {column!r} holds a {type(value).__name__} and not a text: {str(value)[:80]!r}")
+        return str(value)
+
+    def integer(self, column: str) -> int:
+        value = self[column]
+        try:
+            number = int(value)
+        except (TypeError, ValueError) as error:
+            raise _BadCell(f"its column {column!r} holds {value!r} and not an integer") from error
+        if isinstance(value, float) and number != value:
+            raise _BadCell(f"its column {column!r} holds {value!r} and not an integer")
+        return number
 
 
 def _check(problems: list[Problem], source: str) -> None:
@@ -184,28 +225,28 @@ def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else "" if value is None else str(value)
 
 
-def _math(row: dict[str, Any], number: int, *, level: str | None = None) -> Problem:
+def _math(row: _Row, number: int, *, level: str | None = None) -> Problem:
     return Problem(
         id=_text(row.get("unique_id", row.get("id"))) or str(number),
-        prompt=MATH_TEMPLATE.format(problem=row["problem"]),
+        prompt=MATH_TEMPLATE.format(problem=row.text("problem")),
         answer=_text(row["answer"]),
-        level=None if level is None else _text(row[level]),
+        level=None if level is None else _text(row.get(level)) or None,
     )
 
 
-def _math500(row: dict[str, Any], number: int) -> Problem:
+def _math500(row: _Row, number: int) -> Problem:
     return _math(row, number, level="level")
 
 
-def _aime(row: dict[str, Any], number: int) -> Problem:
-    row = {key.lower(): value for key, value in row.items()}
-    return _math({**row, "answer": str(int(row["answer"]))}, number)
+def _aime(row: _Row, number: int) -> Problem:
+    row = _Row({key.lower(): value for key, value in row.items()})
+    return _math(_Row({**row, "answer": str(row.integer("answer"))}), number)
 
 
-def _gsm8k(row: dict[str, Any], number: int) -> Problem:
+def _gsm8k(row: _Row, number: int) -> Problem:
     # The solution ends in a line of its own: #### 1,234
-    answer = row["answer"].rpartition("####")[2].replace(",", "").strip()
-    return Problem(id=str(number), prompt=MATH_TEMPLATE.format(problem=row["question"]), answer=answer)
+    answer = row.text("answer").rpartition("####")[2].replace(",", "").strip()
+    return Problem(id=str(number), prompt=MATH_TEMPLATE.format(problem=row.text("question")), answer=answer)
 
 
 def _choice(question: str, choices: list[str], right: int, id: str, level: str | None) -> Problem:
@@ -215,19 +256,30 @@ def _choice(question: str, choices: list[str], right: int, id: str, level: str |
     return Problem(id=id, prompt=prompt, answer=letters[right], kind="choice", level=level)
 
 
-def _gpqa(row: dict[str, Any], number: int) -> Problem:
-    choices = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+def _gpqa(row: _Row, number: int) -> Problem:
+    choices = [row.text("Correct Answer"), *(row.text(f"Incorrect Answer {i}") for i in (1, 2, 3))]
     order = random.Random(f"{CHOICE_SEED} {number}").sample(range(4), 4)
     shuffled = [choices[i] for i in order]
-    return _choice(row["Question"], shuffled, order.index(0), str(number), row.get("High-level domain"))
+    return _choice(row.text("Question"), shuffled, order.index(0), str(number), row.get("High-level domain"))
 
 
-def _mmlu(row: dict[str, Any], number: int) -> Problem:
-    return _choice(row["question"], list(row["choices"]), int(row["answer"]), str(number), row.get("subject"))
+def _mmlu(row: _Row, number: int) -> Problem:
+    choices, right = row["choices"], row.integer("answer")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise _BadCell(f"its column 'choices' holds {choices!r} and not a list of texts")
+    if not 0 <= right < len(choices):
+        raise _BadCell(f"its column 'answer' holds {right}, and there are {len(choices)} choices, from 0")
+    return _choice(row.text("question"), choices, right, str(number), row.get("subject"))
 
 
-def _own_problem(row: dict[str, Any], number: int) -> Problem:
-    question = row["question"] if "question" in row or "problem" not in row else row["problem"]
+def _own_problem(row: _Row, number: int) -> Problem:
+    # The columns are those of all rows: what one row lacks is None in it
+    column, other = ("question", "problem") if "question" in row or "problem" not in row else ("problem", "question")
+    if not row.get(column) and row.get(other):
+        raise _BadCell(
+            f"its column {column!r} holds {row.get(column)!r}, and its column {other!r} a text. Call the column {column!r} in every row"
+        )
+    question = row.text(column)
     level = row.get("level")
     return Problem(
         id=_text(row.get("id")) or str(number),

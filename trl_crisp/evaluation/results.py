@@ -72,6 +72,18 @@ class Sample:
     prompt_sha256: str
 
 
+# Python's names of the types that JSON has
+_SAMPLE_TYPES = {
+    "problem": str,
+    "number": int,
+    "text": str,
+    "token_ids": list,
+    "thinking_tokens": int,
+    "ended_by_eos": bool,
+    "prompt_sha256": str,
+}
+
+
 class SampleFile:
     """
     The samples of a run, on disk as they finish.
@@ -81,7 +93,8 @@ class SampleFile:
         protocol: What the samples depend on. A file of another protocol is refused.
 
     Raises:
-        ValueError: For a file of another protocol, naming what differs.
+        ValueError: For a file of another protocol, naming what differs; for a line that is no sample, naming it; and where nothing
+            tells whether the weights are the same.
     """
 
     def __init__(self, path: Path, protocol: dict[str, Any]) -> None:
@@ -97,15 +110,20 @@ class SampleFile:
         if not lines:
             path.write_text(json.dumps({"protocol": protocol}) + "\n", encoding="utf-8")
             return
-        before = json.loads(lines[0])["protocol"]
+        before = _read_protocol(lines[0], path)
         now = json.loads(json.dumps(protocol))
         if differing := [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]:
             listed = "".join(
                 f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in sorted(differing)
             )
             raise ValueError(f"{path} has samples of another run:{listed}\nGive another --output, or remove the file.")
-        for line in lines[1:]:
-            sample = Sample(**json.loads(line))
+        if "model" in now and not (now.get("model_revision") or now.get("weights_sha256")):
+            raise ValueError(
+                f"{path} has samples, and neither a commit nor a digest tells whether the weights of {now['model']!r} are still those "
+                "that they came from. Give another --output, or remove the file."
+            )
+        for number, line in enumerate(lines[1:], start=2):
+            sample = _read_sample(line, path, number)
             self.samples[sample.problem, sample.number] = sample
 
     def add(self, sample: Sample) -> None:
@@ -113,6 +131,38 @@ class SampleFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
         self.samples[sample.problem, sample.number] = sample
+
+
+def _read_protocol(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        protocol = json.loads(line.decode("utf-8"))["protocol"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line 1: it holds no protocol ({type(error).__name__}: {error}), so nothing tells what the samples came from. Give "
+            "another --output, or remove the file."
+        ) from error
+    if not isinstance(protocol, dict):
+        raise ValueError(f"{path}, line 1: the protocol is a {type(protocol).__name__}. Give another --output.")
+    return protocol
+
+
+def _read_sample(line: bytes, path: Path, number: int) -> Sample:
+    try:
+        values = json.loads(line.decode("utf-8").rstrip())
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+        sample = Sample(**values)
+        for name, kind in _SAMPLE_TYPES.items():
+            # true is no number
+            if type(value := getattr(sample, name)) is not kind:
+                raise ValueError(f"{name} is a {type(value).__name__}")
+        if other := [value for value in sample.token_ids if type(value) is not int]:
+            raise ValueError(f"token_ids has {other[0]!r}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line {number}: it is no sample ({error}). Remove the line, and the same command samples that answer again."
+        ) from error
+    return sample
 
 
 def summarize(problems: Sequence[dict[str, Any]], budget_tokens: int, k: int) -> dict[str, Any]:
@@ -197,16 +247,16 @@ def load_results(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: there is no such file. `trl-crisp eval --output DIRECTORY` writes one.")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is no JSON: {error}. `trl-crisp eval` writes results.json whole; write it again."
         ) from error
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path} is no result of trl-crisp eval: its schema is {schema!r}, not {SCHEMA!r}.")
-    if results["schema_version"] != SCHEMA_VERSION:
+    if (version := results.get("schema_version")) != SCHEMA_VERSION:
         raise ValueError(
-            f"{path} has schema version {results['schema_version']}, and this trl-crisp reads {SCHEMA_VERSION}. Read it with the "
+            f"{path} has schema version {version}, and this trl-crisp reads {SCHEMA_VERSION}. Read it with the "
             "trl-crisp that is in its protocol's versions, or evaluate again."
         )
     return results
@@ -223,7 +273,9 @@ def check_comparable(base: dict[str, Any], protocol: dict[str, Any], answers: di
     """
     before = json.loads(json.dumps(base["protocol"]))
     now = json.loads(json.dumps(protocol))
-    if differing := [key for key in _COMPARED if before.get(key) != now.get(key)]:
+    # Problems that nobody knows are not the same
+    unknown = {"benchmark_revision"} if now.get("benchmark_revision") is None else set()
+    if differing := [key for key in _COMPARED if before.get(key) != now.get(key) or key in unknown]:
         listed = "".join(f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differing)
         raise ValueError(f"the baseline was measured in another way, so a difference would say nothing:{listed}")
     theirs = {problem["id"]: problem["answer"] for problem in base["problems"]}

@@ -173,7 +173,9 @@ def fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
-def describe_run(model: nn.Module, args: TrainingArguments, instruction: str) -> dict[str, Any]:
+def describe_run(
+    model: nn.Module, args: TrainingArguments, instruction: str, revision: str | None = None
+) -> dict[str, Any]:
     """
     Return what a run is made of: the teacher's context and schedule, the adapter, the model it began with.
 
@@ -181,6 +183,7 @@ def describe_run(model: nn.Module, args: TrainingArguments, instruction: str) ->
         model: The student at the start, before it is wrapped or trained.
         args: The run's config.
         instruction: The instruction's text.
+        revision: The commit of the model on the Hub.
     """
     config: Any = getattr(model, "config", None)
     run: dict[str, Any] = {name: getattr(args, name) for name in _COMPARED_FIELDS}
@@ -193,9 +196,10 @@ def describe_run(model: nn.Module, args: TrainingArguments, instruction: str) ->
             "lora_alpha": adapter.lora_alpha,
             "target_modules": modules if isinstance(modules, str | None) else sorted(modules),
         }
+    name = getattr(config, "_name_or_path", None)
     run["model"] = {
-        "name": getattr(config, "_name_or_path", None),
-        "revision": getattr(config, "_commit_hash", None),
+        "name": name,
+        "revision": revision,
         "weights": fingerprint(model),
     }
     return run
@@ -210,9 +214,9 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in (*_COMPARED_FIELDS, "lora")
         if before.get(name) != after.get(name)
     ]
-    # The same weights may have moved to another directory; where they are sharded only the name is known
-    key = "weights" if all(model["weights"] for model in models) else "name"
-    if models[0][key] != models[1][key]:
+    # The same weights may have moved to another directory; where they are sharded only the name and the commit are known
+    keys = ("weights",) if all(model["weights"] for model in models) else ("name", "revision")
+    if any(models[0][key] != models[1][key] for key in keys):
         names = [f"{model['name']!r} (revision {model['revision']}, weights {model['weights']})" for model in models]
         lines.append(f"model: {names[0]} in the checkpoint, {names[1]} now")
     return lines
