@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import grading as speed
-from trl_crisp.evaluation.grading import Grade, Grader, count_statuses, find_answer, find_box, grade
+from trl_crisp.evaluation.answers import find_answer, find_box
+from trl_crisp.evaluation.grading import Grade, Grader, grade
 
 # Response, gold answer, then whether the answer line, the literal box, and the response as a whole are right
 MATH = [
@@ -214,9 +215,7 @@ def test_bombs_neither_hang_nor_kill_nor_count_as_graded_right():
     elapsed_s = time.monotonic() - started_s
     assert all(found.correct for found in grades[len(BOMBS) :])
     assert not any(found.correct for found in grades[: len(BOMBS)])
-    counts = count_statuses(grades)
-    assert sum(counts.values()) == len(pairs)
-    assert counts["timeout"] + counts["error"] >= 1
+    assert {found.status for found in grades} & {"timeout", "error"}
     # At most three comparisons each, and a process to start again after each
     assert elapsed_s < len(BOMBS) * 3 * (timeout_s + 10)
 
@@ -240,7 +239,7 @@ def test_a_process_that_died_idle_is_replaced():
 
 def test_a_bomb_beside_right_answers_makes_none_of_them_time_out(monkeypatch):
     """Where a process takes longer to start than an answer may take, the answers that came meanwhile are not late."""
-    slow = "import time; time.sleep(5); from trl_crisp.evaluation.comparing import main; main()"
+    slow = "import time; time.sleep(5); from trl_crisp.evaluation.math_verify_worker import main; main()"
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **more: start([sys.executable, "-c", slow], **more))
     # Each takes a tenth of a second or so, so that some are being compared when the bomb's time is over

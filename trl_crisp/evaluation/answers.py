@@ -8,7 +8,7 @@ _TAG = r"</?(?:b|strong|i|em|u|mark|p|span|div|br|center|h[1-6])\b[^<>\n]{0,80}>
 # The same, with Markdown's, LaTeX's or HTML's emphasis of the word or of the colon, and with an answer in a block of its own
 _LINE = re.compile(
     rf"(?i)Answer(?:[\s*_`}}]|{_TAG}){{0,20}}[:：﹕︓∶]"  # noqa: RUF001
-    rf"(?:[*_`}}]{{1,4}}(?![*_`])|{_TAG})?\s*(?:```\w*\n\s*|(?<=\n)(?:>\s*)+|(?<=\n)[-•]\s+)?([^\n]+)"
+    rf"(?>(?:[*_`}}]{{1,4}}(?![*_`])|[ \t]+}}|{_TAG})?\s*)(?:```\w*\n\s*|(?<=\n)(?:>\s*)+|(?<=\n)[-•]\s+)?([^\n]+)"
 )
 _BRACE = re.compile(r"\\boxed\{|[{}]")
 _BLOCKS = (("$$", "$$"), (r"\[", r"\]"))
@@ -41,10 +41,11 @@ def find_answer(response: str, exact: bool = False) -> str | None:
     if exact:
         lines = _EXACT_LINE.findall(response)
         return (lines[-1].strip().rstrip(_STRIPPED) or None) if lines else None
-    last = None
-    for last in _LINE.finditer(response):
-        pass
-    return None if last is None else _trim(_with_its_block(last[1], response[last.end() :][:_BLOCK_CHARACTERS]))
+    matches = list(_LINE.finditer(response))
+    if not matches:
+        return None
+    line, end = matches[-1][1], matches[-1].end()
+    return _trim(_with_its_block(line, response[end : end + _BLOCK_CHARACTERS]))
 
 
 def _with_its_block(line: str, below: str) -> str:

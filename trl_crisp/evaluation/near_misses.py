@@ -93,14 +93,13 @@ def _value(expression: Any) -> tuple[Decimal, str] | None:
         return None
     floats = expression.atoms(Float)
     whole = expression.doit().evalf(_DIGITS)
-    if not whole.is_Float and not whole.is_Integer or not whole.is_finite:
+    if not (whole.is_Float or whole.is_Integer) or not whole.is_finite:
         return None
     if not floats:
         return Decimal(str(whole)), "exact"
     if expression.is_Mul or expression.is_Float:
         others = [factor for factor in expression.as_ordered_factors() if not factor.is_Float]
-        powers = [factor.is_Pow and factor.base == 10 or factor.is_Integer and abs(factor) == 1 for factor in others]
-        if len(floats) == 1 and all(powers):
+        if len(floats) == 1 and all(abs(factor) == 1 or (factor.is_Pow and factor.base == 10) for factor in others):
             # The shortest text that gives this number is the one that it was written as
             return Decimal(repr(float(whole))), "decimal"
     return Decimal(str(whole)), "rounded"

@@ -17,20 +17,20 @@ _ROOT = re.compile(
     r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))|(?<![A-Za-z\\])sqrt\s*(\d+(?:\.\d+)?|[A-Za-z])(?![A-Za-z])"
 )
 _PI = re.compile(r"(?<![A-Za-z\\])(?:pi|Pi|PI)(?![A-Za-z])")
-_SUPERSCRIPT = re.compile("[⁻⁺]?[⁰¹²³⁴-⁹]+")  # noqa: RUF001
+_SUPERSCRIPT = re.compile("[⁻⁺]?[⁰¹²³⁴-⁹]+")
 _SUBSCRIPT = re.compile("(?<=[0-9A-F])[₀-₉]+")
 _SIGNS = {
     "°": r"^\circ ",
     "º": r"^\circ ",
     "∞": r"\infty ",
-    "∪": r"\cup ",
+    "∪": r"\cup ",  # noqa: RUF001
     "∩": r"\cap ",
     "·": r"\cdot ",
     "⋅": r"\cdot ",
     "∙": r"\cdot ",
     "−": "-",  # noqa: RUF001
 }
-_BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_BASES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _BASE = re.compile(
     r"(?<=[0-9A-F)])\s*(?:_\s*\{?|,?\s*\(?(?:\\text\{\s*)?(?:in\s+)?base(?:\s+|-))\s*(?:\\(?:text|mathrm|textrm)\{)?\s*\(?"
     rf"(\d+|{'|'.join(_BASES[2:])})(?![A-Za-z\d])[)}}]*",
@@ -76,8 +76,8 @@ _UNIT = re.compile(
     + r")\.?\s*\}?\s*(?P<power>\^\{?[23]\}?|[²³])?\s*\}?\$?$"
 )
 _UNIT_NAMES = list(_UNITS)
-_CURRENCIES = {"$": "dollar", "€": "euro"}
-_PREFIX_CURRENCY = re.compile(r"^\$?\s*(\\?\$|€)\s*(?=-?[\d.])")
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
+_PREFIX_CURRENCY = re.compile(r"^\$?\s*(\\?\$|[€£¥₹])\s*(?=-?[\d.])")
 _CLOCK = re.compile(
     r"(?<![\d:./])(?P<hour>[01]?\d|2[0-4])(?::(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?)?(?![\d:])"
     r"(?:\s*(?P<half>[ap])\.?\s*m\b\.?)?",
@@ -161,27 +161,27 @@ def read_gold(gold: str) -> str:
 
 def split_unit(text: str) -> tuple[str, str | None]:
     """
-    Return an answer without its unit, and the unit's name.
+    Return an answer without its unit, and the unit's name: `None` for no unit or an unknown one.
 
-    The unit stays if it is one letter, or a percentage or degrees, which math-verify reads. `None` for no unit or an unknown one.
+    A dollar sign, a percentage and degrees stay, which math-verify reads; so does a letter at a number, `12m`, which may be a factor.
     """
     currency = _PREFIX_CURRENCY.match(text)
+    unit = _CURRENCIES[currency[1][-1]] if currency else None
+    if currency and not currency[1].endswith("$"):
+        text = text[: currency.start(1)] + text[currency.end() :]
     found = _UNIT.search(text)
     if found is None:
-        return text, _CURRENCIES[currency[1][-1]] if currency else None
+        return text, unit
     place = next(i for i in range(len(_UNIT_NAMES)) if found[f"u{i}"] is not None)
     word = found[f"u{place}"]
     if len(word) == 1 and word.isalpha() and not (found["text"] or found["gap"]):
-        # 12m is m times 12 as well
-        return text, _CURRENCIES[currency[1][-1]] if currency else None
-    name = _UNIT_NAMES[place]
-    power = (found["power"] or "").translate({0xB2: "2", 0xB3: "3"}).strip("^{}")
-    prefix = (found["prefix"] or "").strip()
-    power = power or {"s": "2", "c": "3"}.get(prefix[:1], "")
-    if name in ("percent", "degree") or len(word) < 3:
-        return text, name + power
+        return text, unit
+    power = (found["power"] or "").strip("^{}").replace("²", "2").replace("³", "3")
+    unit = _UNIT_NAMES[place] + (power or {"s": "2", "c": "3"}.get((found["prefix"] or "")[:1], ""))
+    if unit in ("percent", "degree"):
+        return text, unit
     kept = text[: found.end("before")]
-    return (kept + "$" if kept.count("$") % 2 and not currency else kept), name + power
+    return kept + "$" * (currency is None and kept.count("$") % 2), unit
 
 
 def read_literal(text: str, last: bool = False) -> tuple[str, ...] | None:

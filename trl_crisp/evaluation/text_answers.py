@@ -5,10 +5,10 @@ import unicodedata
 from collections.abc import Sequence
 
 # Letters that have no accent to take off
-_LETTERS = str.maketrans({"ø": "o", "đ": "d", "ł": "l", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th", "ı": "i"})
+_LETTERS = str.maketrans({"ø": "o", "đ": "d", "ł": "l", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th", "ı": "i"})  # noqa: RUF001
 _LATEX = re.compile(r"\\[A-Za-z]+")
 # A number with its sign, point and thousands; a word; a sign that is a part of names (C++, C#) or of amounts
-_TOKEN = re.compile(r"(?<![^\W_])[-−]?\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+|[+#%$€£¥°&@]")  # noqa: RUF001
+_TOKEN = re.compile(r"(?<![^\W_])[-−]?\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+(?:[+#]+(?![^\W_]))?|[+#%$€£¥°&@]")  # noqa: RUF001
 _END = re.compile(r"[.!?。！？]+[\"'”’)\]*_]*(?=\s|$)|(?<=[。！？])|\n")  # noqa: RUF001
 # Ours: words whose point ends no sentence
 _ABBREVIATION = re.compile(
@@ -33,7 +33,7 @@ def says(text: str, golds: Sequence[str]) -> bool:
 
 def after_thinking(response: str) -> str:
     """Return what a response says behind its thinking; nothing if it never ends."""
-    before, found, after = response.rpartition("</think>")
+    _, found, after = response.rpartition("</think>")
     return after if found else "" if "<think>" in response else response
 
 
@@ -51,10 +51,12 @@ def first_sentence(text: str) -> str:
         if not words(said):
             # Lone marks, such as those of a heading
             start = end.end()
-        elif end[0] == "\n" and said.rstrip("*_ ").endswith((":", "：")):  # noqa: RUF001
-            continue
-        elif end[0] != "\n" and _ABBREVIATION.search(said) and re.match(r"[^\S\n]*\S", text[end.end() :]):
-            continue
-        else:
+        elif not _goes_on(said, end[0], text[end.end() :]):
             return said
     return text[start:].strip()
+
+
+def _goes_on(said: str, end: str, rest: str) -> bool:
+    if end == "\n":
+        return said.rstrip("*_ ").endswith((":", "："))  # noqa: RUF001
+    return bool(_ABBREVIATION.search(said) and re.match(r"[^\S\n]*\S", rest))
