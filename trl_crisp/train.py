@@ -277,6 +277,7 @@ def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments")
         progress,
     )
     trainer.add_callback(callback)
+    trainer.accelerator.print(callback.describe_start())
     return callback
 
 
