@@ -39,7 +39,7 @@ def gold_of(value: Any) -> str | list[str]:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
+        return format(Decimal(repr(value)), "f").removesuffix(".0")
     if isinstance(value, datetime.datetime):
         # The reader of JSON makes one of "2020-01-31"
         return value.date().isoformat() if value.time() == datetime.time() else value.isoformat(" ")

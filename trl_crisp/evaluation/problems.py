@@ -147,6 +147,8 @@ def load_benchmark(
                     else "It needs question (or problem) and answer."
                 )
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
     _check(problems, source)
     reason = Benchmark.kind_reason
     if known is None or kind is not None:
@@ -283,16 +285,13 @@ def _own_problem(row: dict[str, Any], number: int) -> Problem:
     return Problem(
         id=_text(row.get("id")) or str(number),
         prompt=str(question),
-        answer=_own_answer(row["answer"], number),
+        answer=_own_answer(row["answer"]),
         level=None if level is None else _text(level),
     )
 
 
-def _own_answer(value: Any, number: int) -> str | list[str]:
-    try:
-        gold = gold_of(value)
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from error
+def _own_answer(value: Any) -> str | list[str]:
+    gold = gold_of(value)
     return read_gold(gold) if isinstance(gold, str) else [read_gold(one) for one in gold]
 
 
