@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp.cli import main, make_eval_parser
 from trl_crisp.evaluation.engines import ENGINES
-from trl_crisp.evaluation.evaluating import EvaluationSettings, evaluate
+from trl_crisp.evaluation.evaluating import EvaluationSettings, evaluate, prompt_token_ids
+from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.results import (
     SCHEMA_VERSION,
     Sample,
@@ -26,6 +27,7 @@ from trl_crisp.evaluation.results import (
     summarize,
     write_results,
 )
+from trl_crisp.report.console import print_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +434,86 @@ def test_the_command(files, tmp_path, capsys):
     assert "trl-crisp eval --model Qwen/Qwen3-0.6B --benchmark math500" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def facts(files):
+    rows = [
+        {"question": "Capital of Norway?", "answer": "Oslo", "hint": "a"},
+        {"question": "Capital of the USA?", "answer": "Washington", "hint": "b"},
+    ]
+    path = files / "facts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_facts_are_asked_as_they_are_and_graded_as_text(files, facts, tmp_path, capsys):
+    command = flags(files, tmp_path / "base", "--benchmark", facts)
+    assert main(command) == 0
+    assert main([*flags(files, tmp_path / "same", "--benchmark", facts), "--baseline", str(tmp_path / "base")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "graded as text (the answer of row 0 is 'Oslo')" in printed
+    assert "anywhere" in printed
+    results = load_results(tmp_path / "same")
+    prompt = tiny_tokenizer("qwen3").apply_chat_template(
+        [{"role": "user", "content": "Capital of Norway?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert results["first_prompt"] == prompt
+    assert " ".join(prompt.split()) in printed
+    assert results["protocol"]["kind"] == "text"
+    assert "anywhere_accuracy" in results["summary"]["24"]["all"]
+    change = results["comparison"]["24"]["anywhere_accuracy_change"]
+    assert (change["estimate"], change["low"], change["high"]) == (0.0, 0.0, 0.0)
+    assert all(
+        "anywhere_correct" in sample["grades"]["24"] for row in results["problems"] for sample in row["samples"]
+    )
+
+
+def test_template_system_and_grader(files, facts, tmp_path):
+    for number, dash in enumerate("-_"):
+        output = tmp_path / str(number)
+        more = (f"--prompt{dash}template", "{hint}? {question}", "--system", "Be brief.", "--grader", "math")
+        assert main(flags(files, output, "--benchmark", str(files / "own.jsonl"), "--limit", "2", *more[2:])) == 0
+        assert load_results(output)["protocol"]["kind_reason"] == "asked for"
+        more = (*more[:4], "--grader", "text")
+        assert main(flags(files, tmp_path / f"t{number}", "--benchmark", facts, *more)) == 0
+        results = load_results(tmp_path / f"t{number}")
+        assert "Be brief." in results["first_prompt"]
+        assert "a? Capital of Norway?" in results["first_prompt"]
+        assert results["protocol"]["system"] == "Be brief."
+        assert results["protocol"]["prompt_template"] == "{hint}? {question}"
+
+
+def test_exact_has_no_effect_on_texts(files, facts, tmp_path):
+    with pytest.warns(UserWarning, match="exact has no effect"):
+        results = evaluate(settings(files, benchmark=facts, exact=True), tmp_path)
+    assert results["protocol"]["grader"].startswith("a right answer as whole words")
+
+
+def test_a_system_message_that_the_template_refuses(files, tmp_path):
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match=r"system='Be brief.': the model's chat template refuses it"):
+        prompt_token_ids([Problem("a", "1?", "1")], "", tokenizer, system="Be brief.")
+
+
+def test_a_comparison_of_answers_that_were_not_read_leads_with_that(capsys):
+    def measured(unread: int) -> dict:
+        rows = [problem(str(i), (40 if i >= unread else 60, True)) for i in range(8)]
+        return {"protocol": {**PROTOCOL, "model": "m", "benchmark": "b"}, "problems": rows}
+
+    base, other = measured(3), measured(6)
+    found = compare(base, other, 50)
+    assert (found["unread_before"], found["unread_after"]) == (3 / 8, 6 / 8)
+    assert found["unread_change"]["estimate"] == 3 / 8
+    assert compare(base, other, 100)["unread_after"] == 0
+    summary = {"50": {"all": summarize(other["problems"], 50, 1)}}
+    for comparison, leads in ((found, True), (compare(base, base, 50), False)):
+        print_evaluation({**other, "samples": 1, "summary": summary, "comparison": {"50": comparison}})
+        printed = capsys.readouterr().out
+        assert ("Most answers could not be read: 38% before, 75% after." in printed) is leads
+        assert ("not read, points" in printed) is leads
+        assert printed.find("Most answers") < printed.find("accuracy, points")
+
+
 def problem(name: str, *samples: tuple[int, bool], level: str | None = None) -> dict:
     """A problem whose samples have so many tokens, and are right or not (at 50 tokens only where they are short)."""
     rows = []
@@ -478,6 +560,9 @@ def test_comparison_by_hand():
     found = compare(base, other, 100)
     assert found["reduction"]["estimate"] == pytest.approx(1 - 30 / 70)
     assert found["accuracy_change"]["estimate"] == pytest.approx(np.mean([0] * 4 + [-0.5] * 4))
+    assert found["answer_accuracy_change"] == found["accuracy_change"]
+    assert found["boxed_accuracy_change"]["estimate"] == 0
+    assert "anywhere_accuracy_change" not in found
     # Chosen by one sample and measured against the other: the first of an odd problem is wrong and the second right, so it is
     # in the lowest group, against the second, and in the highest, against the first; an even one is in the highest with both
     groups = found["by_pass_rate"]

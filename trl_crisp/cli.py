@@ -167,7 +167,7 @@ def evaluate(argv: list[str]) -> int:
     from trl_crisp.evaluation.evaluating import EvaluationSettings
     from trl_crisp.evaluation.evaluating import evaluate as run
     from trl_crisp.evaluation.results import load_results
-    from trl_crisp.report.console import print_evaluation, progress
+    from trl_crisp.report.console import print_evaluation, print_start, progress
 
     # Before the hours of sampling
     baseline = load_results(args.baseline) if args.baseline else None
@@ -175,7 +175,7 @@ def evaluate(argv: list[str]) -> int:
     instruction = "" if args.instruction == "none" else args.instruction
     settings = EvaluationSettings(**{**fields, "budgets": tuple(args.budgets), "instruction": instruction})
     with progress() as on_progress:
-        results = run(settings, args.output, on_progress, baseline)
+        results = run(settings, args.output, on_progress, baseline, print_start)
     print_evaluation(results)
     print(f"Wrote {args.output / 'results.json'} and, with the answers, {args.output / 'samples.jsonl'}.")
     return 0
@@ -210,6 +210,19 @@ def make_eval_parser() -> argparse.ArgumentParser:
         "--instruction",
         default="none",
         help="none, or one of the catalogue (v1, v2, ...), a text, a .txt file: the concise prompt",
+    )
+    add(
+        "--prompt-template",
+        "--prompt_template",
+        help="text with {column} placeholders that becomes the user's message; by default the benchmark's, of a file the paper's for "
+        "math and letters, and the question alone for texts",
+    )
+    add("--system", help="a system message before each prompt")
+    add(
+        "--grader",
+        choices=["math", "choice", "text"],
+        help="how answers are graded; by default as the named benchmark is, and a file as choice if all its answers are letters A to J, "
+        "as math if all can be read as math, else as text",
     )
     add("--samples", type=int, default=8, help="answers a problem")
     add("--temperature", type=float, default=0.6, help="0 is greedy")

@@ -213,7 +213,7 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
             f"teacher_prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}."
         )
     if args.prompt_template is not None:
-        _check_template(args.prompt_template, columns)
+        check_template(args.prompt_template, columns)
         dataset = dataset.map(
             _fill_template, with_indices=True, fn_kwargs={"template": args.prompt_template, "dataset_name": name}
         )
@@ -534,7 +534,8 @@ def _read_json_messages(dataset: "DatasetLike", name: str, column: str, dataset_
     return dataset.map(read, with_indices=True)
 
 
-def _check_template(template: str, columns: list[str]) -> None:
+def check_template(template: str, columns: list[str]) -> None:
+    """Raise `ValueError` for a prompt_template that is none, has no placeholder, or one that is no column."""
     doubled = "Braces that are meant literally are doubled: {{ and }}."
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]

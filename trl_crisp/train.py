@@ -274,7 +274,7 @@ def main(
     from trl import get_peft_config, get_quantization_config
 
     from trl_crisp.data import is_hub_id, load_prompts, unreadable_rows_named
-    from trl_crisp.models.source import check_model
+    from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction
     from trl_crisp.run.identity import resolve_checkpoint
     from trl_crisp.run.interruption import SaveOnInterrupt, ignore_signals, resume_command
@@ -289,6 +289,7 @@ def main(
     # Before the dataset, which may take minutes to prepare
     resolve_instruction(training_args.instruction)
     model = check_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
+    check_tokenizer(model, training_args.trust_remote_code)
     assert training_args.output_dir is not None  # TrainingArguments fills it in
     output_dir = Path(training_args.output_dir)
     resume_from_checkpoint = resolve_checkpoint(
@@ -424,6 +425,7 @@ def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments")
         progress,
     )
     trainer.add_callback(callback)
+    trainer.accelerator.print(callback.describe_start())
     return callback
 
 

@@ -4,13 +4,14 @@ import hashlib
 import importlib.metadata
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_crisp.evaluation.grading import require_math_verify
+from trl_crisp.evaluation.grading import KINDS, Kind, require_math_verify
 from trl_crisp.evaluation.locking import locked
 from trl_crisp.evaluation.problems import Benchmark, Problem, load_benchmark
 from trl_crisp.evaluation.results import (
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
 _PLACES = 1_000_000
 # Called with a stage, how many are done of how many, and a note
 Tell = Callable[[str, int, int, str], None]
+# What the protocol calls the grader of each kind, and the authors' rules to the letter
+_GRADERS: dict[Kind, str] = {
+    "math": "the authors' rules, with plain notation read and near misses checked",
+    "choice": "the letter of the answer line or of the box",
+    "text": "a right answer as whole words in the answer line, or else in the first sentence",
+}
+_EXACT_GRADER = "the authors' rules"
 
 
 def _check_integer(name: str, value: Any, least: int | None = None) -> None:
@@ -66,6 +74,10 @@ class EvaluationSettings:
         engine: One of [`~trl_crisp.evaluation.engines.ENGINES`].
         exact: Grade by the authors' rules to the letter.
         chat_template_kwargs: Flags of the chat template, such as `enable_thinking`.
+        grader: The kind of the answers, one of [`~trl_crisp.evaluation.grading.KINDS`], where the benchmark's or the file's own is not
+            wanted.
+        prompt_template: See [`~trl_crisp.evaluation.problems.load_benchmark`].
+        system: A system message before each prompt.
     """
 
     model: str
@@ -84,8 +96,13 @@ class EvaluationSettings:
     engine: str = "transformers"
     exact: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    grader: Kind | None = None
+    prompt_template: str | None = None
+    system: str | None = None
 
     def __post_init__(self) -> None:
+        if self.grader is not None and self.grader not in KINDS:
+            raise ValueError(f"grader={self.grader!r} has to be one of {', '.join(KINDS)}.")
         for name in ("samples", "max_new_tokens", "batch_size", "limit"):
             if getattr(self, name) is not None or name in ("samples", "max_new_tokens"):
                 _check_integer(name, getattr(self, name), 1)
@@ -128,6 +145,7 @@ def evaluate(
     output_dir: Path,
     on_progress: Tell | None = None,
     baseline: dict[str, Any] | None = None,
+    on_start: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """
     Sample, grade and summarize; go on where an earlier call with the same settings was interrupted.
@@ -137,6 +155,7 @@ def evaluate(
         output_dir: Receives samples.jsonl and results.json.
         on_progress: Called with a stage, how many are done of how many, and a note.
         baseline: Results to compare with, at every budget of both.
+        on_start: Called before the sampling with the `protocol` and the `first_prompt` of the results.
 
     Returns:
         The results, as in results.json ([`~trl_crisp.evaluation.results`]).
@@ -154,28 +173,49 @@ def evaluate(
                 f"output {str(output_dir)!r}: {str(path)!r} is a file. Give a directory, which need not be there yet."
             )
     with locked(output_dir):
-        return _evaluate(settings, output_dir, on_progress, baseline)
+        return _evaluate(settings, output_dir, on_progress, baseline, on_start)
 
 
 def _evaluate(
-    settings: EvaluationSettings, output_dir: Path, on_progress: Tell | None, baseline: dict[str, Any] | None
+    settings: EvaluationSettings,
+    output_dir: Path,
+    on_progress: Tell | None,
+    baseline: dict[str, Any] | None,
+    on_start: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
     from trl_crisp.evaluation.engines import load_engine
     from trl_crisp.evaluation.loading import describe_weights, find_model
     from trl_crisp.prompts.instructions import resolve_instruction
 
     instruction = resolve_instruction(settings.instruction)
-    benchmark = load_benchmark(settings.benchmark, settings.limit, settings.file)
+    benchmark = load_asked(settings)
 
     def longest(tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig") -> int:
-        prompts = prompt_token_ids(benchmark.problems, instruction, tokenizer, settings.chat_template_kwargs)
+        prompts = prompt_token_ids(
+            benchmark.problems, instruction, tokenizer, settings.chat_template_kwargs, settings.system
+        )
         check_positions(config, benchmark.problems, prompts, settings.max_new_tokens)
         return max(map(len, prompts)) + settings.max_new_tokens
 
     source = find_model(settings.model)
     engine = load_engine(settings.engine, source, longest, settings.batch_size)
     about = describe_weights(source)
-    return measure(engine, settings, instruction, benchmark, output_dir, on_progress, baseline, about)
+    return measure(
+        engine, settings, instruction, benchmark, output_dir, on_progress, baseline, about, on_start=on_start
+    )
+
+
+def load_asked(settings: EvaluationSettings) -> Benchmark:
+    """Return the problems that the settings ask for. Warns where `exact` has no effect on them."""
+    benchmark = load_benchmark(
+        settings.benchmark, settings.limit, settings.file, settings.grader, settings.prompt_template
+    )
+    if settings.exact and benchmark.kind == "text":
+        warnings.warn(
+            f"exact has no effect on {settings.benchmark}: its answers are texts, and the authors have no rule for them.",
+            stacklevel=2,
+        )
+    return benchmark
 
 
 def measure(
@@ -188,6 +228,7 @@ def measure(
     baseline: dict[str, Any] | None = None,
     about: dict[str, Any] | None = None,
     sampled_in_s: float | None = None,
+    on_start: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """
     As [`evaluate`], with what it loads and resolves at hand.
@@ -196,20 +237,27 @@ def measure(
         about: What else the protocol has to say.
         sampled_in_s: How long the sampling took, where the engine's answers were there before.
     """
-    prompts = prompt_token_ids(benchmark.problems, instruction, engine.tokenizer, settings.chat_template_kwargs)
+    prompts = prompt_token_ids(
+        benchmark.problems, instruction, engine.tokenizer, settings.chat_template_kwargs, settings.system
+    )
     check_positions(engine.config, benchmark.problems, prompts, settings.max_new_tokens)
     sampling_protocol = {**describe_sampling(settings, instruction, benchmark, engine), **(about or {})}
     protocol = {
         **sampling_protocol,
         "problems": len(benchmark.problems),
-        "grader": "the authors' rules" if settings.exact else "the authors' rules, with digits and emphasis read",
+        "kind": benchmark.kind,
+        "kind_reason": benchmark.kind_reason,
+        "grader": _EXACT_GRADER if settings.exact and benchmark.kind != "text" else _GRADERS[benchmark.kind],
     }
+    first_prompt = str(engine.tokenizer.decode(prompts[0]))
     if baseline is not None:
         if missing := sorted({"problems", "protocol", "summary"} - baseline.keys()):
             raise ValueError(f"the baseline's results have no {', '.join(missing)}: evaluate it again.")
         check_comparable(baseline, protocol, {problem.id: problem.answer for problem in benchmark.problems})
     file = SampleFile(output_dir / "samples.jsonl", sampling_protocol)
     _check_prompts(file, benchmark, prompts)
+    if on_start is not None:
+        on_start({"protocol": protocol, "first_prompt": first_prompt})
     started_s = time.monotonic()
     tokens = _sample(settings, benchmark, prompts, engine, file, on_progress)
     wall_s = time.monotonic() - started_s if sampled_in_s is None else sampled_in_s
@@ -223,6 +271,7 @@ def measure(
     )
     results = {
         "protocol": protocol,
+        "first_prompt": first_prompt,
         "samples": settings.samples,
         "summary": summaries(problems, settings.all_budgets, settings.samples),
         "wall_s": round(wall_s, 1),
@@ -278,7 +327,7 @@ def describe_sampling(
     """Return everything that a sample depends on."""
     values = asdict(settings)
     # These say how fast, of how many, and what is made of the samples afterwards
-    for name in ("batch_size", "samples", "limit", "file", "exact", "budgets"):
+    for name in ("batch_size", "samples", "limit", "file", "exact", "budgets", "grader"):
         values.pop(name)
     described = engine.describe()
     packages = ("trl-crisp", "math-verify")
@@ -297,23 +346,39 @@ def prompt_token_ids(
     instruction: str,
     tokenizer: "PreTrainedTokenizerBase",
     chat_template_kwargs: dict[str, Any] | None = None,
+    system: str | None = None,
 ) -> list[list[int]]:
-    """Return each problem's prompt as the model reads it, with the instruction where training puts it."""
+    """
+    Return each problem's prompt as the model reads it, with the instruction where training puts it.
+
+    Raises:
+        ValueError: For a system message that the model's chat template refuses.
+    """
+    import jinja2
+
     from trl_crisp.config import DAPO_OPENING_SENTENCE
     from trl_crisp.prompts.instructions import build_teacher_prompt
 
     prompts = []
     for problem in problems:
-        messages, _ = build_teacher_prompt(
-            [{"role": "user", "content": problem.prompt}], instruction, DAPO_OPENING_SENTENCE
-        )
-        rendered: Any = tokenizer.apply_chat_template(
-            messages,  # type: ignore[arg-type]
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **(chat_template_kwargs or {}),
-        )
+        asked = [{"role": "user", "content": problem.prompt}]
+        if system is not None:
+            asked.insert(0, {"role": "system", "content": system})
+        messages, _ = build_teacher_prompt(asked, instruction, DAPO_OPENING_SENTENCE)
+        try:
+            rendered: Any = tokenizer.apply_chat_template(
+                messages,  # type: ignore[arg-type]
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **(chat_template_kwargs or {}),
+            )
+        except jinja2.TemplateError as error:
+            if system is None:
+                raise
+            raise ValueError(
+                f"system={system!r}: the model's chat template refuses it ({error}). Leave it out, or put it into the prompt_template."
+            ) from error
         prompts.append(list(rendered["input_ids"]))
     return prompts
 

@@ -7,9 +7,13 @@ Table "answer formats": 57.7, 54.5 and 93.0 for the same model). The rules are t
 2. the whole response, compared with the gold answer by math-verify;
 3. correct is what either of them finds. A literal `\boxed{...}` is graded apart, for the paper's boxed-only column.
 
-Where we differ, unless `exact=True`: decimal digits of other scripts are read as 0 to 9, and Markdown emphasis around the
-answer (`**42**`), or a LaTeX space behind it, is no part of it. math-verify reads none of them, so a right answer would be counted
-as wrong for its looks.
+Where we differ, unless `exact=True`: emphasis around the answer line's word, colon and answer (`**Answer**: **42**`), digits of other
+scripts, leading points and plain notation (`11 5/6`, `3√13`, `1 < x < 3`) are read; clock times and dates are compared as such; what
+is written as the gold is right; and what math-verify calls equal is checked once more for other bases, units, words and values closer
+than its tolerance ([`~trl_crisp.evaluation.near_misses`]).
+
+Letters of a choice are matched by answer line and box. Facts and names (`"text"`) are right if the answer line, or else the first
+sentence, has one of the golds as whole words ([`~trl_crisp.evaluation.text_answers`]); no paper's rule.
 
 math-verify runs in processes of its own, which are killed when an answer takes them too long: expressions such as
 9^(9^(9^9)) can neither hang nor kill the caller.
@@ -19,31 +23,37 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import selectors
 import subprocess
 import sys
 import time
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from trl_crisp.evaluation.answers import find_answer, find_box, find_letter
+from trl_crisp.evaluation.notation import (
+    bare,
+    is_same_literal,
+    read_answer,
+    read_gold,
+    read_literal,
+    read_numbers,
+    split_unit,
+)
+from trl_crisp.evaluation.text_answers import after_thinking, first_sentence, says, words
 
 Status = Literal["ok", "unparseable", "timeout", "error"]
-Kind = Literal["math", "choice"]
+Kind = Literal["math", "choice", "text"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# A gold, and the text that it is looked for in (`None`: whether the gold can be read), and whether math-verify decides alone
+Question = tuple[str, str | None, bool]
 
 # math-verify's own default for parsing; a usual response takes milliseconds
 TIMEOUT_S = 5.0
 # Ours: importing math-verify takes a second or two, on a machine under load several
 _START_TIMEOUT_S = 120.0
-
-_ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
-_BRACE = re.compile(r"\\boxed\{|[{}]")
-# Not "!": 5! is a factorial
-_STRIPPED = ".,;:?\"' \t"
-_EMPHASIS = "*_`"
-_CHOICE = re.compile(r"^[^A-Za-z0-9]*(?:\\(?:text|mathrm|textbf|mathbf)\{)?[^A-Za-z0-9]*([A-Za-z])(?![A-Za-z])")
 
 
 def require_math_verify() -> None:
@@ -58,12 +68,15 @@ class Grade:
     What grading one response found.
 
     Attributes:
-        answer_correct: The last `Answer: ...` line is the gold answer.
-        boxed_correct: The last literal `\boxed{...}` is.
-        correct: The answer line or the whole response is; the answer line or the box of a letter choice.
+        answer_correct: The last `Answer: ...` line is the gold answer; of a text, it says one of them.
+        boxed_correct: The last literal `\boxed{...}` is, or does.
+        correct: The answer line or the whole response is; the answer line or the box of a letter choice; of a text the answer line, or
+            the first sentence where there is no line.
         status: `"ok"`: it was graded. `"unparseable"`: nothing that could be an answer was found. `"timeout"`, `"error"`: it
             could not be graded, which says nothing about the answer. A response that is correct is `"ok"`.
         answer: The answer line's text, `None` without one.
+        anywhere_correct: Of a text, any part of the response says one of the golds, which credits long answers for what they happen to
+            mention. `None` for the other kinds.
     """
 
     answer_correct: bool
@@ -71,42 +84,24 @@ class Grade:
     correct: bool
     status: Status
     answer: str | None
+    anywhere_correct: bool | None = None
 
 
-def find_answer(response: str, exact: bool = False) -> str | None:
-    """Return the text of the last `Answer: ...` line, or `None` where there is none or it is empty."""
-    found = _ANSWER_LINE.findall(response)
-    if not found:
-        return None
-    answer = found[-1].strip().rstrip(_STRIPPED)
-    # What is left of LaTeX's spaces, `\\,` and the like
-    return (answer if exact else answer.strip(_STRIPPED + _EMPHASIS).rstrip("\\" + _STRIPPED)) or None
-
-
-def find_box(response: str) -> str | None:
-    r"""Return what is inside the last literal `\boxed{...}`, or `None` where there is none that is closed."""
-    # One pass with a stack: a response may hold thousands of boxes that never close
-    opened: list[int | None] = []
-    last: tuple[int, int] | None = None
-    for found in _BRACE.finditer(response):
-        if found.group() == "}":
-            start = opened.pop() if opened else None
-            if start is not None and (last is None or start > last[0]):
-                last = (start, found.start())
-        else:
-            opened.append(found.end() if len(found.group()) > 1 else None)
-    return None if last is None else response[last[0] : last[1]]
-
-
-def grade(response: str, gold: str, kind: Kind = "math", exact: bool = False, timeout_s: float = TIMEOUT_S) -> Grade:
+def grade(
+    response: str,
+    gold: str | Sequence[str],
+    kind: Kind = "math",
+    exact: bool = False,
+    timeout_s: float = TIMEOUT_S,
+) -> Grade:
     """
     Grade one response; for many, [`Grader`] keeps its processes.
 
     Args:
         response: What the model wrote.
-        gold: The right answer, in LaTeX or as a number; the letter of a choice.
-        kind: `"math"`, or `"choice"` for a letter.
-        exact: The authors' rules to the letter.
+        gold: The right answer, in LaTeX or as a number; the letter of a choice; a text, or several of which each is right.
+        kind: `"math"`, `"choice"` for a letter, `"text"` for facts and names.
+        exact: The authors' rules to the letter. They have none for a text.
         timeout_s: Seconds that each comparison may take.
     """
     with Grader(workers=1, exact=exact, timeout_s=timeout_s) as grader:
@@ -149,7 +144,7 @@ class Grader:
 
     def grade_all(
         self,
-        pairs: Sequence[tuple[str, str]],
+        pairs: Sequence[tuple[str, str | Sequence[str]]],
         kind: Kind = "math",
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Grade]:
@@ -157,36 +152,49 @@ class Grader:
         Grade responses.
 
         Args:
-            pairs: Response and gold answer of each.
-            kind: `"math"`, or `"choice"` for a letter.
+            pairs: Response and gold answer of each; of texts also several golds, of which each is right.
+            kind: `"math"`, `"choice"` for a letter, `"text"` for facts and names.
             on_progress: Called with the number of responses graded so far.
 
         Raises:
-            ValueError: For a gold answer that is empty, or no letter where the kind is `"choice"`.
+            ValueError: For a kind that there is not, and for a gold answer that is empty, no letter where the kind is `"choice"`, or
+                without a word where it is `"text"`.
         """
-        for i, (_, gold) in enumerate(pairs):
-            if not gold.strip() or (kind == "choice" and _letter(gold) is None):
-                what = "one letter" if kind == "choice" else "the right answer"
-                raise ValueError(f"pair {i} has the gold answer {gold!r}: give {what}, as text.")
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}.")
+        golds = [_golds(gold, kind, f"pair {i}") for i, (_, gold) in enumerate(pairs)]
+        responses = [response for response, _ in pairs]
         if kind == "choice":
-            return [_grade_choice(response, gold, self.exact) for response, gold in pairs]
-        gradings = [_Grading(response, gold, self.exact) for response, gold in pairs]
+            return [
+                _grade_choice(response, gold[0], self.exact) for response, gold in zip(responses, golds, strict=True)
+            ]
+        if kind == "text":
+            return [_grade_text(response, gold) for response, gold in zip(responses, golds, strict=True)]
+        gradings = [_Grading(response, gold[0], self.exact) for response, gold in zip(responses, golds, strict=True)]
         self._run(gradings, on_progress)
         return [grading.result() for grading in gradings]
 
-    def _run(self, gradings: list["_Grading"], on_progress: Callable[[int], None] | None) -> None:
-        open_gradings = iter([grading for grading in gradings if grading.next_comparison() is not None])
-        done = 0
+    def readable(self, golds: Sequence[str]) -> list[bool]:
+        """Return which golds can be read as math; a gold that takes too long can."""
+        checks = [_Check(gold) for gold in golds]
+        self._run(checks, None)
+        return [check.outcome != "error" for check in checks]
+
+    def _run(self, gradings: Sequence["_Grading | _Check"], on_progress: Callable[[int], None] | None) -> None:
+        open_gradings = iter([grading for grading in gradings if grading.next_question() is not None])
+        done = sum(grading.next_question() is None for grading in gradings)
+        if on_progress is not None and done:
+            on_progress(done)
         with selectors.DefaultSelector() as selector:
 
-            def give(worker: _Worker, grading: "_Grading | None") -> None:
-                grading = grading if grading and grading.next_comparison() else next(open_gradings, None)
+            def give(worker: _Worker, grading: "_Grading | _Check | None") -> None:
+                grading = grading if grading and grading.next_question() else next(open_gradings, None)
                 worker.grading = grading
                 if grading is not None:
-                    worker.begin(grading.next_comparison(), self.timeout_s)
+                    worker.begin(grading.next_question(), self.timeout_s)
                     selector.register(worker.output, selectors.EVENT_READ, worker)
 
-            while len(self._workers) < min(self._count, len(gradings)):
+            while len(self._workers) < min(self._count, len(gradings) - done):
                 self._workers.append(_Worker())
             for worker in self._workers:
                 # Linux ends it with the thread that started it
@@ -209,10 +217,10 @@ class Grader:
                     selector.unregister(worker.output)
                     grading = worker.grading
                     assert grading is not None
-                    grading.outcomes.append(outcome)
+                    grading.take(outcome)
                     if outcome in ("timeout", "died"):
                         worker.restart()
-                    if grading.next_comparison() is None:
+                    if grading.next_question() is None:
                         done += 1
                         if on_progress is not None:
                             on_progress(done)
@@ -220,9 +228,9 @@ class Grader:
 
 
 class _Worker:
-    """A process that compares one pair at a time. Nothing here waits for it."""
+    """A process that answers one question at a time. Nothing here waits for it."""
 
-    grading: "_Grading | None" = None
+    grading: "_Grading | _Check | None" = None
 
     def __init__(self) -> None:
         self.restart()
@@ -231,7 +239,7 @@ class _Worker:
         self.kill()
         # By its own command line, so that it imports nothing of the caller's
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trl_crisp.evaluation.comparing"],
+            [sys.executable, "-m", "trl_crisp.evaluation.math_verify_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -252,9 +260,9 @@ class _Worker:
                 process.stdin.close()
             process.stdout.close()
 
-    def begin(self, comparison: "tuple[str, str] | None", timeout_s: float) -> None:
+    def begin(self, question: Question | None, timeout_s: float) -> None:
         """Ask, at once or as soon as the process has started."""
-        self._comparison, self._timeout_s = comparison, timeout_s
+        self._question, self._timeout_s = question, timeout_s
         if self.started:
             self._ask()
         else:
@@ -264,7 +272,7 @@ class _Worker:
         assert self.process.stdin is not None
         # The time counts from when it has the whole text
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(self._comparison).encode() + b"\n")
+            self.process.stdin.write(json.dumps(self._question).encode() + b"\n")
             self.process.stdin.flush()
         self.deadline_s = time.monotonic() + self._timeout_s
 
@@ -277,7 +285,7 @@ class _Worker:
             self.started = True
             self._ask()
             return None
-        # The kernel ends a process that takes all memory
+        # Nothing from a process that the memory limit, or the kernel, has ended
         return json.loads(line) if line.endswith(b"\n") else "died"
 
     def late(self) -> str:
@@ -289,56 +297,118 @@ class _Worker:
     def _did_not_start(self) -> RuntimeError:
         return RuntimeError(
             "the process that grades did not start. Check that math-verify is installed: pip install 'trl-crisp[eval]', "
-            f'then `{sys.executable} -m trl_crisp.evaluation.comparing` prints "ready".'
+            f'then `{sys.executable} -m trl_crisp.evaluation.math_verify_worker` prints "ready".'
         )
 
 
 class _Grading:
-    """The comparisons that one response needs, in turn, and what came of them."""
+    """The questions that one response needs, in turn, and what came of them."""
 
     def __init__(self, response: str, gold: str, exact: bool) -> None:
-        response, gold = (response, gold) if exact else (_ascii_digits(response), _ascii_digits(gold))
+        self.exact = exact
         self.answer = find_answer(response, exact)
-        box = find_box(response)
-        self.gold = gold
+        texts = {"answer": self.answer, "boxed": find_box(response)}
+        self.outcomes: dict[str, str] = {}
+        self.identical = False
+        if exact:
+            self.gold = gold
+        else:
+            read = read_gold(gold)
+            literal = read_literal(read)
+            self.gold, unit = split_unit(read_answer(read))
+            for name, text in texts.items():
+                if text is None:
+                    continue
+                texts[name], other_unit = split_unit(read_answer(text))
+                if literal is not None:
+                    same = is_same_literal(literal, read_literal(text, last=True))
+                    self.outcomes[name] = "equal" if same else "different"
+                elif bare(read_answer(text)) == bare(read_answer(read)):
+                    self.outcomes[name], self.identical = "equal", True
+                elif unit and other_unit and unit != other_unit:
+                    self.outcomes[name] = "near_miss"
+            if literal is not None:
+                last = read_literal(response, last=True)
+                same = is_same_literal(literal, last)
+                self.outcomes["response"] = "equal" if same else "different" if last else "unparseable"
+            elif bare(response) == bare(read):
+                self.outcomes["response"] = "equal"
+            response = read_numbers(response).replace(r"\fbox{", r"\boxed{")
         # In this order: the whole response, which takes longest, is not needed where the answer line is right
-        self.names = ["answer"] * (self.answer is not None) + ["boxed"] * (box is not None) + ["response"]
-        self.texts = {"answer": f"\\boxed{{{self.answer}}}", "boxed": f"\\boxed{{{box}}}", "response": response}
-        self.outcomes: list[str] = []
+        self.texts = {name: f"\\boxed{{{text}}}" for name, text in texts.items() if text is not None}
+        self.texts["response"] = response
 
-    def next_comparison(self) -> tuple[str, str] | None:
-        place = len(self.outcomes)
-        if place == len(self.names) or (self.names[place] == "response" and self._outcome("answer") == "equal"):
+    def next_question(self) -> Question | None:
+        name = next((name for name in self.texts if name not in self.outcomes), None)
+        # The whole response would find the near miss of its line or box again
+        if name is None or (
+            name == "response" and (self._is("answer", "equal") or "near_miss" in self.outcomes.values())
+        ):
             return None
-        return self.gold, self.texts[self.names[place]]
+        return self.gold, self.texts[name], self.exact
+
+    def take(self, outcome: str) -> None:
+        self.outcomes[next(name for name in self.texts if name not in self.outcomes)] = outcome
 
     def result(self) -> Grade:
-        relevant = [self._outcome("answer"), self._outcome("response")]
-        correct = "equal" in relevant
+        relevant = {outcome for name, outcome in self.outcomes.items() if name != "boxed" or outcome == "near_miss"}
+        # math-verify may not be able to read even the gold
+        identical = self.identical and not relevant & {"different", "near_miss"}
+        correct = "equal" in relevant or identical
         status: Status = "ok"
         if not correct:
             if "timeout" in relevant:
                 status = "timeout"
-            elif {"error", "died"} & set(relevant):
+            elif relevant & {"error", "died"}:
                 status = "error"
-            elif "different" not in relevant:
+            elif not relevant & {"different", "near_miss"}:
                 status = "unparseable"
         return Grade(
-            answer_correct=self._outcome("answer") == "equal",
-            boxed_correct=self._outcome("boxed") == "equal",
+            answer_correct=self._is("answer", "equal"),
+            boxed_correct=self._is("boxed", "equal"),
             correct=correct,
             status=status,
             answer=self.answer,
         )
 
-    def _outcome(self, name: str) -> str | None:
-        return dict(zip(self.names, self.outcomes, strict=False)).get(name)
+    def _is(self, name: str, outcome: str) -> bool:
+        return self.outcomes.get(name) == outcome
+
+
+class _Check:
+    """The question whether a gold can be read."""
+
+    def __init__(self, gold: str) -> None:
+        read = read_gold(gold)
+        self.gold, _ = split_unit(read_answer(read))
+        self.outcome = "equal" if read_literal(read) is not None else None
+
+    def next_question(self) -> Question | None:
+        return (self.gold, None, False) if self.outcome is None else None
+
+    def take(self, outcome: str) -> None:
+        self.outcome = outcome
+
+
+def _golds(gold: str | Sequence[str], kind: Kind, where: str) -> list[str]:
+    golds = [gold] if isinstance(gold, str) else list(gold)
+    what = {"math": "the right answer", "choice": "one letter", "text": "one with a word or a number"}[kind]
+    fits = {
+        "math": lambda one: one.strip(),
+        "choice": lambda one: find_letter(one),
+        "text": lambda one: words(read_gold(one)),
+    }[kind]
+    if not golds or not all(isinstance(one, str) and fits(one) for one in golds):
+        raise ValueError(f"{where} has the gold answer {gold!r}: give {what}, as text.")
+    if len(golds) > 1 and kind != "text":
+        raise ValueError(f"{where} has {len(golds)} gold answers, {golds!r}: only texts can have several. Give one.")
+    return golds
 
 
 def _grade_choice(response: str, gold: str, exact: bool) -> Grade:
     answer, box = find_answer(response, exact), find_box(response)
-    chosen = [_letter(text) if text is not None else None for text in (answer, box)]
-    right = [letter == _letter(gold) for letter in chosen]
+    chosen = [find_letter(text, exact) if text is not None else None for text in (answer, box)]
+    right = [letter == find_letter(gold, exact) for letter in chosen]
     return Grade(
         answer_correct=right[0],
         boxed_correct=right[1],
@@ -348,23 +418,16 @@ def _grade_choice(response: str, gold: str, exact: bool) -> Grade:
     )
 
 
-def _letter(text: str) -> str | None:
-    found = _CHOICE.match(text)
-    return found[1].upper() if found else None
-
-
-def _ascii_digits(text: str) -> str:
-    if text.isascii():
-        return text
-    # Decimal digits alone: a superscript two is an exponent
-    return "".join(
-        character if character.isascii() else str(unicodedata.decimal(character, character)) for character in text
+def _grade_text(response: str, golds: Sequence[str]) -> Grade:
+    golds = [read_gold(gold) for gold in golds]
+    said = after_thinking(response)
+    answer, box = find_answer(said), find_box(said)
+    where = answer if answer is not None else first_sentence(said)
+    return Grade(
+        answer_correct=answer is not None and says(answer, golds),
+        boxed_correct=box is not None and says(box, golds),
+        correct=says(where, golds),
+        status="ok" if words(where) else "unparseable",
+        answer=answer,
+        anywhere_correct=says(response, golds),
     )
-
-
-def count_statuses(grades: Iterable[Grade]) -> dict[str, int]:
-    """Return how many grades have each status."""
-    counts = dict.fromkeys(("ok", "unparseable", "timeout", "error"), 0)
-    for one in grades:
-        counts[one.status] += 1
-    return counts

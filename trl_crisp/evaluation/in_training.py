@@ -20,12 +20,12 @@ from trl_crisp.evaluation.evaluating import (
     Tell,
     check_positions,
     in_sampling_order,
+    load_asked,
     measure,
     prompt_token_ids,
     random_place,
 )
 from trl_crisp.evaluation.grading import require_math_verify
-from trl_crisp.evaluation.problems import load_benchmark
 from trl_crisp.evaluation.results import load_results
 from trl_crisp.evaluation.sampling import Completion
 
@@ -138,12 +138,22 @@ class BenchmarkCallback(TrainerCallback):
         require_math_verify()
         self.trainer, self.settings = trainer, settings
         self.every_steps, self.max_accuracy_drop, self.progress = every_steps, max_accuracy_drop, progress
-        self.benchmark = load_benchmark(settings.benchmark, settings.limit, settings.file)
+        self.benchmark = load_asked(settings)
         self.name = Path(settings.benchmark).stem
         tokenizer: Any = self._tokenizer()
         model: Any = trainer.model
-        prompts = prompt_token_ids(self.benchmark.problems, "", tokenizer, settings.chat_template_kwargs)
+        prompts = prompt_token_ids(
+            self.benchmark.problems, "", tokenizer, settings.chat_template_kwargs, settings.system
+        )
         check_positions(model.config, self.benchmark.problems, prompts, settings.max_new_tokens)
+        self._first_prompt = str(tokenizer.decode(prompts[0]))
+
+    def describe_start(self) -> str:
+        """Return how the answers are graded, and the first prompt."""
+        return (
+            f"Along the run {self.name} is measured: {len(self.benchmark.problems)} problems, graded as {self.benchmark.kind} "
+            f"({self.benchmark.kind_reason}). The first prompt:\n{self._first_prompt}"
+        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -303,7 +313,9 @@ class BenchmarkCallback(TrainerCallback):
     def _sample(self, engine: TransformersEngine, on_progress: Tell | None) -> list[Completion]:
         """Answer this process's share, and return everyone's answers in the order of sampling."""
         settings, accelerator = self.settings, self.trainer.accelerator
-        prompts = prompt_token_ids(self.benchmark.problems, "", engine.tokenizer, settings.chat_template_kwargs)
+        prompts = prompt_token_ids(
+            self.benchmark.problems, "", engine.tokenizer, settings.chat_template_kwargs, settings.system
+        )
         check_positions(engine.config, self.benchmark.problems, prompts, settings.max_new_tokens)
         order = in_sampling_order(len(prompts), settings.samples)
         mine = range(accelerator.process_index, len(order), accelerator.num_processes)

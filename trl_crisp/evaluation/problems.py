@@ -7,12 +7,14 @@ import random
 import re
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trl_crisp.data import FILE_BUILDERS, load_file, raise_for_hub
+from trl_crisp.data import FILE_BUILDERS, check_template, load_file, raise_for_hub
+from trl_crisp.evaluation.golds import gold_of, kind_of_file
 from trl_crisp.evaluation.grading import Kind
+from trl_crisp.evaluation.notation import read_gold
 
 # DAPO's wording, which the paper trains and evaluates with (method's prompts, Figure 2)
 MATH_TEMPLATE = (
@@ -26,6 +28,12 @@ CHOICE_TEMPLATE = (
     "(without quotes) where $Letter is the letter of the right choice.\n\n{problem}\n\n{choices}\n\nRemember to put your answer on "
     'its own line after "Answer:".'
 )
+# Of a user's own file: its questions have their choices in them, and facts are asked as they are
+OWN_TEMPLATES: dict[Kind, str] = {
+    "math": MATH_TEMPLATE,
+    "choice": CHOICE_TEMPLATE.replace("\n\n{choices}", ""),
+    "text": "{problem}",
+}
 # Ours: of the order of GPQA's choices, which the dataset has in four columns
 CHOICE_SEED = 42
 
@@ -38,14 +46,14 @@ class Problem:
     Attributes:
         id: Names it in the results.
         prompt: The user's message.
-        answer: The right one, for [`~trl_crisp.evaluation.grading.grade`].
+        answer: The right one, for [`~trl_crisp.evaluation.grading.grade`]; of a text also a list, of which each is right.
         kind: How it is graded.
         level: Its difficulty or subject, where the benchmark has one.
     """
 
     id: str
     prompt: str
-    answer: str
+    answer: str | list[str]
     kind: Kind = "math"
     level: str | None = None
 
@@ -60,12 +68,19 @@ class Benchmark:
         source: A Hub id, or a file's name.
         revision: The commit of the dataset on the Hub, or `sha256:...` of the file.
         problems: In the order of the source.
+        kind_reason: Why they are graded as the kind that they are.
     """
 
     name: str
     source: str
     revision: str
     problems: list[Problem]
+    kind_reason: str = "the benchmark's"
+
+    @property
+    def kind(self) -> Kind:
+        """How all of them are graded."""
+        return self.problems[0].kind
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,13 @@ class _OnTheHub:
     config: str | None = None
 
 
-def load_benchmark(name: str, limit: int | None = None, file: str | Path | None = None) -> Benchmark:
+def load_benchmark(
+    name: str,
+    limit: int | None = None,
+    file: str | Path | None = None,
+    kind: Kind | None = None,
+    prompt_template: str | None = None,
+) -> Benchmark:
     """
     Load a benchmark by its name, or problems of one's own from a file.
 
@@ -85,9 +106,14 @@ def load_benchmark(name: str, limit: int | None = None, file: str | Path | None 
             `answer`, and optionally `id` and `level`.
         limit: The first so many problems.
         file: A local copy of the named benchmark's rows, with its own columns.
+        kind: How all problems are graded. By default a named benchmark's own, and a file's by its answers
+            ([`~trl_crisp.evaluation.golds.kind_of_file`]).
+        prompt_template: Text with `{column}` placeholders that is filled in from each row and becomes the user's message. By default
+            the benchmark's, and of a file the paper's for math, the same for letters, the question alone for texts.
 
     Raises:
-        ValueError: For an unknown name, a limit below 1, or rows without the columns.
+        ValueError: For an unknown name, a limit below 1, rows without the columns, answers that are not of the kind, or a template
+            that does not fit the rows.
         FileNotFoundError, PermissionError, ConnectionError: Where the rows cannot be had; with both ways to have them.
     """
     if limit is not None and limit < 1:
@@ -124,8 +150,35 @@ def load_benchmark(name: str, limit: int | None = None, file: str | Path | None 
                     else "It needs question (or problem) and answer."
                 )
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
     _check(problems, source)
-    return Benchmark(name, source, revision, problems)
+    reason = Benchmark.kind_reason
+    if known is None or kind is not None:
+        graded_as, reason = kind_of_file([problem.answer for problem in problems], kind, source)
+        problems = [replace(problem, kind=graded_as) for problem in problems]
+    if known is None:
+        template = OWN_TEMPLATES[graded_as]
+        problems = [replace(problem, prompt=template.format(problem=problem.prompt)) for problem in problems]
+    if prompt_template is not None:
+        problems = _with_template(problems, rows[:limit], prompt_template, name, source)
+    return Benchmark(name, source, revision, problems, reason)
+
+
+def _with_template(
+    problems: list[Problem], rows: list[dict[str, Any]], template: str, name: str, source: str
+) -> list[Problem]:
+    if name in BENCHMARKS and problems[0].prompt.startswith(CHOICE_TEMPLATE.partition("{")[0]):
+        raise ValueError(
+            f"prompt_template: the prompt of {name} lists the choices under letters, which no column of a row does. Leave it out, or "
+            "give a file with questions and letters of your own."
+        )
+    check_template(template, list(rows[0]))
+    for number, row in enumerate(rows):
+        for _, column, _, _ in string.Formatter().parse(template):
+            if column is not None and row[column.split("[")[0]] is None:
+                raise ValueError(f"{source}, row {number}: prompt_template: it has nothing in its column {column!r}.")
+    return [replace(problem, prompt=template.format(**row)) for problem, row in zip(problems, rows, strict=True)]
 
 
 def _did_you_mean(name: str) -> str:
@@ -283,10 +336,15 @@ def _own_problem(row: _Row, number: int) -> Problem:
     level = row.get("level")
     return Problem(
         id=_text(row.get("id")) or str(number),
-        prompt=MATH_TEMPLATE.format(problem=question),
-        answer=_text(row["answer"]),
+        prompt=str(question),
+        answer=_own_answer(row["answer"]),
         level=None if level is None else _text(level),
     )
+
+
+def _own_answer(value: Any) -> str | list[str]:
+    gold = gold_of(value)
+    return read_gold(gold) if isinstance(gold, str) else [read_gold(one) for one in gold]
 
 
 BENCHMARKS: dict[str, _OnTheHub] = {

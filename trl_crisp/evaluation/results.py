@@ -7,6 +7,7 @@ to, so a run that was interrupted goes on with what is missing; a last line that
 
 - `schema`, `schema_version`
 - `protocol`: the model and its weights, the problems and their revision, the sampling, the grader, the versions of the libraries
+- `first_prompt`: as the model reads it, special tokens included
 - `problems`: id, level, the right answer, and each sample's measures (tokens, thinking and answer tokens, how it ended, the grades at
   each budget)
 - `summary`: by budget in tokens, for `all` problems and for each level: see [`summarize`]
@@ -42,8 +43,18 @@ _COMPARED = (
     "top_k",
     "max_new_tokens",
     "chat_template_kwargs",
+    "prompt_template",
+    "system",
+    "kind",
     "grader",
 )
+# The shares of right answers in a summary, and the flag of a grade that each counts; the last one only texts have
+FLAGS = {
+    "accuracy": "correct",
+    "answer_accuracy": "answer_correct",
+    "boxed_accuracy": "boxed_correct",
+    "anywhere_accuracy": "anywhere_correct",
+}
 # Ours: of the base's pass rate, for the table of what happens to problems that it finds hard and easy
 PASS_RATE_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -175,7 +186,7 @@ def summarize(problems: Sequence[dict[str, Any]], budget_tokens: int, k: int) ->
         k: The samples of each problem.
 
     Returns:
-        `problems`, `samples`; `accuracy` (mean@k, dual), `answer_accuracy`, `boxed_accuracy`, `pass_at` (pass@1, 2, 4 ... k, unbiased);
+        `problems`, `samples`; `accuracy` (mean@k, dual), `answer_accuracy`, `boxed_accuracy`, of texts `anywhere_accuracy`, `pass_at` (pass@1, 2, 4 ... k, unbiased);
         of the tokens
         `mean_tokens`, `median_tokens`, `p90_tokens`, `p99_tokens`, `mean_thinking_tokens`, `mean_answer_tokens`; the shares
         `truncated`, `compresses` (the last 10,000 characters more than 10x), `repeats` (that, or it ends in a loop), `unparseable`, `not_graded` (a time-out or an error); `epistemic_words_per_1000_tokens`.
@@ -190,9 +201,8 @@ def summarize(problems: Sequence[dict[str, Any]], budget_tokens: int, k: int) ->
     return {
         "problems": len(problems),
         "samples": len(samples),
+        **{name: share([grade[flag] for grade in grades]) for name, flag in FLAGS.items() if flag in grades[0]},
         "accuracy": pass_at_k(correct, 1),
-        "answer_accuracy": share([grade["answer_correct"] for grade in grades]),
-        "boxed_accuracy": share([grade["boxed_correct"] for grade in grades]),
         "pass_at": {str(tried): pass_at_k(correct, tried) for tried in _powers_of_two(k)},
         "mean_tokens": float(tokens.mean()),
         "median_tokens": float(np.median(tokens)),
@@ -262,7 +272,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def check_comparable(base: dict[str, Any], protocol: dict[str, Any], answers: dict[str, str]) -> None:
+def check_comparable(base: dict[str, Any], protocol: dict[str, Any], answers: dict[str, str | list[str]]) -> None:
     """
     Raise `ValueError` where results and another evaluation differ in more than the model and the instruction.
 
@@ -301,8 +311,9 @@ def compare(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> 
         budget_tokens: One that both were measured at; longer answers count at it.
 
     Returns:
-        `reduction` of the mean tokens and `accuracy_change`, with paired bootstrap 95% intervals over problems; and
-        `by_pass_rate`, the same in groups of problems by the base's pass rate. A group is chosen by one half of the base's samples and
+        `reduction` of the mean tokens, `accuracy_change`, `answer_accuracy_change`, `boxed_accuracy_change`, of texts
+        `anywhere_accuracy_change`, and `unread_change`, with paired bootstrap 95% intervals over problems; `unread_before` and
+        `unread_after`, the shares of answers in which nothing was found or that could not be graded; and `by_pass_rate`, the same in groups of problems by the base's pass rate. A group is chosen by one half of the base's samples and
         measured against the other half, both ways around: against the samples that chose it, a group of problems that the base got
         wrong would look better, and one that it got right worse, without any change of the model. Empty where the base has a
         single sample a problem.
@@ -312,31 +323,28 @@ def compare(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> 
     """
     check_comparable(base, other["protocol"], {problem["id"]: problem["answer"] for problem in other["problems"]})
     pairs = list(_pairs(base, other, budget_tokens))
-    # Problem by problem: base's tokens, other's tokens, base's flags, other's flags
-    whole = [tuple(values.mean() for values in pair) for pair in pairs]
+    # Problem by problem: the base's means, the other's
+    whole = [(before.mean(axis=1), after.mean(axis=1)) for before, after in pairs]
+    names = ["tokens", *(name for name, flag in FLAGS.items() if _has(base, flag) and _has(other, flag)), "unread"]
     groups = {}
-    if all(len(pair[2]) > 1 for pair in pairs):
+    if all(before.shape[1] > 1 for before, _ in pairs):
         for low, high in itertools.pairwise(PASS_RATE_EDGES):
             last = high == PASS_RATE_EDGES[-1]
             group = []
-            for tokens_before, tokens_after, correct_before, correct_after in pairs:
+            for before, after in pairs:
                 views = [
-                    (
-                        tokens_before[seen].mean(),
-                        tokens_after.mean(),
-                        correct_before[seen].mean(),
-                        correct_after.mean(),
-                    )
+                    (before[:, seen].mean(axis=1), after.mean(axis=1))
                     for chosen, seen in (
                         (slice(0, None, 2), slice(1, None, 2)),
                         (slice(1, None, 2), slice(0, None, 2)),
                     )
-                    if low <= (rate := correct_before[chosen].mean()) < high or (last and rate == high)
+                    if low <= (rate := before[names.index("accuracy"), chosen].mean()) < high
+                    or (last and rate == high)
                 ]
                 if views:
                     group.append(tuple(np.mean(views, axis=0)))
-            groups[f"{low:.0%} to {high:.0%}"] = _changes(group)
-    return {"budget_tokens": budget_tokens, **_changes(whole), "by_pass_rate": groups}
+            groups[f"{low:.0%} to {high:.0%}"] = _changes(group, names)
+    return {"budget_tokens": budget_tokens, **_changes(whole, names), "by_pass_rate": groups}
 
 
 def shared_budgets(base: dict[str, Any], other: dict[str, Any]) -> list[int]:
@@ -344,9 +352,15 @@ def shared_budgets(base: dict[str, Any], other: dict[str, Any]) -> list[int]:
     return sorted(int(budget) for budget in base["summary"].keys() & other["summary"].keys())
 
 
-def _pairs(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> Iterator[tuple[np.ndarray, ...]]:
+def _has(results: dict[str, Any], flag: str) -> bool:
+    return all(flag in grade for grade in results["problems"][0]["samples"][0]["grades"].values())
+
+
+def _pairs(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each problem's measures of both sides: [tokens, the flags that both have, unread; samples]."""
     sides = [{problem["id"]: problem for problem in results["problems"]} for results in (base, other)]
     key = str(budget_tokens)
+    flags = [flag for flag in FLAGS.values() if _has(base, flag) and _has(other, flag)]
     for name in sides[0]:
         row = []
         for side in sides:
@@ -356,15 +370,26 @@ def _pairs(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> I
                     f"problem {name!r} was not graded at a budget of {budget_tokens} tokens; the budgets there are "
                     f"{', '.join(samples[0]['grades'])}."
                 )
-            row.append(np.array([min(sample["tokens"], budget_tokens) for sample in samples], dtype=float))
-            row.append(np.array([sample["grades"][key]["correct"] for sample in samples], dtype=float))
-        yield row[0], row[2], row[1], row[3]
+            grades = [sample["grades"][key] for sample in samples]
+            measures = [[min(sample["tokens"], budget_tokens) for sample in samples]]
+            measures += [[grade[flag] for grade in grades] for flag in flags]
+            measures += [[grade["status"] != "ok" for grade in grades]]
+            row.append(np.array(measures, dtype=float))
+        yield row[0], row[1]
 
 
-def _changes(problems: Sequence[tuple[float, ...]]) -> dict[str, Any]:
+def _changes(problems: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str]) -> dict[str, Any]:
+    changed = [f"{name}_change" for name in names[1:]]
     if len(problems) < 2:
-        return {"problems": len(problems), "reduction": None, "accuracy_change": None}
-    tokens_before, tokens_after, correct_before, correct_after = map(np.array, zip(*problems, strict=True))
-    reduction: Interval = paired_bootstrap_reduction(tokens_before, tokens_after)
-    change: Interval = paired_bootstrap_difference(correct_before, correct_after)
-    return {"problems": len(problems), "reduction": asdict(reduction), "accuracy_change": asdict(change)}
+        nothing = dict.fromkeys(["reduction", *changed, "unread_before", "unread_after"])
+        return {"problems": len(problems), **nothing}
+    before, after = (np.array(side).T for side in zip(*problems, strict=True))
+    reduction: Interval = paired_bootstrap_reduction(before[0], after[0])
+    changes = [asdict(paired_bootstrap_difference(*rows)) for rows in zip(before[1:], after[1:], strict=True)]
+    return {
+        "problems": len(problems),
+        "reduction": asdict(reduction),
+        **dict(zip(changed, changes, strict=True)),
+        "unread_before": float(before[-1].mean()),
+        "unread_after": float(after[-1].mean()),
+    }

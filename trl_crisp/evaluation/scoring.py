@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from trl_crisp.evaluation.grading import Grader, find_answer
+from trl_crisp.evaluation.grading import KINDS, Grader
 from trl_crisp.evaluation.metrics import compresses, epistemic_words, repeats_itself
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.results import Sample
@@ -40,14 +40,14 @@ def score_samples(
     ]
     grades: dict[tuple[str, int, str], Any] = {}
     with Grader(exact=exact) as grader:
-        for kind in ("math", "choice"):
+        for kind in KINDS:
             of_kind = [job for job in jobs if job[0].kind == kind]
 
             def tell(done: int, total: int = len(of_kind)) -> None:
                 if on_progress is not None:
                     on_progress("grading", done, total, "")
 
-            graded = grader.grade_all([(text, problem.answer) for problem, _, _, text in of_kind], kind, tell)  # type: ignore[arg-type]
+            graded = grader.grade_all([(text, problem.answer) for problem, _, _, text in of_kind], kind, tell)
             for (problem, number, budget, _), grade in zip(of_kind, graded, strict=True):
                 grades[problem.id, number, budget] = grade
     texts = {(problem.id, number, budget): text for problem, number, budget, text in jobs}
@@ -56,9 +56,12 @@ def score_samples(
         by_budget = {}
         for budget in budgets:
             key = (sample.problem, sample.number, budget)
+            # Only texts have a flag for what is said anywhere
+            grade = {
+                name: value for name, value in asdict(grades[key]).items() if name == "answer" or value is not None
+            }
             by_budget[budget] = {
-                **asdict(grades[key]),
-                "answer": find_answer(texts[key], exact),
+                **grade,
                 "compresses": compresses(texts[key]),
                 "repeats": repeats_itself(texts[key]),
                 "epistemic_words": epistemic_words(texts[key]),

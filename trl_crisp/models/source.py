@@ -25,7 +25,7 @@ def check_model(
         FileNotFoundError: Where there is no such directory, model or revision.
         PermissionError, ConnectionError: See [`~trl_crisp.data.raise_for_hub`].
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     if not name:
         raise ValueError(
@@ -46,10 +46,21 @@ def check_model(
         )
     with loading_errors_named(name, "its config", field_name):
         AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    if path.is_dir():
-        with loading_errors_named(name, "its tokenizer", field_name):
-            AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return name
+
+
+def check_tokenizer(name: str, trust_remote_code: bool) -> None:
+    """
+    Check that the tokenizer of a local model can be loaded.
+
+    Raises:
+        ValueError: If it cannot, with the reason.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(name).is_dir():
+        with loading_errors_named(name, "its tokenizer", "model_name_or_path"):
+            AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 @contextmanager

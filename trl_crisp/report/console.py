@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,11 @@ _LENGTHS = (
     "mean_thinking_tokens",
     "mean_answer_tokens",
 )
+# The shares of right answers, and what their columns are called for each kind of answers
+_SHARES = {"accuracy": "accuracy", "answer_accuracy": "answer line", "boxed_accuracy": "box"}
+_TEXT_SHARES = {"accuracy": "accuracy", "anywhere_accuracy": "anywhere"}
+# Ours: with more of the answers unread, accuracy is of the minority that was
+_MOST = 0.5
 # Ours: how often a line is printed where there is no terminal to draw a bar on
 _LINE_EVERY_S = 15.0
 
@@ -48,6 +53,21 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
         yield draw
 
 
+def print_start(about: dict[str, Any]) -> None:
+    """
+    Print how the answers will be graded, and the first prompt.
+
+    Args:
+        about: `protocol` and `first_prompt`, as [`~trl_crisp.evaluation.evaluating.evaluate`] gives them before it samples.
+    """
+    protocol = about["protocol"]
+    print(
+        f"{protocol['benchmark']}: {protocol['problems']} problems, graded as {protocol['kind']} ({protocol['kind_reason']}): "
+        f"{protocol['grader']}.\nThe first prompt:\n{about['first_prompt']}",
+        flush=True,
+    )
+
+
 def print_evaluation(results: dict[str, Any]) -> None:
     """
     Print an evaluation's tables, a row a budget and level, and what changed from its baseline.
@@ -68,24 +88,33 @@ def print_evaluation(results: dict[str, Any]) -> None:
         for name, values in groups.items()
     ]
     k = str(results["samples"])
+    names = _TEXT_SHARES if "anywhere_accuracy" in rows[0][1] else _SHARES
     accuracy = []
     tokens = []
     for label, values in rows:
-        shares = [f"{values[key]:.1%}" for key in ("accuracy", "answer_accuracy", "boxed_accuracy")]
+        shares = [f"{values[key]:.1%}" for key in names]
         shares += [f"{values['pass_at'][k]:.1%}", f"{values['unparseable']:.1%}"]
         accuracy.append([label, *shares, str(round(values["not_graded"] * values["samples"]))])
         cut = [f"{values[key]:.1%}" for key in ("truncated", "repeats")]
         words = f"{values['epistemic_words_per_1000_tokens']:.1f}"
         tokens.append([label, *(f"{values[key]:,.0f}" for key in _LENGTHS), *cut, words])
     title = f"{protocol['model']} on {protocol['benchmark']}"
-    headers = ["", "accuracy", "answer line", "box", f"pass@{k}", "no answer", "not graded"]
+    headers = ["", *names.values(), f"pass@{k}", "no answer", "not graded"]
     console.print(_table(f"{title}: correct answers", headers, accuracy))
     headers = ["", "mean", "median", "p90", "p99", "thinking", "answer", "cut", "repeats", "doubt words / 1,000"]
     console.print(_table(f"{title}: tokens", headers, tokens))
     for budget, comparison in results.get("comparison", {}).items():
         groups = {"all": comparison, **comparison["by_pass_rate"]}
-        changes = [[name, str(values["problems"]), *_changes(values)] for name, values in groups.items()]
-        headers = ["the baseline's pass rate", "problems", "tokens", "accuracy, points"]
+        columns = {f"{key}_change": f"{name}, points" for key, name in names.items()}
+        unread = [comparison["unread_before"], comparison["unread_after"]]
+        if None not in unread and max(unread) > _MOST:
+            console.print(
+                f"Most answers could not be read: {unread[0]:.0%} before, {unread[1]:.0%} after. A change of accuracy says little here; "
+                "look at the answers in samples.jsonl, and at the prompt and the grader."
+            )
+            columns = {"unread_change": "not read, points", **columns}
+        changes = [[name, str(values["problems"]), *_changes(values, columns)] for name, values in groups.items()]
+        headers = ["the baseline's pass rate", "problems", "tokens", *columns.values()]
         title = f"Against the baseline at {int(budget):,} tokens: 95% intervals over problems"
         console.print(_table(title, headers, changes))
         if not comparison["by_pass_rate"]:
@@ -104,11 +133,12 @@ def _table(title: str, headers: list[str], rows: list[list[str]]) -> Any:
     return table
 
 
-def _changes(values: dict[str, Any]) -> tuple[str, str]:
+def _changes(values: dict[str, Any], columns: Iterable[str]) -> list[str]:
     if values["reduction"] is None:
-        return "", ""
-    tokens, accuracy = values["reduction"], values["accuracy_change"]
-    return (
+        return ["", *("" for _ in columns)]
+    tokens = values["reduction"]
+    shares = [values[column] for column in columns]
+    return [
         f"{-tokens['estimate']:+.0%} [{-tokens['high']:+.0%}, {-tokens['low']:+.0%}]",
-        f"{100 * accuracy['estimate']:+.1f} [{100 * accuracy['low']:+.1f}, {100 * accuracy['high']:+.1f}]",
-    )
+        *(f"{100 * one['estimate']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]" for one in shares),
+    ]
