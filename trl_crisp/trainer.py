@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import DistillationTrainer
 
 from trl_crisp._upstream import pad
+from trl_crisp.adapter_checks import check_adapters_of
 from trl_crisp.checkpoints import (
     RUN_FILE,
     check_same_run,
@@ -35,9 +36,11 @@ from trl_crisp.checkpoints import (
     seal,
 )
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
+from trl_crisp.hidden_states import last_hidden_state
 from trl_crisp.instructions import Prompt, resolve_instruction
 from trl_crisp.json_files import write_json
 from trl_crisp.losses import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
+from trl_crisp.model_checks import check_config, needs_positions
 from trl_crisp.nonfinite import SkipNonFiniteSteps
 from trl_crisp.precision import check_step_size
 from trl_crisp.prompt_pairs import PromptPairs, check_columns
@@ -139,6 +142,7 @@ class CRISPTrainer(DistillationTrainer):
         for name, dataset in {"train": train_dataset, **eval_datasets}.items():
             if dataset is not None:
                 check_columns(dataset, name)
+        check_adapters_of(model, peft_config)
 
         super().__init__(
             model=model,
@@ -158,6 +162,7 @@ class CRISPTrainer(DistillationTrainer):
                 "would need its own image tokens and nobody has tried that. To train a model on text, pass its tokenizer "
                 "as `processing_class`."
             )
+        check_config(self.model)
         self._check_learning_rate()
         self.prompt_pairs = PromptPairs(
             instruction,
@@ -171,6 +176,8 @@ class CRISPTrainer(DistillationTrainer):
         self.add_callback(self._nonfinite)
         self._run = describe_run(self.model, args, instruction)
         self.teacher = make_teacher(self.model, args, self.accelerator)
+        # Whether padded rows come with position ids; student and teacher are of one architecture
+        self._passes_positions = self._check_model()
 
         self._baseline_lengths_tokens: list[float] = []
         # What a checkpoint knows of the steps since the last line of the log, until training goes on
@@ -194,6 +201,16 @@ class CRISPTrainer(DistillationTrainer):
                 f"learning_rate={rate} is the paper's for full fine-tuning; a LoRA adapter hardly moves at it. Set one for "
                 "LoRA, such as 1e-5 to 1e-4.",
                 stacklevel=3,
+            )
+
+    def _check_model(self) -> bool:
+        with self.teacher.serving() as teacher:
+            return needs_positions(
+                teacher,
+                self.teacher.wrapped_model,
+                self._forward_redirection,
+                self._tokenizer.pad_token_id,
+                self.accelerator,
             )
 
     def _select_rows(self) -> None:
@@ -324,6 +341,11 @@ class CRISPTrainer(DistillationTrainer):
                 self._step_entropies_nats.append((metrics["entropy"][-1], teacher_entropy / num_tokens))
                 self._check_teacher_is_not_uniform()
         return loss
+
+    def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep):
+        hidden_BTH = last_hidden_state(unwrapped_model, input_ids, attention_mask, self._passes_positions)
+        # The last position predicts a token after the completion
+        return hidden_BTH[:, :-1][:, -logits_to_keep:]
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         args = self.args
