@@ -1,6 +1,5 @@
 """Whether the loss is right on a model: checked at the start on the model itself, by a few short forward passes."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +10,20 @@ from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
 
 from trl_crisp._upstream import maybe_gather_lm_head_ctx
-from trl_crisp.hidden_states import backbone, causal_model, evaluation_mode, last_hidden_state, takes
+from trl_crisp.hidden_states import (
+    backbone,
+    causal_model,
+    difference,
+    evaluation_mode,
+    last_hidden_state,
+    takes,
+    tolerance_of,
+)
 from trl_crisp.losses import MASKED_LOGIT, logits_of, output_head
 
 # Ours: enough tokens for a median, and enough padding for a shift of the positions to show
 _TOKENS = 8
 _PADDING_TOKENS = 16
-# Ours: of passes in float32. Rounding stays a hundred times below it; the weakest effect of positions that was found on
-# transformers' models is above it.
-_FLOAT32_TOLERANCE = 1e-4
 
 
 class _UnfitModel(ValueError):
@@ -136,11 +140,11 @@ def probe_model(model: nn.Module, pad_token_id: int) -> bool:
             raise _UnfitModel(
                 f"{_name(model)} gives hidden states that are NaN or infinite. Check its weights, and load it in float32."
             )
-        tolerance = _tolerance(model, hidden)
+        tolerance = tolerance_of(model, hidden)
         _check_head(model, hidden, row, ones, tolerance)
         alone = hidden[0, :_TOKENS]
         first_half = last_hidden_state(model, row[:, :_TOKENS], ones[:, :_TOKENS], pass_positions=False)[0]
-        if _difference(first_half, alone) > tolerance:
+        if difference(first_half, alone) > tolerance:
             raise _UnfitModel(
                 f"{_name(model)} is not causal: later tokens change the hidden states of earlier ones, so rollouts and loss "
                 "would be of different distributions. Set is_decoder=True in its config if it has that field, or train "
@@ -150,7 +154,7 @@ def probe_model(model: nn.Module, pad_token_id: int) -> bool:
         takes_positions = takes(causal_model(model), "position_ids") and takes(backbone(model), "position_ids")
         for pass_positions in (False, True) if takes_positions else (False,):
             hidden = last_hidden_state(model, padded, mask, pass_positions)[0, _PADDING_TOKENS:]
-            if _difference(hidden, alone) <= tolerance:
+            if difference(hidden, alone) <= tolerance:
                 return pass_positions
     raise _UnfitModel(
         f"{_name(model)} gives other hidden states when a row is padded on its left, and position ids do not mend it: it "
@@ -166,7 +170,7 @@ def _check_head(
     own_BTV = causal_model(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
     head = output_head(model, hidden_BTH.dtype)
     hidden_BTH = hidden_BTH.to(head.weight_VH.device)
-    with maybe_gather_lm_head_ctx(head.weight_VH, head.bias_V):
+    with maybe_gather_lm_head_ctx(head.weight_VH, head.bias_V):  # type: ignore[arg-type]
         if hasattr(head.bias_V, "ds_id") and torch.isneginf(head.bias_V).any():  # type: ignore[arg-type]
             raise _UnfitModel(
                 "the output head's bias is -inf for some tokens, which DeepSpeed ZeRO-3 does not support. Use ZeRO-2 or "
@@ -186,7 +190,7 @@ def _check_head(
     masked_BTV = own_BTV < MASKED_LOGIT
     same_mask = torch.equal(masked_BTV, read_BTV < MASKED_LOGIT)
     own_BTV, read_BTV = own_BTV.masked_fill(masked_BTV, 0), read_BTV.masked_fill(masked_BTV, 0)
-    if not same_mask or _difference(read_BTV[0], own_BTV[0]) > tolerance:
+    if not same_mask or difference(read_BTV[0], own_BTV[0]) > tolerance:
         raise _UnfitModel(
             f"{_name(model)} gives other logits than its output head (get_output_embeddings) gives of its last hidden "
             f"states: it transforms them in a way that is not known here. {advice}"
@@ -195,20 +199,3 @@ def _check_head(
 
 def _name(model: nn.Module) -> str:
     return type(causal_model(model)).__name__
-
-
-def _difference(hidden_TH: torch.Tensor, expected_TH: torch.Tensor) -> float:
-    # Of the median token: rounding can send a token to another expert, and padding changes all of them
-    expected_TH = expected_TH.float()
-    errors_T = (hidden_TH.float() - expected_TH).norm(dim=-1) / expected_TH.norm(dim=-1).clamp(min=1e-30)
-    return errors_T.median().nan_to_num(math.inf).item()
-
-
-def _tolerance(model: nn.Module, hidden: torch.Tensor) -> float:
-    dtypes = {hidden.dtype, *(parameter.dtype for parameter in model.parameters())}
-    # Quantized weights (integers) are multiplied in bfloat16, and matrices on a GPU may be in TF32, as coarse as float16
-    floats = {dtype if dtype.is_floating_point else torch.bfloat16 for dtype in dtypes}
-    if hidden.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        floats.add(torch.float16)
-    eps = max(torch.finfo(dtype).eps for dtype in floats)
-    return _FLOAT32_TOLERANCE if eps <= torch.finfo(torch.float32).eps else math.sqrt(eps)
