@@ -12,6 +12,7 @@ from torch import nn
 # Ours: of passes in float32. Rounding stays a hundred times below it; the weakest effect of positions that was found on
 # transformers' models is above it.
 _FLOAT32_TOLERANCE = 1e-4
+_LOWEST_COMPARED = -9e3
 
 
 def causal_model(model: nn.Module) -> nn.Module:
@@ -78,10 +79,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def difference(output_TH: torch.Tensor, expected_TH: torch.Tensor) -> float:
-    """Return how far the median row of a pass is from that of another, relative to its norm; infinite for NaN."""
+    """
+    Return how far the median row of a pass is from that of another, relative to its norm; infinite for NaN. Logits that mask a
+    token (-inf, finfo.min) are left out.
+    """
+    output_TH, expected_TH = (x.float().masked_fill(x < _LOWEST_COMPARED, 0) for x in (output_TH, expected_TH))
     # Of the median row: rounding can send a token to another expert, while padding changes all of them
-    expected_TH = expected_TH.float()
-    errors_T = (output_TH.float() - expected_TH).norm(dim=-1) / expected_TH.norm(dim=-1).clamp(min=1e-30)
+    errors_T = (output_TH - expected_TH).norm(dim=-1) / expected_TH.norm(dim=-1).clamp(min=1e-30)
     return errors_T.median().nan_to_num(math.inf).item()
 
 
