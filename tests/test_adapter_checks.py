@@ -171,23 +171,23 @@ def test_a_field_that_is_not_known_is_refused(tmp_path):
 OTHERS = {
     "AdaLoraConfig": {"total_step": 10},
     "BOFTConfig": {},
-    "C3AConfig": {},
+    "C3AConfig": {"block_size": 16},
     "FourierFTConfig": {},
     "HRAConfig": {},
     "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "LNTuningConfig": {"target_modules": ["input_layernorm"]},
     "LoHaConfig": {},
     "LoKrConfig": {},
-    "MissConfig": {},
+    "MissConfig": {"r": 4},
     "OFTConfig": {},
     "PrefixTuningConfig": {"num_virtual_tokens": 4, "target_modules": None},
     "PromptEncoderConfig": {"num_virtual_tokens": 4, "target_modules": None},
     "PromptTuningConfig": {"num_virtual_tokens": 4, "target_modules": None},
     "RandLoraConfig": {},
-    "RoadConfig": {},
-    "ShiraConfig": {},
+    "RoadConfig": {"group_size": 16},
+    "ShiraConfig": {"r": 4},
     "TrainableTokensConfig": {"token_indices": [1], "target_modules": ["embed_tokens"]},
-    "VBLoRAConfig": {},
+    "VBLoRAConfig": {"vector_length": 16, "num_vectors": 8},
     "VeraConfig": {},
 }
 
@@ -199,18 +199,18 @@ def test_other_kinds_of_adapter_are_refused(tmp_path, name, given):
     fields = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **OTHERS[name]}
     adapter = getattr(peft, name)(**{key: value for key, value in fields.items() if value is not None})
     model = tiny_model(vocab_size=272)
+    given_as = (
+        {"model": model, "peft_config": adapter} if given == "config" else {"model": get_peft_model(model, adapter)}
+    )
     with pytest.raises(ValueError, match="LoRA adapters only"):
-        if given == "config":
-            make_trainer(tmp_path, model=model, peft_config=adapter)
-        else:
-            make_trainer(tmp_path, model=get_peft_model(model, adapter))
+        make_trainer(tmp_path, **given_as)
 
 
 def test_weights_trained_beside_the_adapter_are_refused(tmp_path):
     """The teacher reads them, too."""
     model = lora_model(tiny_model())
     model.base_model.model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"1 parameters of the base model .* norm\.weight"):
+    with pytest.raises(ValueError, match=r"1 parameters of the base model .*norm\.weight"):
         make_trainer(tmp_path, model=model)
 
 

@@ -144,4 +144,6 @@ def tiny_architecture(kind: str, **overrides) -> PreTrainedModel:
                 parameter.mul_(3.0)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        # Distributions that are far from uniform
+        model.get_output_embeddings().weight.mul_(3.0)
     return model.eval()
