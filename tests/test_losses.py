@@ -197,7 +197,9 @@ def masked_problem(mask_value: float, student_ids: list[int], teacher_ids: list[
 def oracle_without(ids: list[int], given, beta, temperature):
     """The oracle on the vocabulary without the masked tokens."""
     kept = [v for v in range(V) if v not in ids]
-    student, teacher = (side._replace(weight_VH=side.weight_VH[kept], bias_V=side.bias_V[kept]) for side in given[1::2])
+    student, teacher = (
+        side._replace(weight_VH=side.weight_VH[kept], bias_V=side.bias_V[kept]) for side in given[1::2]
+    )
     return oracle((given[0], student, given[2], teacher), beta, temperature), kept
 
 

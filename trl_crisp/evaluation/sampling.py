@@ -292,7 +292,11 @@ class _Batch:
             keep = torch.tensor(open_rows, device=ids.device)
             self.indices = [self.indices[row] for row in open_rows]
             self.mask, self.uniforms, ids = self.mask[keep], self.uniforms[keep], ids[keep]
-            self.cache.batch_select_indices(keep)
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                # Layers with recurrent states select by reordering only
+                select = layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices
+                select(keep)
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.indices), 1))], dim=1)
         self.logits = self._forward(ids.unsqueeze(1), self.mask.sum(dim=1, keepdim=True) - 1)
 
