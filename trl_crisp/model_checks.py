@@ -80,7 +80,12 @@ def needs_positions(
             logits are not those of its output head.
     """
     if wrapped is not None:
-        found = _probe(lambda: redirect(wrapped, model, probe_model, model, pad_token_id), model, is_ready=True)
+
+        def run_wrapped() -> bool:
+            # A forward of the backend returns tensors
+            return bool(redirect(wrapped, model, lambda: torch.tensor(probe_model(model, pad_token_id))))
+
+        found = _probe(run_wrapped, model, is_ready=True)
     else:
         # Under DeepSpeed and FSDP it is not where it will be trained, and has kernels that run there only
         is_ready = model.get_input_embeddings().weight.device.type == accelerator.device.type  # type: ignore[operator]

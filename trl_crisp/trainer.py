@@ -82,8 +82,8 @@ class CRISPTrainer(DistillationTrainer):
         callbacks, optimizers, quantization_config, peft_config, tools: As in the parent.
 
     Raises:
-        ValueError: For rows, adapters, precisions or inputs (vision) that would train something else than what was asked
-            for; each message says what to do.
+        ValueError: For rows, models, adapters, precisions or inputs (vision) that would train something else than what was
+            asked for; each message says what to do.
 
     Example:
 
