@@ -85,14 +85,14 @@ def check_adapter_config(config: PeftConfig, name: str = "default") -> None:
 
 def check_adapters_of(model: Any, config: PeftConfig | None) -> None:
     """
-    Check the adapters that a model has, or is to get, by their configs.
+    Check the adapters that a model (or the id or path of one) has, or is to get, by their configs.
 
     Raises:
         ValueError: As [`check_adapter_config`].
     """
     if isinstance(config, PeftConfig):
         check_adapter_config(config)
-    elif is_peft_model(model):
+    elif not isinstance(model, str) and is_peft_model(model):
         for name in model.active_adapters:
             check_adapter_config(model.peft_config[name], name)
 
