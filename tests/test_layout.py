@@ -23,7 +23,8 @@ MODULES = {
 MAY_IMPORT = {
     "_upstream": set(),
     "config": {"prompts.chat_template_flags"},
-    "teacher": {"config", "prompts.chat_template_flags", "_upstream"},
+    "teacher": {"config", "prompts.chat_template_flags", "models.adapter_checks", "models.hidden_states", "_upstream"},
+    "models": {"_upstream", "config", "loss.divergence", "prompts.chat_template_flags", "rows.hub"},
     "prompts": set(),
     "loss": {"_upstream"},
     "run": set(),
@@ -31,6 +32,9 @@ MAY_IMPORT = {
     "trainer": {
         "_upstream",
         "config",
+        "models.adapter_checks",
+        "models.checks",
+        "models.hidden_states",
         "prompts.instructions",
         "loss.divergence",
         "prompts.pairs",

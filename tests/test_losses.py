@@ -184,3 +184,101 @@ def test_a_head_without_bias_attribute_is_read():
     model = tiny_model("llama")
     model.set_output_embeddings(Head())
     assert output_head(model, torch.float32).bias_V is None
+
+
+def masked_problem(mask_value: float, student_ids: list[int], teacher_ids: list[int], **head):
+    """As `problem`, with a head's bias that masks tokens on each side."""
+    given = problem(bias=True, **head)
+    for side, ids in ((given[1], student_ids), (given[3], teacher_ids)):
+        side.bias_V.data[ids] = mask_value
+    return given
+
+
+def oracle_without(ids: list[int], given, beta, temperature):
+    """The oracle on the vocabulary without the masked tokens."""
+    kept = [v for v in range(V) if v not in ids]
+    student, teacher = (
+        side._replace(weight_VH=side.weight_VH[kept], bias_V=side.bias_V[kept]) for side in given[1::2]
+    )
+    return oracle((given[0], student, given[2], teacher), beta, temperature), kept
+
+
+@pytest.mark.parametrize("mask_value", [-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("slice_tokens", [256, 1])
+def test_masked_tokens_carry_no_divergence(monkeypatch, beta, temperature, mask_value, slice_tokens):
+    """Values, the student's entropy and gradients are those of the vocabulary without them; theirs are zero."""
+    monkeypatch.setattr("trl_crisp.loss.divergence.CPU_SLICE_TOKENS", slice_tokens)
+    ids = [2, 7]
+    given = masked_problem(mask_value, ids, ids)
+    (expected, expected_entropy, leaves), kept = oracle_without(ids, given, beta, temperature)
+    divergence, entropy = per_token_divergence(*given, MASK_BT, beta, temperature)
+    torch.testing.assert_close(divergence.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-6)
+    divergence.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(given[0].grad.double(), leaves[0].grad, rtol=1e-4, atol=1e-5)
+    for leaf, expected_leaf in zip(given[1][:2], leaves[1:], strict=True):
+        torch.testing.assert_close(leaf.grad[kept].double(), expected_leaf.grad, rtol=1e-4, atol=1e-5)
+        assert torch.count_nonzero(leaf.grad[ids]) == 0
+
+
+@pytest.mark.parametrize("mask_value", [-torch.inf, torch.finfo(torch.float32).min])
+def test_the_diagnostics_leave_masked_tokens_out(mask_value):
+    ids = [2, 7]
+    given = masked_problem(mask_value, ids, ids)
+    (expected, *_), _ = oracle_without(ids, given, 1.0, 1.0)
+    swapped = (given[2], given[3], given[0].detach(), given[1])
+    (_, expected_entropy, _), _ = oracle_without(ids, swapped, 1.0, 1.0)
+    diagnostics = sampled_diagnostics(*given, MASK_BT, 1.0)
+    assert diagnostics.reverse_kl_nats.item() == pytest.approx(expected.sum().item(), rel=1e-5)
+    assert diagnostics.teacher_entropy_nats.item() == pytest.approx(expected_entropy.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_of_other_dtypes(dtype):
+    """The lowest number of float16 is no lower than -65504."""
+    ids = [2, 7]
+    hidden, student, teacher_hidden, teacher = problem(dtype, bias=True)
+    for side in (student, teacher):
+        side.bias_V.data[ids] = -torch.inf
+    for beta in (0.0, 0.5, 1.0):
+        divergence, entropy = per_token_divergence(hidden, student, teacher_hidden, teacher, MASK_BT, beta, 0.7)
+        assert torch.isfinite(divergence).all()
+        assert torch.isfinite(entropy).all()
+        assert (divergence[MASK_BT != 0] > 0).all()
+        divergence.sum().backward()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in (hidden, *student[:2]))
+
+
+@pytest.mark.parametrize(("beta", "masked"), [(0.0, "teacher"), (0.5, "teacher"), (0.5, "student"), (1.0, "student")])
+def test_a_token_that_one_side_masks_counts_if_the_divergence_is_finite(beta, masked):
+    """Its term is the other side's mass on the mixture, or zero; by the oracle with a very low logit."""
+    given = masked_problem(-torch.inf, [2] if masked == "student" else [], [2] if masked == "teacher" else [])
+    low = masked_problem(-1e4, [2] if masked == "student" else [], [2] if masked == "teacher" else [])
+    expected, _, leaves = oracle(low, beta, 1.0)
+    divergence, _ = per_token_divergence(*given, MASK_BT, beta, 1.0)
+    torch.testing.assert_close(divergence.double(), expected, rtol=1e-5, atol=1e-6)
+    divergence.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(given[0].grad.double(), leaves[0].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("beta", "masked", "other"), [(0.0, "student", "teacher"), (1.0, "teacher", "student")])
+def test_an_infinite_divergence_is_an_error(beta, masked, other):
+    """The one side gives no probability to what the other can say; the diagnostics say so by an infinite number."""
+    given = masked_problem(-torch.inf, [2] if masked == "student" else [], [2] if masked == "teacher" else [])
+    with pytest.raises(ValueError, match=f"infinite: the bias of the {masked}'s .* id 2, that the {other}"):
+        per_token_divergence(*given, MASK_BT, beta, 1.0)
+    assert sampled_diagnostics(*given, MASK_BT, 1.0).reverse_kl_nats.isinf() == (masked == "teacher")
+
+
+def test_soft_capping_lifts_a_mask():
+    """A capped logit is no lower than -softcap, so the token has a probability."""
+    given = masked_problem(-torch.inf, [2], [2], softcap=2.0)
+    low = masked_problem(-1e9, [2], [2], softcap=2.0)
+    expected, expected_entropy, _ = oracle(low, 1.0, 1.0)
+    divergence, entropy = per_token_divergence(*given, MASK_BT, 1.0, 1.0)
+    torch.testing.assert_close(divergence.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-6)

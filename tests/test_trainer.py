@@ -468,3 +468,58 @@ def test_logs_are_json(tmp_path):
     trainer = make_trainer(tmp_path, "qwen3", max_steps=2)
     trainer.train()
     json.dumps(trainer.state.log_history)
+
+
+def with_masked_tokens(model, ids: list[int]):
+    """Give a model a head with a bias that masks tokens."""
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    head.weight = model.lm_head.weight
+    with torch.no_grad():
+        head.bias.normal_(std=0.1)
+        head.bias[ids] = -torch.inf
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize(("beta", "teacher"), [(1.0, "periodic"), (0.5, "periodic"), (0.0, "periodic"), (1.0, "ema")])
+def test_tokens_that_the_head_masks_train_as_if_they_were_not_there(tmp_path, beta, teacher, tuning):
+    """Losses and gradients are finite, the mask stays, and the moving average of two masks is a mask."""
+    masked = [30, 35, 40]
+    trainer = make_trainer(
+        tmp_path,
+        model=with_masked_tokens(tiny_model(), masked),
+        peft_config=LoraConfig(**LORA) if tuning == "lora" else None,
+        beta=beta,
+        teacher_model_kind=teacher,
+        teacher_sync_steps=1,
+        teacher_update_rate=0.3 if teacher == "ema" else None,
+        logging_nan_inf_filter=False,
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 3
+    for log in logs:
+        assert 0 < log["loss"] < 10
+        assert 0 < log["grad_norm"] < 1e3
+        assert 0 < log["reverse_kl"] < 10
+        assert 0 < log["entropy"] < 10
+    with trainer.teacher.serving() as served:
+        for model in (trainer.model, served):
+            bias = model.get_output_embeddings().bias
+            assert torch.isneginf(bias).nonzero().flatten().tolist() == masked
+            assert not any(torch.isnan(parameter).any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_float16_weights_are_refused(tmp_path, tuning):
+    """Unless they are frozen: PEFT keeps an adapter in float32."""
+    if tuning == "full":
+        with pytest.raises(ValueError, match="trainable weights are float16"):
+            make_trainer(tmp_path, model=tiny_model().to(torch.float16))
+        return
+    trainer = make_trainer(tmp_path, model=tiny_model().to(torch.float16), peft_config=LoraConfig(**LORA))
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    frozen = get_peft_model(tiny_model().to(torch.float16), LoraConfig(**LORA), autocast_adapter_dtype=False)
+    with pytest.raises(ValueError, match="trainable weights are float16"):
+        make_trainer(tmp_path, model=frozen)

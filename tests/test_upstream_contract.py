@@ -68,6 +68,7 @@ UPSTREAM = {
         "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
         "loss/divergence.py passes all by position",
     ),
+    "maybe_gather_lm_head_ctx": ("params", "model_checks.py passes the head's weight and bias by position"),
     "pad": ("tensors padding_value padding_side pad_to_multiple_of", "trainer.py pads the teacher's prompts"),
     "prepare_deepspeed": ("model accelerator", "teacher.py"),
     "prepare_fsdp": ("model accelerator", "teacher.py"),

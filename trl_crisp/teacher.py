@@ -10,7 +10,6 @@ Three places that the teacher's weights can live in, behind one interface:
 
 import copy
 import json
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,8 +26,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trl_crisp._upstream import prepare_deepspeed
 from trl_crisp.config import CRISPConfig
+from trl_crisp.models.adapter_checks import ADAPTER_NAME, check_adapter
+from trl_crisp.models.hidden_states import evaluation_mode
 
-ADAPTER_NAME = "teacher"
 STATE_FILE = "teacher_state.json"
 WEIGHTS_FILE = "teacher.safetensors"
 
@@ -46,7 +46,7 @@ def make_teacher(student: nn.Module, args: CRISPConfig, accelerator: Accelerator
         ValueError: Where the student's adapter cannot be shared, or the backend cannot hold this teacher.
     """
     if is_peft_model(student):
-        _check_adapter(student, args, accelerator)
+        check_adapter(student, args, accelerator)
         return (
             LiveTeacher(student, args)
             if args.teacher_model_kind == "live"
@@ -244,7 +244,7 @@ class Teacher(ABC):
         Where that module is the student's, everything about the student is as before on leaving: the training mode of
         each module, the active adapter, the requires_grad flags. Run it under `torch.no_grad()`.
         """
-        with _without_dropout(self.student):
+        with evaluation_mode(self.student):
             yield self.student
 
     @abstractmethod
@@ -263,6 +263,8 @@ class Teacher(ABC):
             average.copy_(source)
         else:
             average.lerp_(source.to(average.dtype), self.update_rate)
+            # The mean of two equal infinities (the bias of masked tokens) would be NaN
+            average.copy_(torch.where(torch.isinf(source), source.to(average.dtype), average))
         if average is not target:
             target.copy_(average)
 
@@ -455,61 +457,6 @@ def _plain_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def _check_adapter(model: Any, args: CRISPConfig, accelerator: Accelerator) -> None:
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
-            "LoRA with a shared teacher does not work under DeepSpeed ZeRO-3: the teacher's pass over the same modules "
-            "breaks its parameter trace. Use ZeRO-2 or FSDP2 (examples/accelerate/zero2.yaml, fsdp2.yaml)."
-        )
-    active = model.active_adapters
-    if len(active) != 1:
-        raise ValueError(
-            f"the model has {len(active)} active adapters ({', '.join(active)}); one is trained and shared with the "
-            "teacher. Activate one with `model.set_adapter(name)`."
-        )
-    name = active[0]
-    config = model.peft_config[name]
-    if name == ADAPTER_NAME:
-        raise ValueError(
-            f"the student's adapter is called {ADAPTER_NAME!r}, which is the name of the teacher's. Load it under another "
-            "name, such as 'default'."
-        )
-    if getattr(config.peft_type, "value", config.peft_type) != "LORA":
-        raise ValueError(
-            f"the adapter {name!r} is of type {config.peft_type}; a teacher can share the base model with LoRA adapters "
-            "only. Use peft.LoraConfig, or merge the adapter and train the full model."
-        )
-    for setting, why in (
-        ("modules_to_save", "trains whole modules"),
-        ("trainable_token_indices", "trains rows of the embedding"),
-        ("target_parameters", "holds one adapter for each parameter, not two"),
-    ):
-        if value := getattr(config, setting, None):
-            raise ValueError(
-                f"the LoRA config's {setting}={value!r} {why}, which student and teacher would share, so the teacher "
-                f"would change with the student. Remove {setting}, or train the full model."
-            )
-    if config.bias != "none":
-        raise ValueError(
-            f"the LoRA config's bias={config.bias!r} trains biases of the base model, which student and teacher share, so "
-            "the teacher would change with the student. Use bias='none', or train the full model."
-        )
-    if args.teacher_model_init_kwargs:
-        warnings.warn(
-            "teacher_model_init_kwargs has no effect with LoRA: the teacher's adapter has the dtype of the student's.",
-            stacklevel=5,
-        )
-    dtype = model.get_input_embeddings().weight.dtype
-    if args.use_vllm and dtype in (torch.bfloat16, torch.float16):
-        warnings.warn(
-            f"TRL merges the adapter into the {dtype} base model and takes it out again for each update of vLLM, which "
-            "rounds: the base model drifts, and with it the teacher (huggingface/trl#6688). Load the model in float32, or "
-            "train the full model.",
-            stacklevel=5,
-        )
-
-
 def _lora_layers(model: nn.Module) -> Iterator[Any]:
     from peft.tuners.lora import LoraLayer
 
@@ -524,17 +471,6 @@ def _drop_the_teachers(layer: nn.Module, state_dict: dict[str, Any], prefix: str
 
 def _adapters_in(model: nn.Module) -> set[str]:
     return {name for layer in _lora_layers(model) for name in layer.scaling}
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

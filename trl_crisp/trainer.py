@@ -24,6 +24,9 @@ from trl_crisp._upstream import pad
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
 from trl_crisp.loss.divergence import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
+from trl_crisp.models.adapter_checks import check_adapters_of
+from trl_crisp.models.checks import check_config, needs_positions
+from trl_crisp.models.hidden_states import last_hidden_state
 from trl_crisp.prompts.instructions import Prompt, resolve_instruction
 from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens
@@ -67,8 +70,8 @@ class CRISPTrainer(ResumableTrainer):
         callbacks, optimizers, quantization_config, peft_config, tools: As in the parent.
 
     Raises:
-        ValueError: For rows, adapters, precisions or inputs (vision) that would train something else than what was asked
-            for; each message says what to do.
+        ValueError: For rows, models, adapters, precisions or inputs (vision) that would train something else than what was
+            asked for; each message says what to do.
 
     Example:
 
@@ -127,6 +130,7 @@ class CRISPTrainer(ResumableTrainer):
         for name, dataset in {"train": train_dataset, **eval_datasets}.items():
             if dataset is not None:
                 check_columns(dataset, name)
+        check_adapters_of(model, peft_config)
 
         super().__init__(
             model=model,
@@ -146,6 +150,7 @@ class CRISPTrainer(ResumableTrainer):
                 "would need its own image tokens and nobody has tried that. To train a model on text, pass its tokenizer "
                 "as `processing_class`."
             )
+        check_config(self.model)
         self._check_learning_rate()
         self.prompt_pairs = PromptPairs(
             instruction,
@@ -159,6 +164,8 @@ class CRISPTrainer(ResumableTrainer):
         revision = cached_commit(self.model.config._name_or_path, init_kwargs.get("revision"))
         self.run_description = describe_run(self.model, args, instruction, revision)
         self.teacher = make_teacher(self.model, args, self.accelerator)
+        # Whether padded rows come with position ids; student and teacher are of one architecture
+        self._passes_positions = self._check_model()
 
         self._baseline_lengths_tokens: list[float] = []
         # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
@@ -180,6 +187,16 @@ class CRISPTrainer(ResumableTrainer):
                 f"learning_rate={rate} is the paper's for full fine-tuning; a LoRA adapter hardly moves at it. Set one for "
                 "LoRA, such as 1e-5 to 1e-4.",
                 stacklevel=3,
+            )
+
+    def _check_model(self) -> bool:
+        with self.teacher.serving() as teacher:
+            return needs_positions(
+                teacher,
+                self.teacher.wrapped_model,
+                self._forward_redirection,
+                self._tokenizer.pad_token_id,
+                self.accelerator,
             )
 
     def _select_rows(self) -> None:
@@ -313,6 +330,11 @@ class CRISPTrainer(ResumableTrainer):
                 self._step_entropies_nats.append((metrics["entropy"][-1], teacher_entropy / num_tokens))
                 self._check_teacher_is_not_uniform()
         return loss
+
+    def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep):
+        hidden_BTH = last_hidden_state(unwrapped_model, input_ids, attention_mask, self._passes_positions)
+        # The last position predicts a token after the completion
+        return hidden_BTH[:, :-1][:, -logits_to_keep:]
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         args = self.args

@@ -2,11 +2,12 @@
 
 `model.generate` keeps computing rows that have ended until the longest one has; here they are taken out of the batch and
 of its cache, so that a few long answers do not cost as much as the whole batch. A row's random numbers depend on the
-seed and on its place among the prompts alone, neither on the batch size nor on the other rows.
+seed and on its place among the prompts alone, neither on the batch size nor on the other rows. A model that answers
+otherwise in such a batch than alone (it ignores the mask, or its cache cannot lose rows) answers one prompt at a time.
 """
 
-import inspect
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,15 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from trl_crisp.models.hidden_states import causal_model, difference, positions_of, takes, tolerance_of
+
 # Ours: room for this many further tokens is made whenever the buffers of the cache are full. Larger ones copy less
 # often and hold more unused memory.
 _CACHE_GROWTH_TOKENS = 128
 # Ours: finished rows leave once they are an eighth of the batch, because taking them out copies the cache of the rest
 _COMPACT_SHARE = 1 / 8
+# Ours: enough padding, in a batch with short rows, for its effect to show
+_TRIED_TOKENS = 24
 # Ours: steps of a batch before its pace is told; the first ones warm up
 _PACE_STEPS = 8
 
@@ -194,12 +199,20 @@ def sample(
 
     was_training = model.training
     model.eval()
+    batch_type: type[_Batch | _Alone] = _Batch
     try:
+        if order and (problem := _problem_of_batches(model)):
+            warnings.warn(
+                f"{type(causal_model(model)).__name__} {problem}, so each prompt is answered alone and without a cache: the "
+                "answers are right, and slow.",
+                stacklevel=3,
+            )
+            batch_size, batch_type = 1, _Alone
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             batches_left = (len(order) - 1) // batch_size - first // batch_size
             seeds = [[seed, index if places is None else places[index]] for index in batch]
-            state = _Batch(model, [prompt_token_ids[index] for index in batch], batch, seeds, max_new_tokens)
+            state = batch_type(model, [prompt_token_ids[index] for index in batch], batch, seeds, max_new_tokens)
             batch_start_s = time.monotonic()
             for step in range(1, max_new_tokens + 1):
                 ids = next_tokens(
@@ -252,22 +265,22 @@ class _Batch:
         for row, ids in enumerate(prompts):
             input_ids[row, width_tokens - len(ids) :] = torch.tensor(ids)
             self.mask[row, width_tokens - len(ids) :] = 1
-        uniforms = [np.random.default_rng(row_seed).random(max_new_tokens) for row_seed in seeds]
-        self.uniforms = torch.tensor(np.stack(uniforms), dtype=torch.float32).clamp_(max=1 - 2**-24).to(device)
+        self.uniforms = _uniforms(seeds, max_new_tokens, device)
         self.mask = self.mask.to(device)
         self.cache = _new_cache(model)
-        # Not every forward can skip the logits of the prompt's other positions
-        takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.keep = {"logits_to_keep": 1} if takes_keep else {}
-        self.logits = self._forward(input_ids.to(device), (self.mask.cumsum(dim=1) - 1).clamp(min=0))
+        # Not every forward can skip the logits of the prompt's other positions, or takes positions
+        self.keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+        self.takes_positions = takes(causal_model(model), "position_ids")
+        self.logits = self._forward(input_ids.to(device), positions_of(self.mask))
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
         output = self.model(
             input_ids=input_ids,
             attention_mask=self.mask,
-            position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
+            **positions,
             **self.keep,
         )
         return output.logits[:, -1]
@@ -279,6 +292,60 @@ class _Batch:
             keep = torch.tensor(open_rows, device=ids.device)
             self.indices = [self.indices[row] for row in open_rows]
             self.mask, self.uniforms, ids = self.mask[keep], self.uniforms[keep], ids[keep]
-            self.cache.batch_select_indices(keep)
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                # Layers with recurrent states select by reordering only
+                select = layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices
+                select(keep)
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.indices), 1))], dim=1)
         self.logits = self._forward(ids.unsqueeze(1), self.mask.sum(dim=1, keepdim=True) - 1)
+
+
+class _Alone:
+    """As [`_Batch`] for one row of a model that has no cache that rows can leave: all tokens pass at each step."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: list[Sequence[int]],
+        indices: list[int],
+        seeds: list[list[int]],
+        max_new_tokens: int,
+    ) -> None:
+        self.model = model
+        self.indices = indices
+        self.tokens: dict[int, list[int]] = {index: [] for index in indices}
+        device = model.get_input_embeddings().weight.device
+        self.uniforms = _uniforms(seeds, max_new_tokens, device)
+        self.input_ids = torch.tensor([list(prompts[0])], device=device)
+        self.logits = self._forward()
+
+    def _forward(self) -> torch.Tensor:
+        mask = torch.ones_like(self.input_ids)
+        return self.model(input_ids=self.input_ids, attention_mask=mask, use_cache=False).logits[:, -1]
+
+    def advance(self, ids: torch.Tensor, open_rows: list[int]) -> None:
+        """Feeds the drawn `ids` ([1]) and leaves the logits after them."""
+        self.input_ids = torch.cat([self.input_ids, ids.unsqueeze(1)], dim=1)
+        self.logits = self._forward()
+
+
+def _uniforms(seeds: list[list[int]], max_new_tokens: int, device: torch.device) -> torch.Tensor:
+    uniforms = [np.random.default_rng(row_seed).random(max_new_tokens) for row_seed in seeds]
+    return torch.tensor(np.stack(uniforms), dtype=torch.float32).clamp_(max=1 - 2**-24).to(device)
+
+
+def _problem_of_batches(model: Any) -> str | None:
+    # Three rows of different lengths, a further token, and one row that leaves: the others answer as each does alone
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = [(i + 1) * vocab_size // (_TRIED_TOKENS + 1) for i in range(_TRIED_TOKENS)]
+    prompts: list[Sequence[int]] = [ids[:4], ids[:6], ids]
+    seeds = [[0]] * len(prompts)
+    try:
+        batch = _Batch(model, prompts, [0, 1, 2], seeds, 1)
+        batch.advance(torch.full_like(batch.logits[:, 0], ids[-1], dtype=torch.long), [0, 1])
+    except Exception as error:
+        return f"has no cache that rows can leave ({type(error).__name__}: {error})"
+    alone = torch.cat([_Alone(model, [[*prompt, ids[-1]]], [0], seeds, 1).logits for prompt in prompts[:2]])
+    is_same = difference(batch.logits, alone) <= tolerance_of(model, alone)
+    return None if is_same else "answers otherwise in a padded batch with a cache than alone"

@@ -13,6 +13,11 @@ from trl_crisp._upstream import ChunkedDivergenceFunction
 # Tokens that the kernel gets at once on a CPU, where it makes several [tokens, 32768] float32 temporaries. Ours: its time
 # is the same down to here, its memory is not.
 CPU_SLICE_TOKENS = 256
+# A token whose logit is below it has no probability in float32, so it carries no divergence. Ours: no model's logits get
+# there, and masks (-1e4 and below, such as finfo.min or -inf) do.
+MASKED_LOGIT = -9e3
+# What the kernel gets for anything lower. -inf would make it NaN (0 * inf), and finfo.min at a temperature below 1 too.
+_LOWEST_BIAS = -1e30
 
 
 class OutputHead(NamedTuple):
@@ -63,6 +68,15 @@ def _logit_scale(config) -> float:
     return 1.0
 
 
+def logits_of(hidden_BTH: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    """Return a head's logits, [B, T, V] in float32, as the loss computes them. For a few positions: it is one tensor."""
+    logits_BTV = (hidden_BTH.to(head.weight_VH.dtype) @ head.weight_VH.T).float()
+    if head.bias_V is not None:
+        logits_BTV = logits_BTV + head.bias_V.float()
+    logits_BTV = logits_BTV * head.logit_scale
+    return logits_BTV if head.softcap is None else head.softcap * torch.tanh(logits_BTV / head.softcap)
+
+
 def per_token_divergence(
     student_hidden_BTH: torch.Tensor,
     student_head: OutputHead,
@@ -87,9 +101,24 @@ def per_token_divergence(
             generalized JSD with mixture (1 - beta) * student + beta * teacher.
         temperature: Softmax temperature of both distributions.
 
+    A token that both heads' biases mask with -inf has no probability and carries no divergence.
+
     Returns:
         The divergence and the student's entropy, both [B, T] in nats, float32, zero where the mask is zero.
+
+    Raises:
+        ValueError: If the divergence is infinite: for beta 1 the teacher's bias masks a token that the student can give,
+            for beta 0 the student's masks one of the teacher's.
     """
+    if beta in (0.0, 1.0):
+        sides = [("student", student_head), ("teacher", teacher_head)]
+        (giver, giver_head), (masker, masker_head) = sides if beta == 1.0 else sides[::-1]
+        if len(tokens := _only_masked_by(masker_head, giver_head).nonzero()):
+            raise ValueError(
+                f"the divergence is infinite: the bias of the {masker}'s output head is -inf for {len(tokens)} tokens, such "
+                f"as id {tokens[0].item()}, that the {giver} can give. Mask the same tokens in both, or set beta between 0 "
+                "and 1."
+            )
     in_loss_BT = loss_mask_BT != 0
     divergence_N, entropy_N = _divergence(
         student_hidden_BTH[in_loss_BT], student_head, teacher_hidden_BTH[in_loss_BT], teacher_head, beta, temperature
@@ -118,7 +147,8 @@ def sampled_diagnostics(
         max_tokens: Ours, because two [256, V] tiles cost little beside the pass itself and bound the error of the mean.
 
     Returns:
-        Sums in nats (float32) and the number of tokens they are over.
+        Sums in nats (float32) and the number of tokens they are over. The reverse KL is infinite if the teacher masks a
+        token that the student can give.
     """
     tokens_N = (loss_mask_BT != 0).flatten().nonzero().squeeze(1)
     if len(tokens_N) > max_tokens:
@@ -134,6 +164,7 @@ def sampled_diagnostics(
         beta=0.0,
         temperature=temperature,
     )
+    reverse_kl_N = reverse_kl_N.masked_fill(_only_masked_by(teacher_head, student_head).any(), torch.inf)
     return Diagnostics(
         teacher_entropy_N.sum(), reverse_kl_N.sum(), torch.tensor(len(tokens_N), device=tokens_N.device)
     )
@@ -155,10 +186,10 @@ def _divergence(
     return ChunkedDivergenceFunction.apply(
         student_hidden_NH,
         student_head.weight_VH,
-        student_head.bias_V,
+        _finite(student_head.bias_V),
         teacher_hidden_NH,
         teacher_head.weight_VH,
-        teacher_head.bias_V,
+        _finite(teacher_head.bias_V),
         beta,
         temperature,
         student_head.logit_scale,
@@ -166,3 +197,18 @@ def _divergence(
         teacher_head.logit_scale,
         teacher_head.softcap,
     )
+
+
+def _finite(bias_V: torch.Tensor | None) -> torch.Tensor | None:
+    # ZeRO-3's is gathered by the kernel, and refused at the start if it masks
+    if bias_V is None or hasattr(bias_V, "ds_id"):
+        return bias_V
+    return bias_V.float().clamp(min=_LOWEST_BIAS)
+
+
+def _only_masked_by(head: OutputHead, other: OutputHead) -> torch.Tensor:
+    if head.bias_V is None or hasattr(head.bias_V, "ds_id") or head.softcap is not None:
+        # Soft-capping lifts a masked logit to -softcap
+        return torch.zeros(1, dtype=torch.bool, device=head.weight_VH.device)
+    masked_V = torch.isneginf(head.bias_V)
+    return masked_V if other.bias_V is None else masked_V & (other.bias_V > MASKED_LOGIT)

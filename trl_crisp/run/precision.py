@@ -9,12 +9,20 @@ _SAMPLED_WEIGHTS = 4096
 
 def check_step_size(model: torch.nn.Module, learning_rate: float) -> None:
     """
-    Check that most trainable weights would change at all.
+    Check that most trainable weights would change at all, and by steps of the right size.
 
     Raises:
-        ValueError: Where more than half of them would round back to what they were at each step.
+        ValueError: If more than half of them would round back to what they were at each step, or if some are float16, in
+            which AdamW's mean of the squared gradients rounds to zero, and its step is as large as the numbers allow.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(parameter.dtype == torch.float16 for parameter in trainable):
+        raise ValueError(
+            "the trainable weights are float16, in which AdamW's squared gradients round to zero, so its steps would be far "
+            "too large and training would diverge. Load the model in float32 (model_init_kwargs={'dtype': 'float32'}, TRL's "
+            "default) and set fp16=True, which computes in float16 on float32 weights; or train with DeepSpeed or FSDP2, "
+            "which keep float32 masters; or use LoRA, whose weights PEFT keeps in float32."
+        )
     unchanged = unchanged_weight_share(trainable, learning_rate) if learning_rate else 0.0
     if unchanged > 0.5:
         raise ValueError(

@@ -1,0 +1,100 @@
+"""How a model is run: its body without the head, the positions of padded rows; and whether two passes of it agree."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+
+# Ours: of passes in float32. Rounding stays a hundred times below it; the weakest effect of positions that was found on
+# transformers' models is above it.
+_FLOAT32_TOLERANCE = 1e-4
+_LOWEST_COMPARED = -9e3
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model within a PEFT model, or the model itself."""
+    return model.base_model.model if is_peft_model(model) else model  # type: ignore[union-attr, return-value]
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """
+    Return the part of a causal language model that ends in its last hidden states.
+
+    Raises:
+        ValueError: If the model names no such part.
+    """
+    model = causal_model(model)
+    # Llama 4's text model names its body otherwise than its class says
+    body = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if not isinstance(body, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no part without the output head (`base_model`), whose hidden states the loss "
+            "reads. Train a causal language model of transformers that has one."
+        )
+    return body
+
+
+def positions_of(attention_mask_BT: torch.Tensor) -> torch.Tensor:
+    """Return each token's position among the tokens of its row that are not padding, as `generate` numbers them."""
+    return (attention_mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Return whether a module's forward names an argument."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def last_hidden_state(
+    model: nn.Module, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, pass_positions: bool
+) -> torch.Tensor:
+    """
+    Run a model's body on padded rows, and return its last hidden states, [B, T, H].
+
+    Args:
+        model: An unwrapped transformers model, or a PEFT model.
+        input_ids_BT: Token ids.
+        attention_mask_BT: 1 for a token, 0 for padding on either side.
+        pass_positions: Pass the positions of [`positions_of`]. A model that learned an embedding for each position needs
+            them; one with relative positions gives the same without.
+    """
+    positions = {"position_ids": positions_of(attention_mask_BT)} if pass_positions else {}
+    output = backbone(model)(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **positions)
+    return output.last_hidden_state
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own on leaving."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def difference(output_TH: torch.Tensor, expected_TH: torch.Tensor) -> float:
+    """
+    Return how far the median row of a pass is from that of another, relative to its norm; infinite for NaN. Logits that mask a
+    token (-inf, finfo.min) are left out.
+    """
+    output_TH, expected_TH = (x.float().masked_fill(x < _LOWEST_COMPARED, 0) for x in (output_TH, expected_TH))
+    # Of the median row: rounding can send a token to another expert, while padding changes all of them
+    errors_T = (output_TH - expected_TH).norm(dim=-1) / expected_TH.norm(dim=-1).clamp(min=1e-30)
+    return errors_T.median().nan_to_num(math.inf).item()
+
+
+def tolerance_of(model: nn.Module, output: torch.Tensor) -> float:
+    """Return the [`difference`] that rounding explains, for the coarsest of the model's dtypes."""
+    dtypes = {output.dtype, *(parameter.dtype for parameter in model.parameters())}
+    # Quantized weights (integers) are multiplied in bfloat16, and matrices on a GPU may be in TF32, as coarse as float16
+    floats = {dtype if dtype.is_floating_point else torch.bfloat16 for dtype in dtypes}
+    if output.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        floats.add(torch.float16)
+    eps = max(torch.finfo(dtype).eps for dtype in floats)
+    return _FLOAT32_TOLERANCE if eps <= torch.finfo(torch.float32).eps else math.sqrt(eps)
