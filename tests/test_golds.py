@@ -120,7 +120,7 @@ def test_a_template_of_ones_own(tmp_path):
     assert benchmark.problems[0].prompt == "Norway: 0?"
     with pytest.raises(ValueError, match=r"placeholder \{town\}, which is no column"):
         load_benchmark(path, prompt_template="{town}")
-    with pytest.raises(ValueError, match="no {column} placeholder"):
+    with pytest.raises(ValueError, match=r"no \{column\} placeholder"):
         load_benchmark(path, prompt_template="What?")
     empty = write(tmp_path / "empty.jsonl", ["Oslo"], country=None)
     with pytest.raises(ValueError, match="row 0: prompt_template: it has nothing in its column 'country'"):
