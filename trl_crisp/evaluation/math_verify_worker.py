@@ -19,7 +19,7 @@ except ImportError:
 
 from trl_crisp.evaluation.near_misses import is_near_miss
 
-# Ours: sixteen times the 65 MB (of addresses, on Linux) that the process has at most over the 500 answers of MATH-500
+# Ours: sixteen times the 65 MB (of addresses, on Linux) that the process has at most over 200 golds of MATH-500
 MEMORY_LIMIT_BYTES = 2**30
 # Linux's, from sys/prctl.h
 _PR_SET_PDEATHSIG = 1
