@@ -88,8 +88,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_crisp.data import load_prompts
     from trl_crisp.prompts.instructions import resolve_instruction
+    from trl_crisp.rows.prompts import load_prompts
     from trl_crisp.train import parse_args as parse_training_args
 
     bf16_speedup = measure_bf16_speedup()

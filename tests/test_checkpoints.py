@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests.helpers import config, make_trainer, parameters_of
 from tests.tiny_models import tiny_model
-from trl_crisp.rows.revisions import cached_commit
+from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.checkpoints import checkpoints_in, find_fault, remove_torn, seal
 from trl_crisp.run.files import write_json
 from trl_crisp.run.identity import (

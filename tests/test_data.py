@@ -17,17 +17,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from trl_crisp.data import (
-    CRISPScriptArguments,
-    deduplicate,
-    is_hub_id,
-    load_prompts,
-    load_splits,
-    raise_for_hub,
-    split,
-    to_prompts,
-    unreadable_rows_named,
-)
+from trl_crisp.rows.arguments import CRISPScriptArguments
+from trl_crisp.rows.hub import raise_for_hub
+from trl_crisp.rows.loading import is_hub_id, load_splits, unreadable_rows_named
+from trl_crisp.rows.prompts import deduplicate, load_prompts, split, to_prompts
 
 DAPO_TEMPLATE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "

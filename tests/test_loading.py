@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import save_tiny, tiny_tokenizer
 from trl_crisp.evaluation.loading import check_weights, describe_weights, find_model, load_model, load_tokenizer
-from trl_crisp.rows.revisions import cached_commit
+from trl_crisp.rows.hub import cached_commit
 
 COMMITS = ["0" * 39 + "1", "0" * 39 + "2"]
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from trl import ModelConfig, TrlParser
 
     from trl_crisp.config import CRISPConfig
-    from trl_crisp.data import CRISPScriptArguments
     from trl_crisp.evaluation.in_training import BenchmarkArguments, BenchmarkCallback
+    from trl_crisp.rows.arguments import CRISPScriptArguments
     from trl_crisp.trainer import CRISPTrainer
 
 EXAMPLE = """\
@@ -93,8 +93,8 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     from trl import ModelConfig, TrlParser
 
     from trl_crisp.config import CRISPConfig
-    from trl_crisp.data import CRISPScriptArguments
     from trl_crisp.evaluation.in_training import BenchmarkArguments
+    from trl_crisp.rows.arguments import CRISPScriptArguments
 
     parser = TrlParser(
         [CRISPScriptArguments, CRISPConfig, ModelConfig, BenchmarkArguments],  # type: ignore[list-item]
@@ -119,8 +119,8 @@ def _arrange_help(parser: argparse.ArgumentParser) -> None:
     from trl import DistillationConfig, ScriptArguments
 
     from trl_crisp.config import CRISPConfig
-    from trl_crisp.data import CRISPScriptArguments
     from trl_crisp.evaluation.in_training import BenchmarkArguments
+    from trl_crisp.rows.arguments import CRISPScriptArguments
 
     own = set(CRISPConfig.__dataclass_fields__) - set(DistillationConfig.__dataclass_fields__)
     own |= set(CRISPScriptArguments.__dataclass_fields__) - set(ScriptArguments.__dataclass_fields__)
@@ -273,9 +273,10 @@ def main(
     """
     from trl import get_peft_config, get_quantization_config
 
-    from trl_crisp.data import is_hub_id, load_prompts, unreadable_rows_named
     from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction
+    from trl_crisp.rows.loading import is_hub_id, unreadable_rows_named
+    from trl_crisp.rows.prompts import load_prompts
     from trl_crisp.run.identity import resolve_checkpoint
     from trl_crisp.run.interruption import SaveOnInterrupt, ignore_signals, resume_command
     from trl_crisp.trainer import CRISPTrainer

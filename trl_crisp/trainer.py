@@ -31,7 +31,7 @@ from trl_crisp.prompts.instructions import Prompt, resolve_instruction
 from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens
 from trl_crisp.rollouts.own_sampling import own_sampling
-from trl_crisp.rows.revisions import cached_commit
+from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
 from trl_crisp.run.resumable import ResumableTrainer

@@ -22,7 +22,8 @@ from tests.distributed.runs import LORA, SCALE
 from tests.tiny_models import tiny_llama
 from trl_crisp import CRISPConfig
 from trl_crisp.loss.divergence import output_head, per_token_divergence
-from trl_crisp.teacher import Teacher, _named_parameters, make_teacher
+from trl_crisp.teacher import Teacher, make_teacher
+from trl_crisp.teacher.sharding import named_parameters
 
 STEPS = 3
 LEARNING_RATE = 1e-4
@@ -204,7 +205,7 @@ def _drop_weights(model: torch.nn.Module) -> None:
 
 def _trained(student: torch.nn.Module) -> dict[str, torch.Tensor]:
     # The reshard before it is that of a refresh: a forward without a backward leaves gathered weights behind
-    return {name: _full(parameter) for name, parameter in _named_parameters(student) if parameter.requires_grad}
+    return {name: _full(parameter) for name, parameter in named_parameters(student) if parameter.requires_grad}
 
 
 def _mean_over_processes(loss: torch.Tensor) -> torch.Tensor:

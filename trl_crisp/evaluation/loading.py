@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_crisp.models.files import check_model_files
 from trl_crisp.models.source import check_model, loading_errors_named
-from trl_crisp.rows.revisions import cached_commit
+from trl_crisp.rows.hub import cached_commit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trl_crisp.data import FILE_BUILDERS, check_template, load_file, raise_for_hub
 from trl_crisp.evaluation.golds import gold_of, kind_of_file
 from trl_crisp.evaluation.grading import Kind
 from trl_crisp.evaluation.notation import read_gold
+from trl_crisp.rows.hub import raise_for_hub
+from trl_crisp.rows.loading import FILE_BUILDERS, load_file
+from trl_crisp.rows.prompts import check_template
 
 # DAPO's wording, which the paper trains and evaluates with (method's prompts, Figure 2)
 MATH_TEMPLATE = (

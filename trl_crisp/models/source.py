@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trl_crisp.data import raise_for_hub
+from trl_crisp.rows.hub import raise_for_hub
 from trl_crisp.models.files import check_model_files
 
 
@@ -23,7 +23,7 @@ def check_model(
     Raises:
         ValueError: Where no model is named, and for a local one whose files are torn.
         FileNotFoundError: Where there is no such directory, model or revision.
-        PermissionError, ConnectionError: See [`~trl_crisp.data.raise_for_hub`].
+        PermissionError, ConnectionError: See [`~trl_crisp.rows.hub.raise_for_hub`].
     """
     from transformers import AutoConfig
 
@@ -75,7 +75,7 @@ def loading_errors_named(name: str, what: str, field_name: str = "model") -> Ite
 
     Raises:
         ValueError: For what transformers, PEFT and the readers of files raise.
-        FileNotFoundError, PermissionError, ConnectionError: See [`~trl_crisp.data.raise_for_hub`].
+        FileNotFoundError, PermissionError, ConnectionError: See [`~trl_crisp.rows.hub.raise_for_hub`].
         ImportError: Where a package is missing that the model needs.
     """
     try:

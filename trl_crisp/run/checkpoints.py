@@ -19,7 +19,7 @@ from trl_crisp.run.files import write_json
 
 FILES_FILE = "checkpoint_files.json"
 RUN_FILE = "crisp_run.json"
-STATE_FILE = "trainer_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
 
 
 def seal(checkpoint: str | Path) -> None:
@@ -38,9 +38,9 @@ def find_fault(checkpoint: str | Path) -> str | None:
     checkpoint = Path(checkpoint)
     try:
         files = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        name = Path(error.filename).name if isinstance(error, FileNotFoundError) else STATE_FILE
+        name = Path(error.filename).name if isinstance(error, FileNotFoundError) else TRAINER_STATE_FILE
         return f"its {name} is missing or torn (saving was cut off, or it was saved with save_only_model, or not by CRISP)"
     for name, size_bytes in files.items():
         path = checkpoint / name

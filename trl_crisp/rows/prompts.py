@@ -1,0 +1,273 @@
+"""From loaded rows to prompts: load -> prompts -> de-duplicate -> split. One function an arrow.
+
+A row ends up with `prompt`, a string or a list of messages, which is what [`~trl_crisp.CRISPTrainer`] takes; its other
+columns stay (`teacher_prompt` among them).
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from trl_crisp.prompts.checks import PromptKind, check_prompt
+from trl_crisp.rows.arguments import CRISPScriptArguments
+from trl_crisp.rows.loading import FILE_BUILDERS, REASONING_GYM_PREFIX, load_splits, unreadable_rows_named
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    DatasetLike: TypeAlias = Dataset | IterableDataset
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(args: CRISPScriptArguments, evaluation: bool = False) -> tuple["DatasetLike", "DatasetLike | None"]:
+    """
+    Return the rows to train on and, where asked for, the rows to evaluate on.
+
+    Args:
+        args: Which rows, and how they become prompts.
+        evaluation: Whether evaluation rows are needed (`eval_strategy` is not `"no"`).
+
+    Raises:
+        ValueError: For arguments that do not fit the rows there are, or each other.
+        FileNotFoundError, PermissionError, ConnectionError, ImportError: Where the rows cannot be had.
+    """
+    name = args.dataset_name
+    if not name:
+        raise ValueError(
+            "no dataset: set dataset_name to a dataset on the Hub (BytedTsinghua-SIA/DAPO-Math-17k), a local file "
+            f"({', '.join(FILE_BUILDERS)}), or a task of reasoning-gym ({REASONING_GYM_PREFIX}gsm_symbolic)."
+        )
+    if args.dataset_streaming and (args.deduplicate_prompts or args.dataset_train_fraction is not None):
+        raise ValueError(
+            "dataset_streaming reads the rows one by one, and de-duplication and the split need all of them. Set "
+            "deduplicate_prompts to false and leave dataset_train_fraction unset, or do not stream."
+        )
+    splits = load_splits(args)
+    train = _pick_split(splits, args.dataset_train_split, "dataset_train_split", name)
+    # Of a stream the first rows are read here
+    with unreadable_rows_named(Path(name).expanduser()):
+        train = to_prompts(train, args)
+    if args.deduplicate_prompts:
+        train = deduplicate(train)
+    if args.dataset_train_fraction is not None:
+        train, held_out = split(train, args.dataset_train_fraction, args.dataset_split_seed)
+        return train, held_out if evaluation else None
+    if not evaluation:
+        return train, None
+    if args.dataset_test_split not in splits:
+        raise ValueError(
+            f"eval_strategy needs rows to evaluate on, and {name!r} has no split {args.dataset_test_split!r} (it has "
+            f"{', '.join(splits)}). Set dataset_train_fraction, such as 0.8, to hold some out, name a split with "
+            "dataset_test_split, or set eval_strategy to 'no'."
+        )
+    return train, to_prompts(splits[args.dataset_test_split], args)
+
+
+def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLike":
+    """
+    Give each row its `prompt`: the template filled in, or the column renamed.
+
+    All rows are checked here, before de-duplication and the split give them other numbers; those of a stream as they are read.
+
+    Raises:
+        ValueError: For a column that there is not, no rows, or a row that holds no prompt, named by its number and column.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"dataset_name={args.dataset_name!r} has no rows. Check the file, or the split.")
+    columns = list(first)
+    name = args.dataset_name
+    fields = {}
+    column = args.teacher_prompt_column or "teacher_prompt"
+    if column in columns:
+        dataset = _rename(dataset, columns, column, "teacher_prompt")
+        fields["teacher_prompt"] = f"teacher_prompt_column={column!r}"
+        dataset = _read_json_messages(dataset, "teacher_prompt", column, name)
+        # The column has another name now
+        columns = list(next(iter(dataset)))
+    elif args.teacher_prompt_column:
+        raise ValueError(
+            f"teacher_prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}."
+        )
+    if args.prompt_template is not None:
+        check_template(args.prompt_template, columns)
+        dataset = dataset.map(
+            _fill_template, with_indices=True, fn_kwargs={"template": args.prompt_template, "dataset_name": name}
+        )
+        return _check_rows(dataset, fields, name)
+    column = args.prompt_column
+    if column not in columns:
+        raise ValueError(
+            f"prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}. Name "
+            "the one with the prompts as prompt_column, or write a prompt_template."
+        )
+    dataset = _rename(dataset, columns, column, "prompt")
+    fields["prompt"] = f"prompt_column={column!r}"
+    dataset = _read_json_messages(dataset, "prompt", column, name)
+    dataset = _check_rows(dataset, fields, name)
+    if isinstance(next(iter(dataset))["prompt"], str):
+        logger.warning(
+            "The prompts are strings, which the model reads without its chat template. For a chat model make them "
+            "user messages: prompt_template '{%s}'.",
+            column,
+        )
+    return dataset
+
+
+def _check_rows(dataset: "DatasetLike", fields: dict[str, str], dataset_name: str | None) -> "DatasetLike":
+    """
+    Check the columns' prompts row by row, those of a stream as they are read.
+
+    Args:
+        fields: What the user calls each column, for the messages.
+    """
+    from datasets import Dataset
+
+    kinds: dict[str, PromptKind] = {}
+
+    def check(row: dict[str, Any], number: int) -> bool:
+        for column, field_name in fields.items():
+            # A row without a teacher's prompt of its own has the instruction
+            if column == "prompt" or row[column] is not None:
+                where = f"dataset_name={dataset_name!r}, row {number}: {field_name}"
+                kinds[column] = check_prompt(row[column], where, kinds.get(column))
+                if kinds[column] == "text" and _json_messages(row[column]) is not None:
+                    raise ValueError(
+                        f"{where} holds messages as JSON ({row[column][:80]!r}), and the rows before it text. Mend or remove "
+                        "such rows."
+                    )
+        return True
+
+    if not isinstance(dataset, Dataset):
+        return dataset.filter(check, with_indices=True)
+    for number, row in enumerate(_iterate(dataset, list(fields))):
+        check(row, number)
+    return dataset
+
+
+def deduplicate(dataset: "Dataset") -> "Dataset":
+    """Keep the first row of each prompt, in the order of the rows."""
+    seen = set()
+    kept = []
+    for index, prompt in enumerate(row["prompt"] for row in _iterate(dataset, ["prompt"])):
+        # 16 bytes instead of the text: the raw DAPO-Math-17k has 1.8 million rows
+        digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(index)
+    logger.info("De-duplication by prompt: %d of %d rows kept.", len(kept), len(dataset))
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def split(dataset: "Dataset", train_fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
+    """
+    Split the rows at random into those to train on and those held out.
+
+    Raises:
+        ValueError: Where one side would have no row.
+    """
+    num_train = round(train_fraction * len(dataset))
+    if not 0 < num_train < len(dataset):
+        raise ValueError(
+            f"dataset_train_fraction={train_fraction} of {len(dataset)} rows (after de-duplication) leaves one side "
+            "of the split empty. Give more rows, or leave dataset_train_fraction unset."
+        )
+    logger.info("Split with seed %d: %d rows to train on, %d held out.", seed, num_train, len(dataset) - num_train)
+    parts = dataset.train_test_split(train_size=num_train, test_size=len(dataset) - num_train, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _pick_split(splits: dict[str, "DatasetLike"], wanted: str, field_name: str, name: str) -> "DatasetLike":
+    if wanted not in splits:
+        raise ValueError(f"{field_name}={wanted!r}: {name!r} has no such split; it has {', '.join(splits)}.")
+    return splits[wanted]
+
+
+def _rename(dataset: "DatasetLike", columns: list[str], column: str, name: str) -> "DatasetLike":
+    if column == name:
+        return dataset
+    return (dataset.remove_columns(name) if name in columns else dataset).rename_column(column, name)
+
+
+def _json_messages(value: Any) -> list[dict[str, Any]] | None:
+    """Return the messages that a string holds as JSON, or `None` where it is a prompt of its own."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        messages = json.loads(value)
+    except json.JSONDecodeError:
+        return None
+    fit = messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    return messages if fit else None
+
+
+def _read_json_messages(dataset: "DatasetLike", name: str, column: str, dataset_name: str | None) -> "DatasetLike":
+    first = next((row[name] for row in itertools.islice(dataset, 1000) if row[name] is not None), None)
+    if _json_messages(first) is None:
+        return dataset
+
+    def read(row: dict[str, Any], number: int) -> dict[str, Any]:
+        messages = _json_messages(row[name])
+        if messages is None and not (row[name] is None and name == "teacher_prompt"):
+            raise ValueError(
+                f"dataset_name={dataset_name!r}: column {column!r} has messages as JSON in its first row, and in row {number} "
+                f"{str(row[name])[:80]!r}. Mend or remove such rows."
+            )
+        return {name: messages}
+
+    return dataset.map(read, with_indices=True)
+
+
+def check_template(template: str, columns: list[str]) -> None:
+    """Raise `ValueError` for a prompt_template that is none, has no placeholder, or one that is no column."""
+    doubled = "Braces that are meant literally are doubled: {{ and }}."
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"prompt_template={template!r} is no template: {error}. {doubled}") from error
+    if not names:
+        raise ValueError(
+            f"prompt_template={template!r} has no {{column}} placeholder, so all prompts would be the same. The "
+            f"columns are {', '.join(columns)}."
+        )
+    for name in names:
+        # What stands before an index, as in {extra_info[problem]}, is the column
+        column = name.split("[")[0]
+        if column not in columns:
+            raise ValueError(
+                f"prompt_template has the placeholder {{{name}}}, which is no column; the columns are "
+                f"{', '.join(columns)}. {doubled}"
+            )
+
+
+def _fill_template(row: dict[str, Any], number: int, template: str, dataset_name: str | None) -> dict[str, Any]:
+    where = f"dataset_name={dataset_name!r}, row {number}: prompt_template:"
+    said = False
+    for _, name, _, _ in string.Formatter().parse(template):
+        if name is None:
+            continue
+        value = row[name.split("[")[0]]
+        if value is None:
+            raise ValueError(f"{where} the row has nothing in its column {name!r}. Remove such rows.")
+        if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+            raise ValueError(
+                f"{where} the column {name!r} holds messages, which would go into the text as Python writes them. Give the "
+                "column as prompt_column, without a template."
+            )
+        said = said or bool(str(value).strip())
+    if not said:
+        raise ValueError(
+            f"{where} all columns that it names are empty, so the row asks for nothing. Remove such rows."
+        )
+    return {"prompt": [{"role": "user", "content": template.format(**row)}]}
+
+
+def _iterate(dataset: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in dataset.select_columns(columns).iter(1000):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

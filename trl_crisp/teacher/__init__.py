@@ -1,0 +1,45 @@
+"""Who the teacher is, when it is refreshed from the student, and what its state is.
+
+Three places that the teacher's weights can live in, behind one interface:
+
+| teacher | full fine-tuning | LoRA |
+|---|---|---|
+| periodic, base, ema | [`CopyTeacher`]: a frozen copy of the student | [`AdapterTeacher`]: a second adapter on one base model |
+| live | [`LiveTeacher`]: the student itself | [`LiveTeacher`] |
+"""
+
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from torch import nn
+
+from trl_crisp.config import CRISPConfig
+from trl_crisp.models.adapter_checks import check_adapter
+from trl_crisp.teacher.adapter import AdapterTeacher
+from trl_crisp.teacher.copied import CopyTeacher
+from trl_crisp.teacher.schedule import LiveTeacher, Teacher
+
+__all__ = ["AdapterTeacher", "CopyTeacher", "LiveTeacher", "Teacher", "make_teacher"]
+
+
+def make_teacher(student: nn.Module, args: CRISPConfig, accelerator: Accelerator) -> Teacher:
+    """
+    Make the teacher of a student, from the student's weights as they are now.
+
+    Args:
+        student: The model before it is wrapped for distributed training. Under LoRA a second adapter is added to it.
+        args: The run's config.
+        accelerator: The run's accelerator; a copied teacher is placed and sharded as it says.
+
+    Raises:
+        ValueError: Where the student's adapter cannot be shared, or the backend cannot hold this teacher.
+    """
+    if is_peft_model(student):
+        check_adapter(student, args, accelerator)
+        return (
+            LiveTeacher(student, args)
+            if args.teacher_model_kind == "live"
+            else AdapterTeacher(student, args, accelerator)
+        )
+    if args.teacher_model_kind == "live":
+        return LiveTeacher(student, args)
+    return CopyTeacher(student, args, accelerator)

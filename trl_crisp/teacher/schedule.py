@@ -1,0 +1,243 @@
+"""Whose weights the teacher has and since when: the schedule, its counters, and the state that a checkpoint keeps."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from trl_crisp.config import CRISPConfig
+from trl_crisp.models.hidden_states import evaluation_mode
+from trl_crisp.run.files import write_json
+from trl_crisp.teacher.sharding import full_tensor, gathered, sharded_like
+
+TEACHER_STATE_FILE = "teacher_state.json"
+WEIGHTS_FILE = "teacher.safetensors"
+
+
+class Teacher(ABC):
+    """
+    The frozen side of the divergence: its weights' schedule, and how to run it.
+
+    Args:
+        student: The student's module, unwrapped.
+        args: Gives `teacher_model_kind`, `teacher_sync_steps` and `teacher_update_rate`.
+
+    Attributes:
+        wrapped_model: The teacher's module as the distributed backend wrapped it, `None` where it is the student's.
+        refreshes: How many times the weights were taken over from the student since the start.
+    """
+
+    wrapped_model: nn.Module | None = None
+
+    def __init__(self, student: nn.Module, args: CRISPConfig) -> None:
+        self.student = student
+        self.kind = args.teacher_model_kind
+        self.sync_steps = args.teacher_sync_steps
+        self.update_rate = (args.teacher_update_rate or 1.0) if self.kind == "ema" else 1.0
+        self.refreshes = 0
+        self._completed_steps = 0
+        self._refreshed_at_step = 0
+        # float32 moving averages by parameter name, where the teacher's own weights are of a lower precision
+        self._averages: dict[str, torch.Tensor] = {}
+
+    @property
+    def age_steps(self) -> int:
+        """Optimizer steps that the student made since its weights were last taken over."""
+        return 0 if self.kind == "live" else self._completed_steps - self._refreshed_at_step
+
+    def is_due(self, step: int) -> bool:
+        """Whether the start of optimizer step `step`, counted from 1, refreshes the teacher (Algorithm 1)."""
+        return self.kind in ("periodic", "ema") and step % self.sync_steps == 0  # type: ignore[operator]
+
+    def begin_step(self, step: int) -> None:
+        """Tell the teacher that optimizer step `step`, counted from 1, begins; refreshes it if that is due."""
+        self._completed_steps = step - 1
+        if self.is_due(step):
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """
+        Take the student's weights over now: a copy, or for `"ema"` its share in the moving average.
+
+        Raises:
+            ValueError: For `"base"`, whose weights are those of step 0.
+        """
+        if self.kind == "base":
+            raise ValueError(
+                "teacher_model_kind='base' keeps the weights of step 0, so it cannot be refreshed. Use 'periodic'."
+            )
+        for name, source, target in self._weight_pairs():
+            with gathered(source, target):
+                self._blend(name, source, target)
+        self.refreshes += 1
+        self._refreshed_at_step = self._completed_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What the teacher is made of: the schedule's counters and, under `"weights"`, tensors by parameter name (those of
+        this process; the float32 averages for `"ema"`). The tensors are not copies.
+        """
+        weights = {name: target.detach() for name, _, target in self._weight_pairs()} | self._averages
+        return {
+            "kind": self.kind,
+            "refreshes": self.refreshes,
+            "completed_steps": self._completed_steps,
+            "refreshed_at_step": self._refreshed_at_step,
+            "weights": weights,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Restore what [`state_dict`] returned, without `"weights"` only the counters.
+
+        Raises:
+            ValueError: For the state of another kind of teacher, or of another model.
+        """
+        if state["kind"] != self.kind:
+            raise ValueError(
+                f"the saved teacher is of kind {state['kind']!r} and this run's teacher_model_kind is {self.kind!r}. Set "
+                f"teacher_model_kind={state['kind']!r}."
+            )
+        if "weights" in state:
+            self._load_weights(state["weights"])
+        self.refreshes = state["refreshes"]
+        self._completed_steps = state["completed_steps"]
+        self._refreshed_at_step = state["refreshed_at_step"]
+
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        targets = {name: target for name, _, target in self._weight_pairs()}
+        if differing := sorted(targets.keys() ^ weights.keys()):
+            raise ValueError(
+                f"the saved teacher is of another model: {len(differing)} parameters are in one of them only, such as "
+                f"{differing[0]}. Resume with the model, and the LoRA modules, that the state was saved with."
+            )
+        for name, target in targets.items():
+            with gathered(target, target):
+                for own in (target, self._averages.get(name)):
+                    if own is not None:
+                        own.copy_(sharded_like(own, weights[name]))
+
+    def save(self, directory: str | Path, write: bool = True) -> None:
+        """
+        Write the state into a checkpoint, as `teacher_state.json` and, where it has weights of its own, `teacher.safetensors`.
+
+        A copy that was never refreshed is not written: it has the weights of the model that the run began with, and the run
+        that resumes makes it from them again.
+
+        Args:
+            directory: The checkpoint.
+            write: Whether this process writes. Where the weights are sharded all processes have to call this, to gather
+                them.
+        """
+        source = self._weights_source()
+        if source == "file":
+            tensors = {}
+            for name, _, target in self._weight_pairs():
+                full = full_tensor(self._averages.get(name, target))
+                if write:
+                    tensors[name] = full.cpu().contiguous()
+            if write:
+                save_file(tensors, Path(directory) / WEIGHTS_FILE)
+        if not write:
+            return
+        state = {name: value for name, value in self.state_dict().items() if name != "weights"}
+        write_json(Path(directory) / TEACHER_STATE_FILE, {**state, "weights_from": source})
+
+    def load(self, directory: str | Path, allow_changed: bool = False) -> None:
+        """
+        Restore what [`save`] wrote; all processes call it.
+
+        Args:
+            directory: The checkpoint.
+            allow_changed: Take over what fits of the state of another kind of teacher.
+
+        Raises:
+            FileNotFoundError: For a checkpoint without a teacher.
+            ValueError: For the state of another teacher.
+        """
+        path = Path(directory) / TEACHER_STATE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory} has no {TEACHER_STATE_FILE}: it is no checkpoint of a CRISP run. Resume from another checkpoint, or "
+                "start afresh with that directory as the model."
+            )
+        state = json.loads(path.read_text(encoding="utf-8"))
+        source = state.pop("weights_from")
+        if allow_changed and source == "student" and self.kind in ("periodic", "ema"):
+            self._take_over()
+        if allow_changed:
+            state["kind"] = self.kind
+        # A teacher that was never refreshed is the one that this run began with
+        if source == "file" and self.kind != "live":
+            state["weights"] = load_file(Path(directory) / WEIGHTS_FILE)
+        self.load_state_dict(state)
+
+    def _weights_source(self) -> str:
+        return "file" if self.refreshes else "start"
+
+    def _take_over(self) -> None:
+        for name, source, target in self._weight_pairs():
+            with gathered(source, target), torch.no_grad():
+                target.copy_(source)
+                if name in self._averages:
+                    self._averages[name].copy_(source)
+
+    @contextmanager
+    def serving(self) -> Iterator[nn.Module]:
+        """
+        Yield the unwrapped module to run as the teacher: without dropout, with the teacher's weights.
+
+        Where that module is the student's, everything about the student is as before on leaving: the training mode of
+        each module, the active adapter, the requires_grad flags. Run it under `torch.no_grad()`.
+        """
+        with evaluation_mode(self.student):
+            yield self.student
+
+    @abstractmethod
+    def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Yield each of the teacher's parameters: its name, the student's it is taken from, and itself."""
+
+    def _blend(self, name: str, source: nn.Parameter, target: nn.Parameter) -> None:
+        average = self._averages.get(name, target)
+        if isinstance(target, DTensor) and not isinstance(average, DTensor):
+            # The adapter was sharded after its average was started, and has not moved since
+            average = self._averages[name] = target.detach().float()
+        if self.update_rate == 1.0:
+            average.copy_(source)
+        else:
+            average.lerp_(source.to(average.dtype), self.update_rate)
+            # The mean of two equal infinities (the bias of masked tokens) would be NaN
+            average.copy_(torch.where(torch.isinf(source), source.to(average.dtype), average))
+        if average is not target:
+            target.copy_(average)
+
+    def _start_averages(self) -> None:
+        # A float16 or bfloat16 average would round an update of 0.005 of a small difference to nothing
+        if self.kind == "ema":
+            self._averages = {
+                name: (target if isinstance(target, DTensor) else source).detach().float().clone()
+                for name, source, target in self._weight_pairs()
+                if target.dtype != torch.float32
+            }
+
+
+class LiveTeacher(Teacher):
+    """The student itself, seen through the teacher's prompt; its weights are the student's at every step."""
+
+    def _weights_source(self) -> str:
+        return "student"
+
+    def refresh(self) -> None:
+        """Do nothing: the weights are the student's already."""
+
+    def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        return iter(())
