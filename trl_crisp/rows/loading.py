@@ -25,7 +25,7 @@ FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv
 _OTHER_FILE_EXTENSIONS = {".arrow", ".gz", ".pkl", ".tsv", ".txt", ".xlsx", ".yaml", ".yml", ".zip", ".zst"}
 
 
-def load_splits(args: CRISPScriptArguments) -> dict[str, "DatasetLike"]:
+def load_splits(args: "CRISPScriptArguments") -> dict[str, "DatasetLike"]:
     """
     Return a dataset's splits by name. Local files and reasoning-gym tasks have one, named as `dataset_train_split`.
 
