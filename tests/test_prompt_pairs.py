@@ -59,7 +59,7 @@ def test_both_prompts_end_in_the_same_turn_and_differ_in_the_instruction_alone(k
     pairs = pairs_of(kind, **flags)
     row = {"prompt": [user("What is 2 + 3?")]}
     [student] = tokenize([row["prompt"]])
-    [teacher] = pairs.tokenize_teacher([row])
+    [teacher] = pairs.select(Dataset.from_list([row]), 0)[0]["teacher_prompt_ids"]
     turn_ids = tokenizer(turn, add_special_tokens=False)["input_ids"]
     assert student[-len(turn_ids) :] == turn_ids
     assert teacher[-len(turn_ids) :] == turn_ids
@@ -80,7 +80,7 @@ def test_the_trainer_finds_that_turn(tmp_path, kind, flags, turn):
     assert trainer._count_generation_prompt_tokens(prompt) == len(turn_ids)
     for ids in (
         trainer._tokenize_prompts([prompt])[0][0],
-        *trainer.prompt_pairs.tokenize_teacher([{"prompt": prompt}]),
+        trainer.train_dataset[0]["teacher_prompt_ids"],
     ):
         assert ids[-len(turn_ids) :] == turn_ids
 
@@ -91,7 +91,7 @@ def test_the_system_role(kind):
     row = {"prompt": [user("What is 2 + 3?")]}
     pairs = pairs_of(kind, role="system")
     kept, _ = pairs.select(Dataset.from_list([row]), 2)
-    [teacher] = pairs.tokenize_teacher([row])
+    [teacher] = pairs.select(Dataset.from_list([row]), 0)[0]["teacher_prompt_ids"]
     assert len(kept) == 1
     assert 0 < tokenizer.decode(teacher).index(C) < tokenizer.decode(teacher).index("What is 2 + 3?")
     assert tokenizer.decode(tokenize([row["prompt"]])[0]).count(C) == 0
@@ -200,9 +200,10 @@ def test_the_column_wins_where_a_row_has_it():
     pairs = pairs_of(replaces="What")
     prompts = [pairs.teacher_prompt(row) for row in rows]
     assert prompts == [(hint, False), ([user(f"{C}\n\nis 2 + 3?")], True), (hint, False)]
-    _, report = pairs.select(rows, 3)
+    kept, report = pairs.select(rows, 3)
     assert (report.rows, report.replaced) == (3, 1)
-    decoded = [tiny_tokenizer("llama").decode(ids) for ids in pairs.tokenize_teacher(list(rows))]
+    assert kept["teacher_prompt"][:] == [prompt for prompt, _ in prompts]
+    decoded = [tiny_tokenizer("llama").decode(ids) for ids in kept["teacher_prompt_ids"]]
     assert ["2 + 3 is 5." in text for text in decoded] == [True, False, True]
     assert [C in text for text in decoded] == [False, True, False]
 

@@ -55,11 +55,24 @@ def test_a_run_resumes_in_its_second_pass(tmp_path, options, saved_at_step):
     assert resumed.state.epoch == whole.state.epoch > 1
 
 
-def test_rows_that_a_transform_draws_are_warned_of(tmp_path):
-    drawn, mapped = rows(), rows()
-    drawn.set_transform(lambda batch: {"prompt": [random.choice(batch["prompt"])] * len(batch["prompt"])})
-    with pytest.warns(UserWarning, match=r"makes its rows on access \(set_transform .*dataset\.map"):
-        make_trainer(tmp_path, dataset=drawn)
+def test_rows_that_a_transform_draws_are_drawn_once_and_again_by_a_run_that_resumes(tmp_path):
+    def trainer(**options):
+        drawn = rows()
+        drawn.set_transform(
+            lambda batch: {
+                "prompt": [[{"role": "user", "content": f"Add {random.random()}."}] for _ in batch["prompt"]]
+            }
+        )
+        with pytest.warns(UserWarning, match=r"makes its rows on access \(set_transform .* applied once"):
+            return make_trainer(tmp_path, dataset=drawn, **options)
+
+    trainers = [trainer(), trainer()]
+    prompts = [[row["prompt"] for row in one.train_dataset] for one in trainers]
+    assert prompts[0] == prompts[1]
+    assert prompts[0][0] != prompts[0][1]
+    for row in trainers[0].train_dataset:
+        # The pair of the same draw
+        assert row["prompt"][0]["content"] in row["teacher_prompt"][0]["content"]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*on access")
-        make_trainer(tmp_path, dataset=mapped.with_format("python"))
+        make_trainer(tmp_path, dataset=rows().with_format("python"))

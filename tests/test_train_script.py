@@ -97,7 +97,7 @@ def test_shipped_config_trains(path, models, rows, tmp_path, capsys):
     output = capsys.readouterr().out
     kept = 16 if script_args.dataset_train_fraction else 20
     assert f"{kept} of {kept} rows kept" in output
-    assert f"In {kept} of them the teacher's instruction stands in the place of the student's own" in output
+    assert f"In {kept} of them the teacher's instruction replaces the student's own" in output
     assert f"is in {tmp_path}" in output
     assert "python -c" in output
 

@@ -283,7 +283,7 @@ def test_teacher_prompt_column_wins(tmp_path):
     )
     trainer = make_trainer(tmp_path, dataset=dataset, per_device_train_batch_size=2, instruction="Be very brief.")
     trainer.model.train()
-    inputs = trainer._prepare_inputs(list(dataset))
+    inputs = trainer._prepare_inputs(list(trainer.train_dataset))
     texts = sorted(trainer.processing_class.batch_decode(inputs["teacher_prompt_ids"], skip_special_tokens=True))
     assert texts == ["Be very brief.\n\n3 + 3 =", "The answer is 4. 2 + 2 ="]
 
@@ -295,7 +295,15 @@ def test_unused_columns_go_and_the_teachers_prompt_stays(tmp_path):
         tmp_path, dataset=dataset, per_device_train_batch_size=1, remove_unused_columns=True, max_steps=1
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    assert batch == [{"prompt": "2 + 2 =", "teacher_prompt": "Answer 4. 2 + 2 ="}]
+    ids = trainer.processing_class("Answer 4. 2 + 2 =")["input_ids"]
+    assert batch == [{"prompt": "2 + 2 =", "teacher_prompt_ids": ids}]
+
+
+def test_rows_that_are_given_to_evaluate_get_their_teachers_prompts(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(8), eval_dataset=rows(4))
+    assert trainer.evaluate(rows(4))["eval_loss"] > 0
+    with pytest.raises(ValueError, match="row 0: column 'prompt' holds an empty prompt"):
+        trainer.evaluate(Dataset.from_list([{"prompt": ""}]))
 
 
 def test_the_start_reports_rows_and_one_pair(tmp_path, capsys):
@@ -307,7 +315,7 @@ def test_the_start_reports_rows_and_one_pair(tmp_path, capsys):
     make_trainer(tmp_path, "qwen3", dataset=dataset, max_prompt_length=500)
     printed = capsys.readouterr().out
     assert "2 of 3 rows kept; 1 dropped for a prompt of more than 500 tokens" in printed
-    assert "In 1 of them the teacher's instruction stands in the place of the student's own" in printed
+    assert "In 1 of them the teacher's instruction replaces the student's own" in printed
     assert printed.count("--- student ---") == 1
     assert "<|im_start|>user\nSolve the following math problem step by step. 1 + 1?<|im_end|>" in printed
     assert "Be direct: avoid unnecessary elaboration" in printed

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -22,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_crisp._upstream import pad
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
-from trl_crisp.loss.divergence import Diagnostics, output_head, per_token_divergence, sampled_diagnostics
+from trl_crisp.loss.divergence import Diagnostic, output_head, per_token_divergence, sampled_diagnostics
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
@@ -171,7 +172,7 @@ class CRISPTrainer(ResumableTrainer):
         # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
         self._step_entropies_nats: list[tuple[float, float]] = []
         # Filled inside the wrapped forward, where no collective may run, and read after it
-        self._diagnostics: Diagnostics | None = None
+        self._diagnostics: dict[str, Diagnostic] | None = None
         # Ids of <think> and </think>, where the chat template thinks
         self._think_ids: tuple[int, int] | None = self._find_think_ids()
 
@@ -205,20 +206,20 @@ class CRISPTrainer(ResumableTrainer):
         if first is None:
             raise ValueError("the train dataset is empty. Check its split and filters.")
         check_row(first, 0)
-        tail_tokens = self._count_generation_prompt_tokens(first["prompt"])
-        self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, tail_tokens)
+        self._turn_tokens = turn_tokens = self._count_generation_prompt_tokens(first["prompt"])
+        self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, turn_tokens)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {
-                name: self.prompt_pairs.select(dataset, tail_tokens, name)[0]
+                name: self.prompt_pairs.select(dataset, turn_tokens, name)[0]
                 for name, dataset in self.eval_dataset.items()
             }
         elif self.eval_dataset is not None:
-            self.eval_dataset, _ = self.prompt_pairs.select(self.eval_dataset, tail_tokens, "eval")
+            self.eval_dataset, _ = self.prompt_pairs.select(self.eval_dataset, turn_tokens, "eval")
 
         self._report = report
         self.accelerator.print(f"CRISP: {report.describe(args.max_prompt_length)}")
         teacher_prompt, _ = self.prompt_pairs.teacher_prompt(first)
-        student_ids, teacher_ids = (self._tokenize_prompts([p])[0][0] for p in (first["prompt"], teacher_prompt))
+        (student_ids, teacher_ids), *_ = self._tokenize_prompts([first["prompt"], teacher_prompt])
         self.accelerator.print(
             "The first row as the two models read it.\n"
             f"--- student ---\n{self._tokenizer.decode(student_ids)}\n"
@@ -256,8 +257,16 @@ class CRISPTrainer(ResumableTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # type: ignore[assignment]
-        if "teacher_prompt" not in columns:  # remove_unused_columns would drop it
-            columns.append("teacher_prompt")
+        if "teacher_prompt_ids" not in columns:  # remove_unused_columns would drop it
+            columns.append("teacher_prompt_ids")
+
+    def get_eval_dataloader(self, eval_dataset: "str | DatasetLike | None" = None) -> DataLoader:
+        # Rows that are given to `evaluate` have no teacher's prompts yet
+        is_raw = isinstance(eval_dataset, Dataset | IterableDataset)
+        if is_raw and "teacher_prompt_ids" not in (eval_dataset.column_names or []):
+            check_columns(eval_dataset, "eval")
+            eval_dataset, _ = self.prompt_pairs.select(eval_dataset, self._turn_tokens, "eval")
+        return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Trackio's run ends with the training, and TRL writes to it in the midst of every evaluation
@@ -276,7 +285,7 @@ class CRISPTrainer(ResumableTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with own_sampling(self.model):
             output = super()._generate_and_score_completions(inputs)
-        teacher_ids = [torch.tensor(ids) for ids in self.prompt_pairs.tokenize_teacher(inputs)]
+        teacher_ids = [torch.tensor(row["teacher_prompt_ids"]) for row in inputs]
         for key, rows, value in (
             ("teacher_prompt_ids", teacher_ids, self._tokenizer.pad_token_id),
             ("teacher_prompt_mask", [torch.ones_like(ids) for ids in teacher_ids], 0),
@@ -284,10 +293,21 @@ class CRISPTrainer(ResumableTrainer):
             output[key] = pad(
                 rows, padding_value=value, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of
             ).to(self.accelerator.device)
-        num_items = count_loss_items(_loss_mask(output), self.args.loss_normalization)  # type: ignore[arg-type]
+        num_items = count_loss_items(self.get_loss_mask(output), self.args.loss_normalization)  # type: ignore[arg-type]
         output["num_items_in_batch"] = self.accelerator.gather(num_items).sum()
         self._record_rollouts(output)
         return output
+
+    def get_loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Return which tokens of the completions are in the loss, [B, T]: 1 or 0. A subclass may leave others out.
+
+        Args:
+            inputs: The rollouts, `completion_ids` and `completion_mask` [B, T] among them.
+        """
+        # Tokens that a tool wrote are context for both models and in the loss of none
+        mask = inputs["completion_mask"]
+        return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
     def _record_rollouts(self, output: dict[str, Any]) -> None:
         mode = "train" if self.model.training else "eval"
@@ -306,7 +326,10 @@ class CRISPTrainer(ResumableTrainer):
         open_id, close_id = self._think_ids
         thinking, answer = [], []
         for prompt_ids, completion_ids, mask in zip(
-            output["prompt_ids"].tolist(), output["completion_ids"].tolist(), _loss_mask(output).tolist(), strict=True
+            output["prompt_ids"].tolist(),
+            output["completion_ids"].tolist(),
+            self.get_loss_mask(output).tolist(),
+            strict=True,
         ):
             last_think = next((i for i in reversed(prompt_ids) if i in self._think_ids), close_id)
             thinking.append(count_thinking_tokens(completion_ids, mask, open_id, close_id, last_think == open_id))
@@ -318,18 +341,20 @@ class CRISPTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._diagnostics is not None
-        teacher_entropy, reverse_kl, num_tokens = (
-            self.accelerator.gather_for_metrics(x).sum().item() for x in self._diagnostics
-        )
+        means = {name: self._mean_over_processes(diagnostic) for name, diagnostic in self._diagnostics.items()}
         self._diagnostics = None
-        if num_tokens:
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics["teacher_entropy"].append(teacher_entropy / num_tokens)
-            metrics["reverse_kl"].append(reverse_kl / num_tokens)
-            if self.model.training:
-                self._step_entropies_nats.append((metrics["entropy"][-1], teacher_entropy / num_tokens))
-                self._check_teacher_is_not_uniform()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, mean in means.items():
+            if mean is not None:
+                metrics[name].append(mean)
+        if self.model.training and means["teacher_entropy"] is not None:
+            self._step_entropies_nats.append((metrics["entropy"][-1], means["teacher_entropy"]))
+            self._check_teacher_is_not_uniform()
         return loss
+
+    def _mean_over_processes(self, diagnostic: Diagnostic) -> float | None:
+        total_nats, num_tokens = (self.accelerator.gather_for_metrics(x).sum().item() for x in diagnostic)
+        return total_nats / num_tokens if num_tokens else None
 
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep):
         hidden_BTH = last_hidden_state(unwrapped_model, input_ids, attention_mask, self._passes_positions)
@@ -338,7 +363,7 @@ class CRISPTrainer(ResumableTrainer):
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         args = self.args
-        loss_mask_BT = _loss_mask(inputs)
+        loss_mask_BT = self.get_loss_mask(inputs)
         # The forward redirection steps around the autocast that accelerate puts on the model's own forward
         with self.accelerator.autocast():
             student_hidden_BTH = self._get_last_hidden_state(unwrapped_student, *_model_inputs(inputs, "prompt"))
@@ -363,8 +388,7 @@ class CRISPTrainer(ResumableTrainer):
         num_tokens = (loss_mask_BT != 0).sum()
         if args.beta == 1.0:
             # The loss's own divergence is the reverse KL, of all tokens
-            share = self._diagnostics.num_tokens / num_tokens.clamp(min=1)
-            self._diagnostics = self._diagnostics._replace(reverse_kl_nats=divergence_BT.detach().sum() * share)
+            self._diagnostics["reverse_kl"] = Diagnostic(divergence_BT.detach().sum(), num_tokens)
         if num_items_in_batch is None:
             num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
         weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
@@ -419,11 +443,6 @@ class CRISPTrainer(ResumableTrainer):
                 "loaded, or were moved away. Nothing can be learned from it. Check what else handles the model's weights "
                 "(sleep mode, offload), and start again from the last checkpoint."
             )
-
-
-def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
-    # Tokens that a tool wrote are context for both models and in the loss of none
-    return inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
 
 
 def _model_inputs(inputs: dict[str, Any], prompt: str) -> tuple[torch.Tensor, torch.Tensor, int]:

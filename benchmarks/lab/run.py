@@ -29,7 +29,6 @@ from benchmarks.lab.task import (
 )
 from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.evaluation.sampling import sample
-from trl_crisp.loss.weighting import count_loss_items
 from trl_crisp.prompts.instructions import build_teacher_prompt
 from trl_crisp.run.files import write_json
 
@@ -40,15 +39,11 @@ _TRAIN_SEED, _TEST_SEED = 10_000, 20_000
 class MaskTruncated(CRISPTrainer):
     """Leaves rollouts that did not end out of the loss, for the ablation; the method keeps them."""
 
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        lengths = output["completion_mask"].sum(dim=1, keepdim=True)
-        last = output["completion_ids"].gather(1, lengths - 1)
+    def get_loss_mask(self, inputs):
+        lengths = inputs["completion_mask"].sum(dim=1, keepdim=True)
+        last = inputs["completion_ids"].gather(1, lengths - 1)
         ended = torch.isin(last, torch.tensor(self.eos_token_ids))
-        output["tool_mask"] = ended.expand_as(output["completion_mask"]).long()
-        loss_mask = output["completion_mask"] * output["tool_mask"]
-        output["num_items_in_batch"] = count_loss_items(loss_mask, self.args.loss_normalization)
-        return output
+        return super().get_loss_mask(inputs) * ended
 
 
 class Curve(TrainerCallback):

@@ -29,11 +29,10 @@ class OutputHead(NamedTuple):
     softcap: float | None = None
 
 
-class Diagnostics(NamedTuple):
-    """Sums over a sample of a micro-batch's tokens, to be divided by `num_tokens` after summing over processes."""
+class Diagnostic(NamedTuple):
+    """A sum over tokens of a micro-batch and how many tokens it is over; both are summed over processes before dividing."""
 
-    teacher_entropy_nats: torch.Tensor
-    reverse_kl_nats: torch.Tensor
+    total_nats: torch.Tensor
     num_tokens: torch.Tensor
 
 
@@ -137,7 +136,7 @@ def sampled_diagnostics(
     loss_mask_BT: torch.Tensor,
     temperature: float,
     max_tokens: int = 256,
-) -> Diagnostics:
+) -> dict[str, Diagnostic]:
     """
     Teacher's entropy and reverse KL over at most `max_tokens` tokens of the loss, evenly spaced.
 
@@ -147,8 +146,8 @@ def sampled_diagnostics(
         max_tokens: Ours, because two [256, V] tiles cost little beside the pass itself and bound the error of the mean.
 
     Returns:
-        Sums in nats (float32) and the number of tokens they are over. The reverse KL is infinite if the teacher masks a
-        token that the student can give.
+        `teacher_entropy` and `reverse_kl`, float32. The reverse KL is infinite if the teacher masks a token that the student
+        can give.
     """
     tokens_N = (loss_mask_BT != 0).flatten().nonzero().squeeze(1)
     if len(tokens_N) > max_tokens:
@@ -165,9 +164,11 @@ def sampled_diagnostics(
         temperature=temperature,
     )
     reverse_kl_N = reverse_kl_N.masked_fill(_only_masked_by(teacher_head, student_head).any(), torch.inf)
-    return Diagnostics(
-        teacher_entropy_N.sum(), reverse_kl_N.sum(), torch.tensor(len(tokens_N), device=tokens_N.device)
-    )
+    num_tokens = torch.tensor(len(tokens_N), device=tokens_N.device)
+    return {
+        "teacher_entropy": Diagnostic(teacher_entropy_N.sum(), num_tokens),
+        "reverse_kl": Diagnostic(reverse_kl_N.sum(), num_tokens),
+    }
 
 
 def _divergence(

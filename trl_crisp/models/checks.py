@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
 
 from trl_crisp._upstream import maybe_gather_lm_head_ctx
+from trl_crisp.loss.divergence import MASKED_LOGIT, logits_of, output_head
 from trl_crisp.models.hidden_states import (
     backbone,
     causal_model,
@@ -19,7 +20,6 @@ from trl_crisp.models.hidden_states import (
     takes,
     tolerance_of,
 )
-from trl_crisp.loss.divergence import MASKED_LOGIT, logits_of, output_head
 
 # Ours: enough tokens for a median, and enough padding for a shift of the positions to show
 _TOKENS = 8

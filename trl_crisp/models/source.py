@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trl_crisp.rows.hub import raise_for_hub
 from trl_crisp.models.files import check_model_files
+from trl_crisp.rows.hub import raise_for_hub
 
 
 def check_model(

@@ -1,17 +1,21 @@
 """From a dataset's rows to pairs of student's and teacher's prompts, checked before the first step."""
 
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import generate_random_fingerprint
 from jinja2 import TemplateError
-from tqdm.auto import tqdm
 
 from trl_crisp.prompts.checks import PromptKind, check_prompt
 from trl_crisp.prompts.instructions import Prompt, build_teacher_prompt
 
 _CHECK_BATCH_ROWS = 256
+# Of a stream, between the map and the filter
+_FITS = "_crisp_fits"
 
 
 @dataclass
@@ -32,10 +36,7 @@ class PromptReport:
             return "the prompts of the stream are checked as they are read."
         beside = self.rows - self.replaced - self.given
         own = f" In {self.given} of them the teacher has a prompt of its own." if self.given else ""
-        placed = (
-            f" In {self.replaced} of them the teacher's instruction stands in the place of the student's own, in {beside} beside the "
-            "prompt."
-        )
+        placed = f" In {self.replaced} of them the teacher's instruction replaces the student's own, in {beside} it is added to the prompt."
         return (
             f"{self.rows - self.dropped} of {self.rows} rows kept; {self.dropped} dropped for a prompt of more than "
             f"{max_prompt_tokens} tokens (the longest has {self.longest_tokens}).{own}"
@@ -69,6 +70,8 @@ class PromptPairs:
         self.role = role
         self.tokenize = tokenize
         self.max_prompt_tokens = max_prompt_tokens
+        # The pairs of rows that lie on disk, for as long as the run needs them
+        self._files = tempfile.TemporaryDirectory(prefix="trl-crisp-")
 
     def teacher_prompt(self, row: dict[str, Any]) -> tuple[Prompt, bool]:
         """
@@ -89,41 +92,54 @@ class PromptPairs:
             )
         return given, False
 
-    def tokenize_teacher(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """Return the token ids of the rows' teacher prompts, never truncated."""
-        return self.tokenize([self.teacher_prompt(row)[0] for row in rows])
-
     def select(
         self, dataset: Dataset | IterableDataset, generation_prompt_tokens: int, name: str = "train"
     ) -> tuple[Dataset | IterableDataset, PromptReport]:
         """
-        Check the rows and drop those with a prompt that is too long.
+        Give each row its teacher prompt, check both prompts, and drop the rows with a prompt that is too long.
 
         Args:
-            dataset: Rows with `prompt` and optionally `teacher_prompt`. A stream is checked as it is read.
+            dataset: Rows with `prompt` and optionally `teacher_prompt`. A stream is read later, row by row.
             generation_prompt_tokens: How many tokens at the end of each prompt open the model's turn; they have to be
                 the same on both sides.
             name: What to call the dataset in messages.
 
         Returns:
-            The rows to train on, and what was found (for a stream it fills while that is read).
+            The rows to train on, with `teacher_prompt` and its token ids as `teacher_prompt_ids`; and what was found. For a
+            stream that is complete when the stream has been read.
 
         Raises:
-            ValueError: For a row whose prompts break the rules, named by its number; where no row is left.
+            ValueError: For a row whose prompts break the rules, named by its number; if no row is left.
         """
         report = PromptReport()
         if isinstance(dataset, IterableDataset):
             # Counted from 0 like the rows of a Dataset; a stream's own index is that of its shard
-            return dataset.filter(
-                lambda row: self._check([row], report.rows, generation_prompt_tokens, report)[0]
-            ), report
+            return self._select_stream(dataset, generation_prompt_tokens, report), report
 
-        kept = []
-        with tqdm(total=len(dataset), desc=f"Checking {name} prompts", unit="row", disable=len(dataset) < 2000) as bar:
-            for start, rows in _batches(dataset):
-                fits = self._check(rows, start, generation_prompt_tokens, report)
-                kept += [start + i for i, fit in enumerate(fits) if fit]
-                bar.update(len(rows))
+        kept: list[int] = []
+
+        def pair(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+            rows = [{key: values[i] for key, values in columns.items()} for i in range(len(numbers))]
+            added, fits = self._pair(rows, numbers[0], generation_prompt_tokens, report)
+            kept.extend(number for number, fit in zip(numbers, fits, strict=True) if fit)
+            return added
+
+        if dataset.format["type"] == "custom":
+            # Made once, here: made again on access, a prompt would not be the one that its teacher prompt was built from
+            dataset = Dataset.from_list(list(dataset))
+        paired = dataset.map(
+            pair,
+            batched=True,
+            batch_size=_CHECK_BATCH_ROWS,
+            with_indices=True,
+            features=_with_pair(dataset.features),
+            # Never a pair of another run: the prompts depend on the tokenizer and its template too
+            load_from_cache_file=False,
+            new_fingerprint=generate_random_fingerprint(),
+            keep_in_memory=not dataset.cache_files,
+            cache_file_name=str(Path(self._files.name, f"{name}.arrow")) if dataset.cache_files else None,
+            desc=f"Pairing {name} prompts",
+        )
         if not kept:
             raise ValueError(
                 f"the {name} dataset has no row left: all {report.rows} have a prompt longer than max_prompt_length="
@@ -132,11 +148,25 @@ class PromptPairs:
                 if report.rows
                 else f"the {name} dataset is empty. Check its split and filters."
             )
-        return (dataset.select(kept) if report.dropped else dataset), report
+        return (paired.select(kept) if report.dropped else paired), report
 
-    def _check(
+    def _select_stream(
+        self, dataset: IterableDataset, generation_prompt_tokens: int, report: PromptReport
+    ) -> IterableDataset:
+        def pair(row: dict[str, Any]) -> dict[str, Any]:
+            added, [fit] = self._pair([row], report.rows, generation_prompt_tokens, report)
+            return {**{column: values[0] for column, values in added.items()}, _FITS: fit}
+
+        features = None if dataset.features is None else _with_pair(dataset.features)
+        if features is not None:
+            features[_FITS] = Value("bool")
+        paired = dataset.map(pair, features=features)
+        return paired.filter(lambda fits: fits, input_columns=_FITS).remove_columns(_FITS)
+
+    def _pair(
         self, rows: list[dict[str, Any]], first_row: int, generation_prompt_tokens: int, report: PromptReport
-    ) -> list[bool]:
+    ) -> tuple[dict[str, list[Any]], list[bool]]:
+        """Return the columns that the rows get, and which rows are short enough."""
         pairs = []
         for i, row in enumerate(rows):
             report.kind = check_row(row, first_row + i, report.kind)
@@ -148,24 +178,8 @@ class PromptPairs:
         teachers_ids = self._tokenize_teachers([prompt for prompt, _ in pairs], first_row)
         fits = []
         for i, (student_ids, teacher_ids) in enumerate(zip(students_ids, teachers_ids, strict=True)):
-            if (self.instruction or rows[i].get("teacher_prompt") is not None) and student_ids == teacher_ids:
-                raise ValueError(
-                    f"row {first_row + i}: the teacher's prompt equals the student's, so there is nothing to learn from "
-                    "it. Check that `teacher_prompt` differs from `prompt`, and that the chat template renders the "
-                    "message the instruction goes into (instruction_role). For the same prompt on both sides set "
-                    "instruction='' and drop the column."
-                )
-            if (n := generation_prompt_tokens) and student_ids[-n:] != teacher_ids[-n:]:
-                raise ValueError(
-                    f"row {first_row + i}: student's and teacher's prompts end in different tokens ({student_ids[-n:]} and "
-                    f"{teacher_ids[-n:]}), so the completion would not begin at the same point. Let both end in the same "
-                    "message, with the same chat_template_kwargs (such as enable_thinking)."
-                )
-            if not student_ids or not teacher_ids:
-                side = "teacher_prompt" if student_ids else "prompt"
-                raise ValueError(
-                    f"row {first_row + i}: column {side!r} gives no token at all, so there is nothing to answer. Remove such rows."
-                )
+            is_told = bool(self.instruction) or rows[i].get("teacher_prompt") is not None
+            _check_pair(student_ids, teacher_ids, is_told, generation_prompt_tokens, first_row + i)
             longest = max(len(student_ids), len(teacher_ids))
             report.longest_tokens = max(report.longest_tokens, longest)
             fits.append(self.max_prompt_tokens is None or longest <= self.max_prompt_tokens)
@@ -173,7 +187,7 @@ class PromptPairs:
         report.dropped += fits.count(False)
         report.replaced += sum(replaced for _, replaced in pairs)
         report.given += sum(row.get("teacher_prompt") is not None for row in rows)
-        return fits
+        return {"teacher_prompt": [prompt for prompt, _ in pairs], "teacher_prompt_ids": teachers_ids}, fits
 
     def _tokenize_teachers(self, prompts: list[Prompt], first_row: int) -> list[list[int]]:
         try:
@@ -235,8 +249,28 @@ def check_row(row: dict[str, Any], number: int, kind: PromptKind | None = None) 
     return kind
 
 
-def _batches(dataset: Dataset) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    for start in range(0, len(dataset), _CHECK_BATCH_ROWS):
-        columns = dataset[start : start + _CHECK_BATCH_ROWS]
-        size = len(columns["prompt"])
-        yield start, [{key: columns[key][i] for key in columns} for i in range(size)]
+def _check_pair(
+    student_ids: list[int], teacher_ids: list[int], is_told: bool, generation_prompt_tokens: int, number: int
+) -> None:
+    if is_told and student_ids == teacher_ids:
+        raise ValueError(
+            f"row {number}: the teacher's prompt equals the student's, so there is nothing to learn from it. Check that "
+            "`teacher_prompt` differs from `prompt`, and that the chat template renders the message the instruction goes into "
+            "(instruction_role). For the same prompt on both sides set instruction='' and drop the column."
+        )
+    if (n := generation_prompt_tokens) and student_ids[-n:] != teacher_ids[-n:]:
+        raise ValueError(
+            f"row {number}: student's and teacher's prompts end in different tokens ({student_ids[-n:]} and {teacher_ids[-n:]}), "
+            "so the completion would not begin at the same point. Let both end in the same message, with the same "
+            "chat_template_kwargs (such as enable_thinking)."
+        )
+    if not student_ids or not teacher_ids:
+        side = "teacher_prompt" if student_ids else "prompt"
+        raise ValueError(
+            f"row {number}: column {side!r} gives no token at all, so there is nothing to answer. Remove such rows."
+        )
+
+
+def _with_pair(features: Features) -> Features:
+    teacher_prompt = features.get("teacher_prompt", features["prompt"])
+    return Features({**features, "teacher_prompt": teacher_prompt, "teacher_prompt_ids": List(Value("int64"))})

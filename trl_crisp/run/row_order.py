@@ -78,11 +78,10 @@ class Passes(TrainerCallback):
 
 
 def warn_of_rows_made_on_access(dataset: Dataset | IterableDataset) -> None:
-    """Warn of a transform that makes the rows whenever they are read: what it draws at random cannot be repeated."""
+    """Warn that a transform that makes the rows whenever they are read is applied once."""
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         warnings.warn(
-            "the train dataset makes its rows on access (set_transform or with_transform). A run that resumes reads the rows "
-            "again: if the transform draws at random, the resumed run trains on other rows. Make the rows once with "
-            "dataset.map(...), or draw by a seed that depends on the row alone.",
+            "the train dataset makes its rows on access (set_transform or with_transform). The transform is applied once, at the "
+            "start: every epoch, and a run that resumes, reads the same rows. Other rows in each epoch cannot be repeated.",
             stacklevel=4,
         )
