@@ -4,7 +4,13 @@ import copy
 
 import pytest
 
-from trl_crisp.prompts.instructions import INSTRUCTIONS, build_teacher_prompt, resolve_instruction
+from trl_crisp.prompts.instructions import (
+    INSTRUCTIONS,
+    build_teacher_prompt,
+    looks_like_math,
+    resolve_instruction,
+    speaks_of_math,
+)
 
 # Typed from the paper, not taken from the package
 PAPER_V1 = (
@@ -267,3 +273,24 @@ def test_the_students_prompt_is_not_modified(instruction, role):
     for message in teacher:  # nor can it be through the teacher's
         message["content"] = None
     assert prompt == before
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("What is 2 + 2?", True),
+        ([{"role": "user", "content": "Prove that the polynomial has no root."}], True),
+        ("Find $x$ if \\(x > y\\).", True),
+        ("Tell me about the capital city of France. Which city is it?", False),
+        (
+            [{"role": "system", "content": "Answer in 3 words."}, {"role": "user", "content": "Who wrote Hamlet?"}],
+            False,
+        ),
+    ],
+)
+def test_a_math_problem_is_told_from_other_tasks(prompt, expected):
+    assert looks_like_math(prompt) is expected
+
+
+def test_the_papers_instructions_speak_of_math_and_the_general_one_does_not():
+    assert [name for name, text in INSTRUCTIONS.items() if not speaks_of_math(text)] == ["general"]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -361,11 +362,17 @@ def test_pushing_links_only_a_dataset_of_the_hub(monkeypatch, models, rows, tmp_
     assert "https://huggingface.co/me/model" in capsys.readouterr().out
 
 
-def test_next_command_runs(models, capsys):
+@pytest.mark.parametrize(
+    "prompt", ["Is it 'so'?", [{"role": "user", "content": "Is \"it\" $HOME or 'so'?"}]], ids=["text", "chat"]
+)
+def test_next_command_asks_the_users_shortest_prompt(models, capsys, prompt):
     """With the directory of a trained model, as printed."""
-    command = next_steps(Path(models()), is_adapter=False).splitlines()[-1].strip()
-    program = command.removeprefix('python -c "').removesuffix('"').replace("max_new_tokens=1024", "max_new_tokens=2")
-    exec(program, {})
+    prompts = [[{"role": "user", "content": "Who is it? " * 9}], prompt]
+    command = next_steps(Path(models()), False, prompts).splitlines()[-1].strip()
+    python, flag, program = shlex.split(command)
+    assert repr(prompt) in program
+    assert (python, flag) == ("python", "-c")
+    exec(program.replace("max_new_tokens=1024", "max_new_tokens=2"), {})
     assert capsys.readouterr().out
 
 

@@ -531,3 +531,21 @@ def test_float16_weights_are_refused(tmp_path, tuning):
     frozen = get_peft_model(tiny_model().to(torch.float16), LoraConfig(**LORA), autocast_adapter_dtype=False)
     with pytest.raises(ValueError, match="trainable weights are float16"):
         make_trainer(tmp_path, model=frozen)
+
+
+@pytest.mark.parametrize(("instruction", "warns"), [("v1", True), ("general", False)])
+def test_rows_that_are_no_math_get_a_word_about_general(tmp_path, instruction, warns):
+    facts = Dataset.from_list([{"prompt": [{"role": "user", "content": "Who wrote Hamlet?"}]}] * 5)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, dataset=facts, instruction=instruction)
+        make_trainer(tmp_path, instruction=instruction)
+    words = [str(one.message) for one in said if "speaks of a math problem" in str(one.message)]
+    assert words == (
+        [
+            "instruction='v1' speaks of a math problem, and 0% of the first 5 prompts look like one. Set instruction='general', or a "
+            "text of your own."
+        ]
+        if warns
+        else []
+    )

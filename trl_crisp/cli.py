@@ -105,6 +105,7 @@ def train(argv: list[str]) -> int:
     check_required(training_argv)
     # As a module: launched as a file it would put the package's directory on the import path
     args = launch_parser.parse_args([*launch_argv, "-m", "trl_crisp.train", *training_argv])
+    _fill_in_defaults(args)
     os.environ[COMMAND_VARIABLE] = shlex.join(["trl-crisp", "train", *typed])
     # Ctrl-C and SIGTERM are the training's, which finishes its step and saves a checkpoint; torch's launcher would kill it half a
     # minute later
@@ -147,6 +148,21 @@ def _hand_on(signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signum)
+
+
+def _fill_in_defaults(args: argparse.Namespace) -> None:
+    """Give accelerate the values that it would take by itself and say so in five lines, if no launch config has others."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    if args.config_file is not None or Path(default_config_file).is_file():
+        return
+    if args.num_processes is None and (torch.cuda.is_available() or not torch.accelerator.is_available()):
+        args.num_processes = torch.cuda.device_count()
+    defaults = {"num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def evaluate(argv: list[str]) -> int:

@@ -7,11 +7,13 @@ import argparse
 import dataclasses
 import difflib
 import gc
+import itertools
 import logging
 import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,12 @@ if TYPE_CHECKING:
 
     from trl_crisp.config import CRISPConfig
     from trl_crisp.evaluation.in_training import BenchmarkArguments, BenchmarkCallback
+    from trl_crisp.prompts.instructions import Prompt
     from trl_crisp.rows.arguments import CRISPScriptArguments
     from trl_crisp.trainer import CRISPTrainer
+
+# Rows of which the shortest prompt is the one that the closing hint asks
+_HINTED_ROWS = 20
 
 EXAMPLE = """\
 example:
@@ -344,7 +350,8 @@ def main(
     trainer.save_model(str(output_dir), _internal_call=True)
     if benchmark is not None:
         trainer.accelerator.print(benchmark.describe_best(trainer.state))
-    trainer.accelerator.print(next_steps(output_dir, is_adapter=model_args.use_peft))
+    prompts = [row["prompt"] for row in itertools.islice(trainer.train_dataset, _HINTED_ROWS)]
+    trainer.accelerator.print(next_steps(output_dir, model_args.use_peft, prompts))
 
     if training_args.push_to_hub:
         # The model card links a dataset only where the Hub has it
@@ -438,15 +445,23 @@ def describe_failed_push(error: Exception, repository: str | None, output_dir: P
     )
 
 
-def next_steps(output_dir: Path, is_adapter: bool) -> str:
-    """Return where the model is and how to hear it answer."""
+def next_steps(output_dir: Path, is_adapter: bool, prompts: "Sequence[Prompt]") -> str:
+    """
+    Return where the model is, and a command that lets it answer one of the user's own prompts.
+
+    Args:
+        output_dir: Where the model was saved.
+        is_adapter: Whether an adapter was trained.
+        prompts: Some of the rows' prompts; the shortest is asked.
+    """
     what = "LoRA adapter" if is_adapter else "model"
-    command = (
+    prompt = min(prompts, key=lambda one: len(str(one)))
+    answer = "[0]['generated_text']" + ("" if isinstance(prompt, str) else "[-1]['content']")
+    program = (
         "from transformers import pipeline; "
-        f"print(pipeline('text-generation', {str(output_dir)!r})"
-        "([{'role': 'user', 'content': 'What is 17 * 24?'}], max_new_tokens=1024)[0]['generated_text'][-1]['content'])"
+        f"print(pipeline('text-generation', {str(output_dir)!r})({prompt!r}, max_new_tokens=1024){answer})"
     )
-    return f'The {what} is in {output_dir}. Next, hear it answer:\n  python -c "{command}"'
+    return f"The {what} is in {output_dir}. Next, hear it answer:\n  python -c {shlex.quote(program)}"
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -465,7 +480,9 @@ def run(argv: list[str] | None = None) -> None:
             check_required(argv)
 
         from trl_crisp.run.interruption import ending_with_words
+        from trl_crisp.run.known_warnings import silence_known_warnings
 
+        silence_known_warnings()
         with ending_with_words():
             main(*parse_args(argv))
     except (ValueError, OSError, ImportError) as error:

@@ -28,7 +28,7 @@ from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
 from trl_crisp.models.hidden_states import last_hidden_state
-from trl_crisp.prompts.instructions import Prompt, resolve_instruction
+from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens
 from trl_crisp.rollouts.own_sampling import own_sampling
@@ -41,6 +41,8 @@ from trl_crisp.teacher import Teacher, make_teacher
 # Steps whose mean completion length is the baseline of `completions/relative_length`. Ours: 5 steps are 160 rollouts at
 # the paper's batch, enough for a mean and early enough for a model that has hardly moved.
 BASELINE_STEPS = 5
+# Prompts that are looked at to tell a task. Ours: enough for a share, and read in a moment.
+SAMPLED_PROMPTS = 100
 
 DatasetLike: TypeAlias = Dataset | IterableDataset
 
@@ -225,12 +227,25 @@ class CRISPTrainer(ResumableTrainer):
             f"--- student ---\n{self._tokenizer.decode(student_ids)}\n"
             f"--- teacher ---\n{self._tokenizer.decode(teacher_ids)}\n---"
         )
+        self._warn_of_other_tasks()
         # The default is for DAPO's rows; only a text that the user gave is expected somewhere
         is_users = args.instruction_replaces not in (None, CRISPConfig.instruction_replaces)
         if report.rows and is_users and self.prompt_pairs.instruction and not report.replaced:
             warnings.warn(
                 f"instruction_replaces={args.instruction_replaces!r} has no effect: no user text starts with it.",
                 stacklevel=3,
+            )
+
+    def _warn_of_other_tasks(self) -> None:
+        if not speaks_of_math(self.prompt_pairs.instruction) or not isinstance(self.train_dataset, Dataset):
+            return
+        prompts = self.train_dataset[:SAMPLED_PROMPTS]["prompt"]
+        share = sum(map(looks_like_math, prompts)) / len(prompts)
+        if share < 0.5:
+            warnings.warn(
+                f"instruction={self.args.instruction!r} speaks of a math problem, and {share:.0%} of the first {len(prompts)} prompts "
+                "look like one. Set instruction='general', or a text of your own.",
+                stacklevel=4,
             )
 
     def _count_generation_prompt_tokens(self, prompt: Prompt) -> int:

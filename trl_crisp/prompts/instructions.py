@@ -56,6 +56,23 @@ _WORDS_TEMPLATE = (
 )
 
 
+# What a math problem has: a digit, LaTeX, or a word of its own
+_MATH = re.compile(
+    r"\d|\\[a-zA-Z(\[]|\$|\b(?:equation|integer|prove|polynomial|triangle|probability|sum|solve)\b", re.IGNORECASE
+)
+
+
+def speaks_of_math(instruction: str) -> bool:
+    """Return whether an instruction calls what follows a math problem."""
+    return "math problem" in instruction
+
+
+def looks_like_math(prompt: Prompt) -> bool:
+    """Return whether a prompt may be a math problem: its last message has a digit, LaTeX, or a word of mathematics."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return _MATH.search(text) is not None
+
+
 def resolve_instruction(instruction: str) -> str:
     """
     Return the text that `instruction` stands for.
