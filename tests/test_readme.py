@@ -1,161 +1,339 @@
-"""Nothing shown in the README goes untested: its Python runs on a tiny model, its commands parse, its files exist."""
+"""Nothing shown in the three READMEs goes untested: Python runs on a tiny model, commands parse, numbers are the results'."""
 
+import importlib.util
 import json
 import re
 import shlex
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 
 from benchmarks import smollm2
 from tests.tiny_models import save_tiny
-from trl_crisp import CRISPConfig
 from trl_crisp.evaluation.results import load_results
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = ("README.md", "examples/README.md", "benchmarks/README.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README, EXAMPLES, BENCHMARKS = TEXTS.values()
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a text in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.filterwarnings("ignore:The global batch is")
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
-    """As they stand, but for the model, the dataset, and the number and size of steps."""
-    model = save_tiny(tmp_path / "model", "qwen3")
-    rows = [{"prompt": [{"role": "user", "content": f"What is {i} + {i}?"}]} for i in range(32)]
-    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
-    monkeypatch.chdir(tmp_path)
-    small = "use_cpu=True, bf16=False, max_steps=1, max_completion_length=4, save_strategy='no', report_to='none', "
-    code = "\n".join(blocks("python"))
-    replaced = {
-        '"Qwen/Qwen3-0.6B"': repr(model),
-        'load_dataset("trl-lib/DeepMath-103K", split="train")': "load_dataset('json', data_files='rows.jsonl', split='train')",
-        "args=CRISPConfig(": f"args=CRISPConfig({small}",
-    }
-    for shown, run in replaced.items():
-        assert shown in code, f"the README no longer has {shown}; adapt this test"
-        code = code.replace(shown, run)
-    names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert (tmp_path / "Qwen3-0.6B-CRISP" / "model.safetensors").is_file()
-    names["trainer"].train()
-    assert names["trainer"].state.global_step == 1
-
-
-def commands() -> list[list[str]]:
-    """The README's shell commands, as words."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+def commands(text: str) -> list[list[str]]:
+    """The shell commands of a text, as words."""
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-def test_commands_name_files_and_flags_that_exist():
-    """Scripts and configs are there, and the commands know every flag."""
-    from trl_crisp.cli import make_eval_parser
+def section(text: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of its level or above."""
+    level = heading.split(" ")[0]
+    _, found, rest = f"\n{text}".partition(f"\n{heading}\n")
+    assert found, f"there is no heading {heading!r}"
+    return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of all table rows but headers and rules."""
+    rows: list[list[str]] = []
+    for line in text.splitlines():
+        if re.fullmatch(r"\|[-| ]+\|", line):
+            rows.pop()
+        elif line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def result(name: str) -> dict:
+    """A committed result."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+# What a block is run with instead of what it shows: a tiny model, few rows, and one short step on a CPU
+REPLACED = {
+    "README.md": {
+        "max_steps=99, use_vllm=True": "max_steps=1, {small}",
+        'model="Qwen/Qwen3-8B"': "model={model!r}",
+    },
+    "examples/README.md": {
+        "max_steps=99": "max_steps=1, {small}",
+        'model="Qwen/Qwen3-0.6B"': "model={model!r}",
+        'benchmark="math500", limit=100, samples=1, max_new_tokens=8192': "benchmark='problems.jsonl', limit=2, samples=1, max_new_tokens=4",
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:The global batch is")
+@pytest.mark.parametrize("name", REPLACED)
+def test_python_runs_as_it_is_shown(name, tmp_path, monkeypatch):
+    """But for the model, the rows, and the number, size and device of the steps."""
+    model = save_tiny(tmp_path / "model", "qwen3")
+    rows = [{"prompt": [{"role": "user", "content": f"What is {i} + {i}?"}]} for i in range(32)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    problems = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(3)]
+    Dataset.from_list(problems).to_json(tmp_path / "problems.jsonl")
+    monkeypatch.chdir(tmp_path)
+    small = "use_cpu=True, bf16=False, max_completion_length=4, save_strategy='no', report_to='none'"
+    [code] = blocks(TEXTS[name], "python")
+    load = 'load_dataset("trl-lib/DeepMath-103K", split="train")'
+    replaced = {**REPLACED[name], load: "load_dataset('json', data_files='rows.jsonl', split='train')"}
+    for shown, run in replaced.items():
+        assert shown in code, f"{name} no longer has {shown}; adapt this test"
+        code = code.replace(shown, run.format(model=model, small=small))
+    names: dict = {}
+    exec(compile(code, name, "exec"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 1
+    if name == "README.md":
+        assert Path("qwen3-8b-crisp", "adapter_model.safetensors").is_file()
+    else:
+        logged = {key for entry in trainer.state.log_history for key in entry}
+        shown = set(re.findall(r"`eval_math500_(\w+)`", EXAMPLES))
+        assert {key.removeprefix("eval_problems_") for key in logged if key.startswith("eval_problems_")} == shown
+        assert Path("qwen3-0.6b-crisp", "evaluation", "problems", "step-0", "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [pytest.param(name, words, id=shlex.join(words)[:60]) for name in NAMES for words in commands(TEXTS[name])],
+)
+@pytest.mark.filterwarnings("ignore:The global batch is")
+def test_command_is_one_that_its_program_takes(name, words, tmp_path, monkeypatch):
+    """Scripts, configs and extras exist; options and their values parse."""
+    from accelerate.commands.launch import launch_command_parser
+
+    from trl_crisp.cli import make_eval_parser, resolve_accelerate_config, split_arguments
+    from trl_crisp.train import check_config, make_parser, parse_args
+
+    for word in words:
+        if word.startswith(("examples/", "tests/")):
+            assert (ROOT / word).is_file()
+    if words[0] == "bash":
+        assert words[1] in ("examples/quickstart.sh", "tests/run.sh", "tests/run_vllm.sh")
+    elif words[0] == "pip":
+        assert words[1] == "install"
+        if extras := re.search(r"\[(.*)\]", shlex.join(words)):
+            import tomllib
+
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2])
+    elif words[:2] == ["trl-crisp", "eval"]:
+        make_eval_parser().parse_args(words[2:])
+    elif words[:2] == ["trl-crisp", "train"]:
+        (tmp_path / "config.yaml").write_text(blocks(EXAMPLES, "yaml")[0], encoding="utf-8")
+        [(tmp_path / directory).symlink_to(ROOT / directory) for directory in ("examples",)]
+        monkeypatch.chdir(tmp_path)
+        parser = make_parser()
+        training, launch = split_arguments(parser, check_config(parser, words[2:]))
+        launch = resolve_accelerate_config(launch)
+        args = launch_command_parser().parse_args([*launch, "-m", "trl_crisp.train"])
+        assert args.training_script == "trl_crisp.train"
+        rows, config, model, _ = parse_args([*training, "--use_cpu", "true", "--bf16", "false"])
+        assert model.model_name_or_path
+        assert rows.dataset_name
+        assert config.output_dir != "trainer_output"
+    else:
+        assert words[:2] == ["accelerate", "launch"]
+        args = launch_command_parser().parse_args(words[2:])
+        assert args.training_script == "examples/train.py"
+        assert args.training_script_args[0] == "--config"
+
+
+def test_the_config_in_the_examples_has_fields_only(tmp_path):
+    from trl_crisp.train import check_config, make_parser
+
+    [block] = blocks(EXAMPLES, "yaml")
+    assert yaml.safe_load(block)["output_dir"]
+    (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
+    check_config(make_parser(), ["--config", str(tmp_path / "config.yaml")])
+
+
+def test_rows_in_the_examples_are_read_as_they_are_described(tmp_path):
+    """The first row has a teacher's prompt of its own; the second gets the instruction."""
+    from trl_crisp.data import load_prompts
     from trl_crisp.train import make_parser
 
-    flags = set(make_parser()._option_string_actions) | {"--accelerate_config"}
-    programs = set()
-    for words in commands():
-        programs.add(words[0])
-        for word in words:
-            if word.startswith(("examples/", "tests/")):
-                assert (ROOT / word).is_file(), word
-        if words[:2] == ["trl-crisp", "train"]:
-            assert {word for word in words if word.startswith("--")} <= flags, words
-        if words[:2] == ["trl-crisp", "eval"]:
-            make_eval_parser().parse_args(words[2:])
-    assert programs == {"bash", "pip", "trl-crisp", "accelerate"}
+    [block] = blocks(EXAMPLES, "jsonl")
+    (tmp_path / "rows.jsonl").write_text(block, encoding="utf-8")
+    script_args = make_parser().parse_args_into_dataclasses(
+        ["--dataset_name", str(tmp_path / "rows.jsonl"), "--use_cpu", "true", "--bf16", "false"]
+    )[0]
+    rows, _ = load_prompts(script_args)
+    assert [row["prompt"][0]["role"] for row in rows] == ["user", "user"]
+    assert rows[0]["teacher_prompt"][0]["content"].startswith("17 * 24 is 408.")
+    assert rows[1]["teacher_prompt"] is None
 
 
-def test_fields_of_the_table_are_the_configs(tmp_path):
-    """Each field that CRISP adds is in the README, with its default."""
-    from trl import DistillationConfig
-
-    added = set(CRISPConfig.__dataclass_fields__) - set(DistillationConfig.__dataclass_fields__)
-    table = README.split("### The new fields")[1].split("###")[0]
-    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == added
+def shown_default(field) -> str:
+    """A field's default as the tables show it."""
+    value = field.default if field.default is not MISSING else field.default_factory()
+    return "unset" if value is None else f"`{value}`"
 
 
-def test_links_lead_somewhere():
-    """Relative links are to files of the repository."""
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_fields_of_the_tables_are_those_that_crisp_adds():
+    """Each with its default."""
+    from trl import DistillationConfig, ModelConfig, ScriptArguments
+
+    from trl_crisp.train import make_parser
+
+    upstream = [DistillationConfig, ModelConfig, ScriptArguments]
+    known = {name for config in upstream for name in config.__dataclass_fields__}
+    added = {
+        f"`{name}`": shown_default(field)
+        for arguments in make_parser().dataclass_types
+        for name, field in arguments.__dataclass_fields__.items()
+        if name not in known
+    }
+    rows = table_rows(section(EXAMPLES, "## Fields"))
+    assert {row[0]: row[1] for row in rows if row[0] in added} == added
+    others = {row[0]: row[1:] for row in rows if row[0] not in added}
+    config = make_parser().dataclass_types[1]
+    changed = {
+        f"`{name}`": [shown_default(config.__dataclass_fields__[name]), shown_default(field)]
+        for name, field in DistillationConfig.__dataclass_fields__.items()
+        if name in config.__dataclass_fields__
+        and shown_default(config.__dataclass_fields__[name]) != shown_default(field)
+    }
+    assert others == changed
 
 
-def test_results_are_those_of_the_committed_runs():
-    """The first screen's table is the quickstart's three seeds, number by number."""
-    runs = [
-        json.loads((ROOT / "benchmarks" / "results" / f"quickstart_seed{seed}.json").read_text(encoding="utf-8"))
-        for seed in range(3)
-    ]
-    for seed, run in enumerate(runs):
-        assert (run["protocol"]["seed"], run["protocol"]["quick"], run["before_reused"]) == (seed, False, False)
-        before, after = run["summary"]["before"], run["summary"]["after"]
-        reduction = run["summary"]["reduction"]["plain_before_to_plain_after"]
-        cells = (
-            f"{seed}",
-            f"{before['plain']['mean_tokens']:.0f}",
-            f"{before['concise']['mean_tokens']:.0f}",
-            f"{after['plain']['mean_tokens']:.0f}",
-            f"{-reduction['estimate']:.0%} [{-reduction['high']:.0%}, {-reduction['low']:.0%}]",
-            f"{before['plain']['ended_by_eos']:.0%}, {after['plain']['ended_by_eos']:.0%}",
-            f"{before['plain']['correct']:.0%}, {after['plain']['correct']:.0%}",
-            f"{run['wall_s']['total'] / 60:.1f}",
-        )
-        assert "| " + " | ".join(cells) + " |" in README
-    protocol = runs[0]["protocol"]
-    assert f"{protocol['held_out_rows']} held-out problems" in README
-    assert f"up to {protocol['cap_tokens']} tokens" in README
+def test_keys_of_the_log_are_those_that_a_run_logs(tmp_path):
+    """The first screen's three, and skipped_steps."""
+    from trl_crisp import CRISPConfig, CRISPTrainer
+
+    keys = re.findall(r"^\| `([\w/]+)`", section(README, "## Did it work?"), re.MULTILINE)
+    assert len(keys) == 3
+    args = CRISPConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, logging_steps=1, max_completion_length=4,
+        per_device_train_batch_size=2, gradient_accumulation_steps=16, save_strategy="no", report_to="none",
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is {i}?"}]} for i in range(32)])
+    trainer = CRISPTrainer(model=save_tiny(tmp_path / "model", "qwen3"), args=args, train_dataset=rows)
+    trainer.train()
+    assert {*keys, "skipped_steps"} <= set(trainer.state.log_history[0])
 
 
-def test_lora_beside_the_quickstart_is_that_of_the_committed_runs():
-    """In the README and in the quickstart's config."""
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    """Relative links are to files of the repository, and anchors to headings."""
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", TEXTS[name]):
+        target, _, anchor = link.partition("#")
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_configs_and_extras_in_the_examples_are_those_there_are():
+    import tomllib
+
+    configs = set(re.findall(r"`([\w.-]+)`", section(EXAMPLES, "### Configs").split("```")[0]))
+    assert configs == {path.stem for path in (ROOT / "examples" / "configs").glob("*.yaml")}
+    extras = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in table_rows(section(EXAMPLES, "## Install")))))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extras == set(project["optional-dependencies"])
+
+
+def test_the_first_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+def test_no_value_is_left_open():
+    assert [line for text in TEXTS.values() for line in text.splitlines() if "TODO" in line] == []
+
+
+def test_the_papers_rows_are_the_configs():
+    """The same numbers as in the configs of these runs."""
+    for version in ("v1", "v2"):
+        config = (ROOT / "examples" / "configs" / f"qwen3-8b-{version}.yaml").read_text(encoding="utf-8")
+        comment = " ".join(line.lstrip("# ") for line in config.splitlines() if line.startswith("#"))
+        for benchmark, cells in (
+            (row[0], row[1:]) for row in table_rows(README) if row[0].startswith(("MATH", "AIME"))
+        ):
+            if version in benchmark:
+                assert f"{benchmark.split(',')[0]} {cells[0]} -> {cells[2]}" in comment
+        before, after = re.search(r"AIME 2025 accuracy ([\d.]+) -> ([\d.]+)\.", comment).groups()
+        assert f"from {before} to " in README
+        assert f"{after} with {version}" in README
+
+
+def test_the_labs_line_is_the_labs_table():
+    rows = {row[0]: row for row in table_rows(section(BENCHMARKS, "## The lab")) if len(row) == 11}
+    change, accuracy = rows["m50"][4], rows["m50"][6]
+    lost = float(rows["base"][6].split()[0]) - float(accuracy.split()[0])
+    assert f"costs {lost:.0f} points of\naccuracy for {abs(float(change.split('%')[0])):.0f}% fewer tokens" in README
+    assert float(rows["m1"][6].split()[0]) == 0
+
+
+def test_loras_rows_are_the_labs_and_the_committed_runs():
+    """Beside full fine-tuning, and in the quickstart's config."""
+    text = section(BENCHMARKS, "## LoRA against full fine-tuning")
+    lab = {row[0]: row for row in table_rows(section(BENCHMARKS, "## The lab")) if len(row) == 11}
+    rows = table_rows(text)
+    named = {re.search(r"`([\w-]+)`", row[0])[1]: row for row in rows if "`" in row[0]}
+    assert set(named) == {"m50", "lora-3e-5", "lora-3e-4", "lora-3e-3"}
+    for name, row in named.items():
+        assert row[2:] == [lab[name][4], lab[name][6]]
+        assert float(row[1]) == float(name.removeprefix("lora-") if "lora" in name else "3e-5")
+
     config = (ROOT / "examples" / "configs" / "smollm2-cpu.yaml").read_text(encoding="utf-8")
-    reductions = {}
-    for name in ("lora_1e-3_", "lora_3e-4_", ""):
-        path = ROOT / "benchmarks" / "results" / f"quickstart_{name}seed0.json"
-        run = json.loads(path.read_text(encoding="utf-8"))
-        assert run["training"]["lora"] is bool(name)
-        reductions[name] = run["summary"]["reduction"]["plain_before_to_plain_after"]
-        assert f"{-reductions[name]['estimate']:.0%}" in config, name
-    best, slow = reductions["lora_1e-3_"], reductions["lora_3e-4_"]
-    shown = (
-        f"{-best['estimate']:.0%} [{-best['high']:.0%}, {-best['low']:.0%}], seed 0; at 3e-4 {-slow['estimate']:.0%}"
-    )
-    assert shown in README.replace("\n", " ")
+    runs = [result(f"quickstart_{name}seed0.json") for name in ("", "lora_1e-3_", "lora_3e-4_")]
+    shown = [row for row in rows if "`" not in row[0]]
+    for row, run in zip(shown, runs, strict=True):
+        assert run["training"]["lora"] is ("LoRA" in row[0])
+        assert run["training"]["learning_rate"] == float(row[1])
+        change = run["summary"]["reduction"]["plain_before_to_plain_after"]
+        assert row[2] == f"{-change['estimate']:.0%} [{-change['high']:.0%}, {-change['low']:.0%}]"
+        assert f"{-change['estimate']:.0%}" in config
+        assert run["summary"]["before"]["plain"]["correct"] == run["summary"]["after"]["plain"]["correct"] == 0
+        assert f"{run['training']['max_steps']} steps" in text
 
 
 def test_points_of_resuming_are_those_of_the_committed_run():
-    result = json.loads((ROOT / "benchmarks" / "results" / "resume.json").read_text(encoding="utf-8"))
-    text = " ".join(README.split("## Stop, and go on")[1].split("## What")[0].split())
-    assert f"of {result['tried']} points" in text
-    assert f"{result['survived']} resumed to the same bits" in text
-    shares = {name: row["bytes_of_teacher"] / row["bytes"] for name, row in result["checkpoint"].items()}
-    assert f"(full: {shares['full']:.0%} of the checkpoint, LoRA: {shares['lora']:.0%}, in that run)" in text
+    run = result("resume.json")
+    text = " ".join(section(EXAMPLES, "## Stopping and resuming").split())
+    assert f"at {run['tried']} points" in text
+    assert f"{run['survived']} runs resumed to the same bits" in text
+    shares = {name: row["bytes_of_teacher"] / row["bytes"] for name, row in run["checkpoint"].items()}
+    assert f"{shares['full']:.0%} of the checkpoint with full fine-tuning and {shares['lora']:.0%} with LoRA" in text
 
 
 def test_ratios_to_sdft_are_those_of_the_committed_run():
-    """Each number of the comparison is the JSON's."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "sdft_step.json").read_text(encoding="utf-8"))
-    (row,) = result["table"]
-    ratio = row["ratio_crisp_to_sdft"]
-    for key in ("step_seconds", "loss_and_backward_seconds", "peak_rss_mib", "peak_over_before_mib"):
-        assert f"{ratio[key]:.2f}" in README.split("### How it was checked")[1], key
+    """Each in the row of its own quantity."""
+    [row] = result("sdft_step.json")["table"]
+    names = {
+        "time of a step": "step_seconds",
+        "time of loss and backward pass": "loss_and_backward_seconds",
+        "peak memory of the process": "peak_rss_mib",
+        "memory that training adds to the process": "peak_over_before_mib",
+    }
+    expected = [[name, f"{row['ratio_crisp_to_sdft'][key]:.2f}"] for name, key in names.items()]
+    assert table_rows(section(BENCHMARKS, "## A step against SDFTTrainer")) == expected
 
 
 def test_smollm2s_table_is_that_of_the_committed_results():
     """Accuracy and tokens on MATH-500 and GSM8K, under the same protocol for the three models."""
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    table = text.split("<!-- smollm2 -->\n")[1].split("\n<!-- /smollm2 -->")[0]
-    assert table.splitlines() == smollm2.table_lines(ROOT / "benchmarks" / "results" / "smollm2")
+    table = BENCHMARKS.split("<!-- smollm2 -->\n")[1].split("\n<!-- /smollm2 -->")[0]
+    assert table.splitlines() == smollm2.table_lines(RESULTS / "smollm2")
     for benchmark in smollm2.BENCHMARKS:
         protocols = [
-            load_results(ROOT / "benchmarks" / "results" / "smollm2" / f"{benchmark}-{model}.json")["protocol"]
-            for model in smollm2.MODELS
+            load_results(RESULTS / "smollm2" / f"{benchmark}-{model}.json")["protocol"] for model in smollm2.MODELS
         ]
         differing = {key for key in protocols[0] if any(p[key] != protocols[0][key] for p in protocols)}
         assert differing == {"model", "weights_sha256", "instruction"}
