@@ -160,7 +160,7 @@ def test_the_config_in_the_examples_has_fields_only(tmp_path):
 
 def test_rows_in_the_examples_are_read_as_they_are_described(tmp_path):
     """The first row has a teacher's prompt of its own; the second gets the instruction."""
-    from trl_crisp.data import load_prompts
+    from trl_crisp.rows.prompts import load_prompts
     from trl_crisp.train import make_parser
 
     [block] = blocks(EXAMPLES, "jsonl")
