@@ -102,7 +102,6 @@ def test_what_we_override_is_still_there():
         "_check_learning_rate",
         "_select_rows",
         "_count_generation_prompt_tokens",
-        "_find_think_ids",
         "_record_rollouts",
         "_check_teacher_is_not_uniform",
         "_describe_failed_save",

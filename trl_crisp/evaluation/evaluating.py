@@ -455,16 +455,11 @@ def make_sample(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Sample:
     """Return a completion as it is kept."""
-    from trl_crisp.prompts.thinking import count_thinking_tokens
+    from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 
     ids = completion.token_ids
     said = ids[:-1] if completion.ended_by_eos else ids
-    think_ids: Any = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    thinking = 0
-    if all(token_id is not None and token_id != tokenizer.unk_token_id for token_id in think_ids):
-        open_id, close_id = think_ids
-        last = next((i for i in reversed(prompt_ids) if i in think_ids), close_id)
-        thinking = count_thinking_tokens(ids, [1] * len(ids), open_id, close_id, last == open_id)
+    thinking = count_thinking_tokens(prompt_ids, ids, [1] * len(ids), find_think_ids(tokenizer))
     return Sample(
         problem=problem_id,
         number=number,
