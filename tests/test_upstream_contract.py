@@ -74,7 +74,7 @@ UPSTREAM = {
     "prepare_fsdp": ("model accelerator", "teacher.py"),
     "unwrap_model_for_generation": (
         "model accelerator gather_deepspeed3_params generation_kwargs gradient_checkpointing_kwargs",
-        "evaluation/in_training.py passes the first two by position",
+        "health/measuring.py passes the first two by position",
     ),
 }
 
