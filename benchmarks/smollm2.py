@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trl_crisp.evaluation.results import compare, load_results
+from trl_crisp.evaluation.comparison import compare
+from trl_crisp.evaluation.results import load_results
 
 RESULTS = Path("benchmarks/results/smollm2")
 # Name in the table, problems, and the first so many of them

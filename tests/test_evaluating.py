@@ -15,18 +15,16 @@ from peft import LoraConfig, get_peft_model
 
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp.cli import main, make_eval_parser
-from trl_crisp.evaluation.engines import ENGINES
-from trl_crisp.evaluation.evaluating import EvaluationSettings, evaluate, prompt_token_ids
+from trl_crisp.evaluation.comparison import compare
+from trl_crisp.evaluation.evaluating import evaluate
+from trl_crisp.evaluation.grading import KINDS
 from trl_crisp.evaluation.problems import Problem
-from trl_crisp.evaluation.results import (
-    SCHEMA_VERSION,
-    Sample,
-    SampleFile,
-    compare,
-    load_results,
-    summarize,
-    write_results,
-)
+from trl_crisp.evaluation.prompts import prompt_token_ids
+from trl_crisp.evaluation.records import Summary, problem_from_dict, problem_to_dict, summary_to_dict
+from trl_crisp.evaluation.results import SCHEMA_VERSION, SamplingPace, load_results, write_results
+from trl_crisp.evaluation.sample_file import Sample, SampleFile
+from trl_crisp.evaluation.settings import ENGINES, EvaluationSettings
+from trl_crisp.evaluation.summary import summarize
 from trl_crisp.report.console import print_evaluation
 
 
@@ -79,7 +77,7 @@ def test_results_hold_the_protocol_and_every_sample(files, tmp_path):
     assert len(lines) == 1 + 12
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same(files, tmp_path):
+def test_an_interrupted_evaluation_resumes_and_gives_the_same(files, tmp_path):
     whole = evaluate(settings(files), tmp_path / "whole")
     path = tmp_path / "part" / "samples.jsonl"
     path.parent.mkdir()
@@ -115,7 +113,7 @@ def test_killed_for_real(files, tmp_path):
     assert "sampling: 12/12" in result.stderr or there == 12
 
 
-def test_ctrl_c_says_how_to_go_on(files, tmp_path):
+def test_ctrl_c_says_how_to_resume(files, tmp_path):
     command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size=1", "--samples=5000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     path = tmp_path / "samples.jsonl"
@@ -124,7 +122,7 @@ def test_ctrl_c_says_how_to_go_on(files, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "The answers that were finished are kept: the same command goes on with the rest." in said
+    assert "The answers that were finished are kept: the same command resumes with the rest." in said
     assert "Traceback" not in said
 
 
@@ -205,7 +203,9 @@ def test_a_damaged_line_of_samples_is_named(tmp_path, line, reason):
     path = tmp_path / "samples.jsonl"
     SampleFile(path, {"seed": 0})
     path.write_bytes(path.read_bytes() + LINE.encode() + b"\n" + line + b"\n" + LINE.encode() + b"\n")
-    with pytest.raises(ValueError, match=rf"samples.jsonl, line 3: it is no sample \(.*{reason}.*\). Remove the line"):
+    with pytest.raises(
+        ValueError, match=rf"samples.jsonl, line 3: this line does not hold a sample \(.*{reason}.*\). Remove the line"
+    ):
         SampleFile(path, {"seed": 0})
 
 
@@ -277,8 +277,8 @@ def test_the_command_reads_a_file(files, tmp_path, capsys):
     [
         ("max_new_token: 8\n", "max_new_token. Did you mean max_new_tokens"),
         ("temprature: 1\nbudgets: [8]\n", "temprature. Did you mean temperature?"),
-        ("num_processes: 2\n", "has keys that are no options of `trl-crisp eval`:\n  num_processes."),
-        ("config: other.yaml\n", "has keys that are no options"),
+        ("num_processes: 2\n", "has keys that are not options of `trl-crisp eval`:\n  num_processes."),
+        ("config: other.yaml\n", "has keys that are not options"),
         ("budgets: 8\n", "budgets is 8; give a list"),
         ("samples: [8]\n", "samples is [8]; give one value"),
         ("instruction: no\n", "instruction is False; give one value, in quotes"),
@@ -364,9 +364,19 @@ def test_an_output_below_a_file_is_refused(files, tmp_path, capsys):
         assert f"{str(tmp_path / 'file')!r} is a file. Give a directory" in capsys.readouterr().err
 
 
-def test_the_command_offers_the_engines_that_there_are():
-    [option] = [action for action in make_eval_parser()._actions if action.dest == "engine"]
-    assert tuple(option.choices) == ENGINES
+def test_the_command_has_the_defaults_and_choices_of_the_settings():
+    options = {action.dest: action for action in make_eval_parser()._actions}
+    assert tuple(options["engine"].choices) == ENGINES
+    assert tuple(options["grader"].choices) == KINDS
+    spelled = {"budgets": [], "instruction": "none", "exact": False}
+    for field in dataclasses.fields(EvaluationSettings):
+        if field.name not in ("model", "benchmark"):
+            assert options[field.name].default == spelled.get(field.name, field.default), field.name
+
+
+def test_an_engine_that_does_not_exist_is_named(files):
+    with pytest.raises(ValueError, match=r"engine='vlm' is unknown. Choose transformers or vllm."):
+        settings(files, engine="vlm")
 
 
 def test_budgets_can_be_added_to_samples_that_are_there(files, tmp_path):
@@ -505,7 +515,7 @@ def test_a_comparison_of_answers_that_were_not_read_leads_with_that(capsys):
     assert (found["unread_before"], found["unread_after"]) == (3 / 8, 6 / 8)
     assert found["unread_change"]["estimate"] == 3 / 8
     assert compare(base, other, 100)["unread_after"] == 0
-    summary = {"50": {"all": summarize(other["problems"], 50, 1)}}
+    summary = {"50": {"all": summary_to_dict(summarized(other["problems"], 50, 1))}}
     for comparison, leads in ((found, True), (compare(base, base, 50), False)):
         print_evaluation({**other, "samples": 1, "summary": summary, "comparison": {"50": comparison}})
         printed = capsys.readouterr().out
@@ -518,7 +528,7 @@ def problem(name: str, *samples: tuple[int, bool], level: str | None = None) -> 
     """A problem whose samples have so many tokens, and are right or not (at 50 tokens only where they are short)."""
     rows = []
     for tokens, correct in samples:
-        grade = {"answer_correct": correct, "boxed_correct": False, "correct": correct, "status": "ok"}
+        grade = {"answer_correct": correct, "boxed_correct": False, "correct": correct, "status": "ok", "answer": None}
         grade |= {"compresses": False, "repeats": False, "epistemic_words": 2}
         cut = {**grade, "correct": correct and tokens <= 50, "status": "ok" if tokens <= 50 else "unparseable"}
         rows.append(
@@ -535,23 +545,50 @@ def problem(name: str, *samples: tuple[int, bool], level: str | None = None) -> 
 PROTOCOL = {"benchmark_revision": "r", "temperature": 0.6, "max_new_tokens": 100, "grader": "g"}
 
 
+def summarized(problems: list[dict], budget_tokens: int, k: int) -> Summary:
+    return summarize([problem_from_dict(values) for values in problems], budget_tokens, k)
+
+
 def test_summary_by_hand():
     problems = [problem("a", (40, True), (60, True)), problem("b", (100, False), (20, True))]
-    at_100, at_50 = summarize(problems, 100, 2), summarize(problems, 50, 2)
-    assert (at_100["accuracy"], at_100["pass_at"], at_100["mean_tokens"]) == (0.75, {"1": 0.75, "2": 1.0}, 55.0)
-    assert (at_100["truncated"], at_100["median_tokens"]) == (0.25, 50.0)
-    assert at_100["epistemic_words_per_1000_tokens"] == pytest.approx(8 / 220 * 1000)
+    at_100, at_50 = summarized(problems, 100, 2), summarized(problems, 50, 2)
+    assert (at_100.accuracy, at_100.pass_at, at_100.mean_tokens) == (0.75, {1: 0.75, 2: 1.0}, 55.0)
+    assert (at_100.truncated, at_100.median_tokens) == (0.25, 50.0)
+    assert at_100.epistemic_words_per_1000_tokens == pytest.approx(8 / 220 * 1000)
     # Longer answers count at the budget, and by what they say up to there
-    assert (at_50["accuracy"], at_50["mean_tokens"], at_50["truncated"]) == (0.5, 40.0, 0.5)
-    assert at_50["unparseable"] == 0.5
+    assert (at_50.accuracy, at_50.mean_tokens, at_50.truncated) == (0.5, 40.0, 0.5)
+    assert at_50.unparseable == 0.5
     five = [problem("a", *[(40, i < 2) for i in range(5)])]
-    assert {k: round(value, 6) for k, value in summarize(five, 100, 5)["pass_at"].items()} == {
-        "1": 0.4,
-        "2": 0.7,
-        "4": 1.0,
-        "5": 1.0,
+    assert {k: round(value, 6) for k, value in summarized(five, 100, 5).pass_at.items()} == {
+        1: 0.4,
+        2: 0.7,
+        4: 1.0,
+        5: 1.0,
     }
-    assert at_100["mean_thinking_tokens"] + at_100["mean_answer_tokens"] == at_100["mean_tokens"]
+    assert at_100.mean_thinking_tokens + at_100.mean_answer_tokens == at_100.mean_tokens
+    written = summary_to_dict(at_100)
+    assert written["pass_at"] == {"1": 0.75, "2": 1.0}
+    assert "anywhere_accuracy" not in written
+
+
+def test_a_problem_is_written_and_read_back():
+    for values in (problem("a", (40, True), (60, False), level="hard"), problem("b", (10, True))):
+        assert problem_to_dict(problem_from_dict(values)) == values
+    text = problem("c", (40, True))
+    for grade in text["samples"][0]["grades"].values():
+        grade["anywhere_correct"] = False
+    assert problem_to_dict(problem_from_dict(text)) == text
+    assert summarized([text], 100, 1).anywhere_accuracy == 0.0
+
+
+@pytest.mark.parametrize("path", sorted(Path("benchmarks/results/smollm2").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_read_back(path):
+    """Their numbers follow from their problems."""
+    results = load_results(path)
+    problems = [problem_from_dict(values) for values in results["problems"]]
+    assert [problem_to_dict(one) for one in problems] == results["problems"]
+    for budget, groups in results["summary"].items():
+        assert summary_to_dict(summarize(problems, int(budget), results["samples"])) == groups["all"]
 
 
 def test_comparison_by_hand():
@@ -622,13 +659,19 @@ def test_a_baseline_that_lacks_parts_is_named_before_the_sampling(files, tmp_pat
 
 def test_schema(tmp_path):
     path = tmp_path / "results.json"
-    write_results(path, {"problems": []})
-    assert load_results(path)["schema_version"] == SCHEMA_VERSION
+    asked = EvaluationSettings("m", "b", samples=1, max_new_tokens=100, budgets=(50,))
+    scored = [problem_from_dict(problem("a", (40, True)))]
+    written = write_results(tmp_path, asked, PROTOCOL, "Hi", scored, SamplingPace(tokens=90, wall_s=2.0))
+    read = load_results(path)
+    assert read["schema_version"] == SCHEMA_VERSION
+    assert {key: read[key] for key in written} == written
+    assert (written["wall_s"], written["tokens_per_s"], list(written["summary"])) == (2.0, 45.0, ["50", "100"])
+    assert written["problems"] == [problem("a", (40, True))]
     for content, message in (
-        ("{", "no JSON"),
+        ("{", "is not valid JSON"),
         ('{"schema": "other"}', "its schema is 'other'"),
         ("[]", "its schema is None"),
-        ("\xe9", "no JSON"),
+        ("\xe9", "is not valid JSON"),
         ('{"schema": "trl-crisp evaluation"}', "schema version None"),
         ('{"schema": "trl-crisp evaluation", "schema_version": 0}', "schema version 0, and this trl-crisp reads 1"),
     ):

@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 
 from tests.tiny_models import save_tiny
 from trl_crisp import CRISPConfig, CRISPTrainer
-from trl_crisp.evaluation.evaluating import EvaluationSettings, evaluate
-from trl_crisp.evaluation.in_training import BenchmarkArguments, BenchmarkCallback
+from trl_crisp.evaluation.evaluating import evaluate
 from trl_crisp.evaluation.results import load_results
+from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.measuring import BenchmarkArguments, BenchmarkCallback
 from trl_crisp.train import main, parse_args, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
@@ -112,7 +113,8 @@ def test_the_log_has_the_numbers_of_the_command_on_the_checkpoint(measured, file
         along = load_results(output_dir / "evaluation" / "own" / f"step-{step}")
         assert along["problems"] == by_command["problems"], step
         assert along["protocol"]["step"] == step
-        assert along["protocol"]["model"].endswith(f"at step {step}")
+        assert along["protocol"]["model"] == f"{files / 'model'} at step {step}"
+        assert along["protocol"]["trained_from"] == str(files / "model")
         assert along["tokens_per_s"] > 0
         summary = by_command["summary"]["24"]["all"]
         base_tokens = points[0]["eval_own_mean_tokens"]
@@ -211,7 +213,7 @@ def test_none_is_best_where_all_lost_the_accuracy_or_are_no_shorter(files, tmp_p
     trainer, callback = scripted(files, tmp_path, {0: (0.9, 100.0), 1: after})
     assert trainer.state.best_model_checkpoint is None
     assert not list(tmp_path.glob("checkpoint-*"))
-    assert callback.describe_best(trainer.state).startswith("No measured step is fit to be the best checkpoint")
+    assert callback.describe_best(trainer.state).startswith("No measured step qualifies as the best checkpoint")
 
 
 def test_a_cap_that_cuts_the_bases_answers_is_said(files, tmp_path, monkeypatch):
@@ -272,13 +274,18 @@ def test_nothing_is_measured_by_default():
     assert BenchmarkArguments().eval_benchmark is None
 
 
+def test_the_protocol_of_training_is_that_of_the_command_but_for_what_takes_long():
+    assert BenchmarkArguments().eval_benchmark_max_new_tokens == EvaluationSettings.max_new_tokens == 30_000
+    assert BenchmarkArguments().eval_benchmark_samples == 1
+
+
 def test_a_run_that_goes_on_keeps_its_measurement(measured, files, tmp_path):
     trainer = trainer_of(files, tmp_path, max_steps=2)
     trainer.train()
     later = trainer_of(files, tmp_path)
     callback = BenchmarkCallback(later, settings(files), every_steps=2)
     later.add_callback(callback)
-    with pytest.raises(ValueError, match=r"goes on after step 2, and its base was not measured on own"):
+    with pytest.raises(ValueError, match=r"resumes after step 2, and its base was not measured on own"):
         later.train(resume_from_checkpoint=True)
     assert callback.describe_best(later.state) == "Nothing was measured on own."
 

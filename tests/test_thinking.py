@@ -5,21 +5,53 @@ import re
 
 import pytest
 
-from trl_crisp.prompts.thinking import count_thinking_tokens
+from tests.tiny_models import tiny_tokenizer
+from trl_crisp.prompts.thinking import ThinkIds, count_thinking_tokens, find_think_ids
 
-OPEN, CLOSE = 7, 8
-LETTERS = {"a": 1, "b": 2, "(": OPEN, ")": CLOSE}
+THINK_IDS = ThinkIds(open_id=7, close_id=8)
+LETTERS = {"a": 1, "b": 2, "(": 7, ")": 8}
+
+
+def ids_of(text: str) -> list[int]:
+    return [LETTERS[letter] for letter in text]
 
 
 def count(text: str, starts_open: bool) -> int:
-    ids = [LETTERS[letter] for letter in text]
-    return count_thinking_tokens(ids, [1] * len(ids), OPEN, CLOSE, starts_open)
+    return count_thinking_tokens(ids_of("ab(" if starts_open else "ab"), ids_of(text), [1] * len(text), THINK_IDS)
 
 
 def test_tokens_of_a_tool_open_and_close_thinking_and_do_not_count():
     """The next turn's opener can be the template's."""
-    ids = [LETTERS[letter] for letter in "(a)b(aa)b"]
-    assert count_thinking_tokens(ids, [1, 1, 1, 1, 0, 1, 1, 1, 1], OPEN, CLOSE, False) == 6
+    assert count_thinking_tokens([], ids_of("(a)b(aa)b"), [1, 1, 1, 1, 0, 1, 1, 1, 1], THINK_IDS) == 6
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thinking"),
+    [("", 0), ("ab", 0), ("a(", 2), ("a(b", 2), ("a()", 0), ("a(b)a", 0), ("(a)a(", 2), ("(a)b(a)", 0), (")(", 2)],
+)
+def test_a_prompt_that_ends_inside_an_open_think_begins_thinking(prompt, thinking):
+    assert count_thinking_tokens(ids_of(prompt), ids_of("ab"), [1, 1], THINK_IDS) == thinking
+
+
+def test_a_model_that_does_not_think_has_no_thinking_tokens():
+    assert count_thinking_tokens(ids_of("("), ids_of("(a)"), [1, 1, 1], None) == 0
+
+
+def test_the_ids_are_found_if_template_and_tokenizer_have_them():
+    thinking, plain = tiny_tokenizer("qwen3"), tiny_tokenizer("qwen3")
+    ids = find_think_ids(thinking)
+    assert thinking.convert_ids_to_tokens(list(ids)) == ["<think>", "</think>"]
+    # The template that renders the prompts decides, not the tokenizer's own
+    plain.chat_template = "{{ messages[0].content }}"
+    assert find_think_ids(plain) is None
+    assert find_think_ids(plain, thinking.chat_template) == ids
+    assert find_think_ids(thinking, plain.chat_template) is None
+
+
+def test_a_tokenizer_without_the_tokens_has_no_ids():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "<think>{{ messages[0].content }}</think>"
+    assert find_think_ids(tokenizer) is None
 
 
 @pytest.mark.parametrize(

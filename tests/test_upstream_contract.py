@@ -74,7 +74,7 @@ UPSTREAM = {
     "prepare_fsdp": ("model accelerator", "teacher.py"),
     "unwrap_model_for_generation": (
         "model accelerator gather_deepspeed3_params generation_kwargs gradient_checkpointing_kwargs",
-        "evaluation/in_training.py passes the first two by position",
+        "health/measuring.py passes the first two by position",
     ),
 }
 
@@ -102,7 +102,6 @@ def test_what_we_override_is_still_there():
         "_check_learning_rate",
         "_select_rows",
         "_count_generation_prompt_tokens",
-        "_find_think_ids",
         "_record_rollouts",
         "_check_teacher_is_not_uniform",
         "_describe_failed_save",

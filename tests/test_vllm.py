@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from benchmarks.lab.task import draw_problem, lab_tokenizer, prompt
 from tests.tiny_models import save_tiny, tiny_tokenizer
 from trl_crisp.evaluation.engines import TransformersEngine, VllmEngine
-from trl_crisp.evaluation.evaluating import EvaluationSettings, evaluate
+from trl_crisp.evaluation.evaluating import evaluate
+from trl_crisp.evaluation.settings import EvaluationSettings
 
 pytestmark = pytest.mark.vllm
 

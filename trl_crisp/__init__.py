@@ -8,16 +8,16 @@ __all__ = ["INSTRUCTIONS", "BenchmarkCallback", "CRISPConfig", "CRISPTrainer", "
 
 if TYPE_CHECKING:
     from trl_crisp.config import CRISPConfig
-    from trl_crisp.evaluation.evaluating import EvaluationSettings
-    from trl_crisp.evaluation.in_training import BenchmarkCallback
+    from trl_crisp.evaluation.settings import EvaluationSettings
+    from trl_crisp.health.measuring import BenchmarkCallback
     from trl_crisp.prompts.instructions import INSTRUCTIONS
     from trl_crisp.trainer import CRISPTrainer
 
 _HOMES = {
-    "BenchmarkCallback": "evaluation.in_training",
+    "BenchmarkCallback": "health.measuring",
     "CRISPConfig": "config",
     "CRISPTrainer": "trainer",
-    "EvaluationSettings": "evaluation.evaluating",
+    "EvaluationSettings": "evaluation.settings",
     "INSTRUCTIONS": "prompts.instructions",
 }
 

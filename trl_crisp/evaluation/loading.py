@@ -13,7 +13,7 @@ from trl_crisp.models.source import check_model, loading_errors_named
 from trl_crisp.rows.hub import cached_commit
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -119,6 +119,25 @@ def _sha256_of(directory: Path) -> str | None:
             with path.open("rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def load_config(source: ModelSource) -> "PretrainedConfig":
+    """Return a model's config; for an adapter that of its base."""
+    from transformers import AutoConfig
+
+    whole = source.base or source
+    with loading_errors_named(whole.name, "its config"):
+        return AutoConfig.from_pretrained(whole.name, revision=whole.revision)
+
+
+def load_generation_config(source: ModelSource) -> "GenerationConfig":
+    """Return a model's generation config. Without one it is made from the model's config, as transformers does."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(source))
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":

@@ -260,7 +260,7 @@ def _rows_of_hub(known: _OnTheHub) -> tuple[list[dict[str, Any]], str, str]:
             raise_for_hub(error, "dataset", known.dataset, "benchmark")
         except (PermissionError, FileNotFoundError, ConnectionError) as said:
             raise type(said)(
-                f"{said} A local copy of its rows (jsonl, json, parquet or csv) goes in with --file (along a training run --eval_benchmark_file)."
+                f"{said} A local copy of its rows (jsonl, json, parquet or csv) goes in with --file (during training --eval_benchmark_file)."
             ) from error
     return list(rows), known.dataset, revision or _cached_revision(rows)
 

@@ -1,9 +1,9 @@
-"""Sampled answers from a transformers model, in batches from which finished rows leave.
+"""Samples answers from a transformers model, in batches that finished rows leave.
 
-`model.generate` keeps computing rows that have ended until the longest one has; here they are taken out of the batch and
-of its cache, so that a few long answers do not cost as much as the whole batch. A row's random numbers depend on the
-seed and on its place among the prompts alone, neither on the batch size nor on the other rows. A model that answers
-otherwise in such a batch than alone (it ignores the mask, or its cache cannot lose rows) answers one prompt at a time.
+`model.generate` computes all rows until the longest one has ended. Here a row that has ended leaves the batch and its cache, so a
+few long answers cost less than the whole batch. A row's random numbers depend only on the seed and the row's place among the
+prompts, not on the batch size or the other rows. If a model gives other answers in such a batch than alone (it ignores the mask, or
+rows cannot be taken out of its cache), it answers one prompt at a time.
 """
 
 import time
@@ -17,22 +17,25 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.models.hidden_states import causal_model, difference, positions_of, takes, tolerance_of
 
-# Ours: room for this many further tokens is made whenever the buffers of the cache are full. Larger ones copy less
-# often and hold more unused memory.
+# Ours: the buffers of the cache grow by this many tokens when they are full. A larger number copies less often and leaves more
+# memory unused.
 _CACHE_GROWTH_TOKENS = 128
-# Ours: finished rows leave once they are an eighth of the batch, because taking them out copies the cache of the rest
+# Ours: finished rows leave when they are an eighth of the batch, because each time the cache of the other rows is copied
 _COMPACT_SHARE = 1 / 8
-# Ours: enough padding, in a batch with short rows, for its effect to show
+# Ours: the longest prompt of the trial, so that the short rows have enough padding to show its effect
 _TRIED_TOKENS = 24
-# Ours: steps of a batch before its pace is told; the first ones warm up
+# Ours: the first steps of a batch are slower, so no pace is reported from them
 _PACE_STEPS = 8
+# Ours: rows at once. Most models fit into memory with so many.
+BATCH_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: its token ids, the one that ended it included, and whether such a token ended it."""
+    """One sampled answer: its token ids, including the eos token that ended it, and whether one ended it."""
 
     token_ids: list[int]
     ended_by_eos: bool
@@ -41,8 +44,13 @@ class Completion:
 @dataclass(frozen=True)
 class SamplingProgress:
     """
-    Where a call of [`sample`] stands. The time left is that of every open row reaching the cap, at the pace so far; `None` in
-    the first steps, which tell no pace.
+    The progress of a call of [`sample`].
+
+    Attributes:
+        rows_done, rows: How many answers have ended, of how many.
+        tokens: How many tokens have been sampled.
+        tokens_per_s: How many per second, since the start.
+        left_at_most_s: The seconds that are left at this pace if every open row runs to the cap; `None` in the first steps of a batch.
     """
 
     rows_done: int
@@ -53,7 +61,7 @@ class SamplingProgress:
 
 
 class _GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` that writes into spare room. The parent copies all keys and values at every token."""
+    """A `DynamicLayer` with spare room for new tokens. The parent copies all keys and values at every token."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
@@ -83,13 +91,13 @@ class _GrowingLayer(DynamicLayer):
 
 def _new_cache(model: Any) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    # Layers of another kind (sliding windows, recurrent states) bound their own memory and stay as they are
+    # Layers of other kinds (sliding windows, recurrent states) have a bounded size
     cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def eos_token_ids_of(generation_config: Any) -> set[int]:
-    """The ids that end an answer of a model, from its generation config. Raises `ValueError` where it names none."""
+    """Return the ids that end a model's answer, from its generation config. Raises `ValueError` if it has none."""
     eos = generation_config.eos_token_id
     if eos is None:
         raise ValueError(
@@ -102,15 +110,20 @@ def eos_token_ids_of(generation_config: Any) -> set[int]:
 def next_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> torch.Tensor:
-    """One token id per row, drawn by inverting the cumulative distribution.
+    """
+    Return one token id per row, [rows], drawn by inverting the cumulative distribution.
 
-    `logits` is [rows, vocabulary], `uniforms` [rows] in [0, 1). Temperature 0 takes the most likely token. `top_k` 0 and
-    `top_p` 1 turn the cuts off; with both, `top_k` cuts first, as in transformers. The returned ids are [rows].
+    Args:
+        logits: [rows, vocabulary].
+        uniforms: Uniform random numbers in [0, 1), [rows].
+        temperature: 0 takes the most likely token.
+        top_p: 1 turns it off.
+        top_k: 0 turns it off. It cuts before `top_p`, as in transformers.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
-    # The cuts leave a few tokens of a large vocabulary: draw among those, most likely first
+    # Draw only among the tokens that the cuts leave, in order of probability
     ids = None
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k, dim=-1)
@@ -118,11 +131,11 @@ def next_tokens(
         logits, ids = logits.sort(dim=-1, descending=True)
     probabilities = logits.softmax(dim=-1)
     if top_p < 1:
-        # A token stays where the more likely ones together have not reached top_p yet, so the first always stays
+        # A token stays if the more likely ones together are below top_p, so the first one always stays
         probabilities = probabilities.masked_fill(probabilities.cumsum(dim=-1) - probabilities >= top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
-    # Scaled by the sum as it was rounded, and strictly below it, so that the draw never lands behind the last token
-    # that has any probability
+    # The sum may be rounded below 1. The target is scaled by it and kept strictly below it, so that a token without probability is
+    # never drawn.
     total = cumulative[:, -1:]
     targets = torch.minimum(uniforms.to(total).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     places = torch.searchsorted(cumulative, targets, right=True)
@@ -135,33 +148,35 @@ def sample(
     prompt_token_ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    top_k: int = 20,
-    seed: int = 0,
-    batch_size: int = 32,
+    temperature: float = EvaluationSettings.temperature,
+    top_p: float = EvaluationSettings.top_p,
+    top_k: int = EvaluationSettings.top_k,
+    seed: int = EvaluationSettings.seed,
+    batch_size: int = BATCH_ROWS,
     eos_token_ids: set[int] | None = None,
     places: Sequence[int] | None = None,
     progress: Callable[[SamplingProgress], None] | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
-    """One answer per prompt, in the order of the prompts.
+    """
+    Return one answer per prompt, in the order of the prompts.
 
     Args:
-        model: A causal language model of transformers. It is put into eval mode and back.
-        prompt_token_ids: The prompts as token ids, generation prompt included. Prompts of similar length share a batch.
-        max_new_tokens: Answers are cut at this many tokens; such an answer has `ended_by_eos` false.
-        temperature, top_p, top_k: 0.6, 0.95 and 20 are the paper's (evaluation). Temperature 0 is greedy.
-        seed: Of the random numbers, together with the place of the prompt.
-        batch_size: Rows at once. 32 is ours, it fits most models; more is faster where memory allows.
-        eos_token_ids: The ids that end an answer; those of the model's generation config if not given.
-        places: The place of each prompt that its random numbers go by, for a part of the prompts of a larger call; 0 to the
-            number of prompts if not given.
-        progress: Called about once a second, and at the end of each batch.
-        on_completion: Called with a prompt's index and its answer as soon as that has ended.
+        model: A causal language model of transformers. It is in evaluation mode during the call.
+        prompt_token_ids: The prompts as token ids, including the generation prompt. Prompts of similar length share a batch.
+        max_new_tokens: Answers are cut at this many tokens; `ended_by_eos` is then `False`.
+        temperature, top_p, top_k: The defaults are the protocol's
+            ([`~trl_crisp.evaluation.settings.EvaluationSettings`]). Temperature 0 is greedy.
+        seed: With a prompt's place it determines the random numbers.
+        batch_size: Rows at once. The default is ours and fits most models; more rows are faster if the memory allows.
+        eos_token_ids: The ids that end an answer; by default those of the model's generation config.
+        places: One number per prompt, which determines its random numbers; by default 0, 1, 2 ... A part of a larger call gets the
+            same answers if it gives the same places.
+        progress: Called about once per second, and at the end of each batch.
+        on_completion: Receives a prompt's index and its answer, as soon as the answer has ended.
 
     Raises:
-        ValueError: An empty prompt, a cap or a batch size below 1, a temperature below 0, or no known eos.
+        ValueError: If a prompt is empty, a cap or a batch size is below 1, a temperature is below 0, or the eos is not known.
     """
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
         if value < least:
@@ -185,7 +200,7 @@ def sample(
             return
         elapsed_s = time.monotonic() - start_s
         steps_left = (max_new_tokens - step) * bool(open_rows) + max_new_tokens * batches_left
-        # The first token comes with the prompt
+        # The prompt's pass gives the first token
         pace_s = batch_s / (step - 1) if step > _PACE_STEPS else None
         progress(
             SamplingProgress(
@@ -204,7 +219,7 @@ def sample(
         if order and (problem := _problem_of_batches(model)):
             warnings.warn(
                 f"{type(causal_model(model)).__name__} {problem}, so each prompt is answered alone and without a cache: the "
-                "answers are right, and slow.",
+                "answers are right, but sampling is slow.",
                 stacklevel=3,
             )
             batch_size, batch_type = 1, _Alone
@@ -244,7 +259,7 @@ def sample(
 
 
 class _Batch:
-    """The rows of a batch that are still computed: their cache, attention mask, next logits and random numbers."""
+    """The open rows of a batch: their cache, attention mask, next logits and random numbers."""
 
     def __init__(
         self,
@@ -259,7 +274,7 @@ class _Batch:
         self.tokens: dict[int, list[int]] = {index: [] for index in indices}
         device = model.get_input_embeddings().weight.device
         width_tokens = max(len(ids) for ids in prompts)
-        # The id under the padding is never attended to; 0 exists in every vocabulary
+        # The id of the padding has no effect; 0 exists in every vocabulary
         input_ids = torch.zeros((len(prompts), width_tokens), dtype=torch.long)
         self.mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(prompts):
@@ -268,7 +283,7 @@ class _Batch:
         self.uniforms = _uniforms(seeds, max_new_tokens, device)
         self.mask = self.mask.to(device)
         self.cache = _new_cache(model)
-        # Not every forward can skip the logits of the prompt's other positions, or takes positions
+        # Some models' forward has no logits_to_keep or no position_ids
         self.keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self.takes_positions = takes(causal_model(model), "position_ids")
         self.logits = self._forward(input_ids.to(device), positions_of(self.mask))
@@ -286,7 +301,7 @@ class _Batch:
         return output.logits[:, -1]
 
     def advance(self, ids: torch.Tensor, open_rows: list[int]) -> None:
-        """Feeds the drawn `ids` ([rows]) and leaves the logits after them; drops finished rows where it is worth it."""
+        """Feed the drawn `ids`, [rows], and compute the next logits. Finished rows leave if they are enough."""
         rows = len(self.indices)
         if rows - len(open_rows) >= max(1, rows * _COMPACT_SHARE):
             keep = torch.tensor(open_rows, device=ids.device)
@@ -294,7 +309,7 @@ class _Batch:
             self.mask, self.uniforms, ids = self.mask[keep], self.uniforms[keep], ids[keep]
             layers: list[Any] = self.cache.layers
             for layer in layers:
-                # Layers with recurrent states select by reordering only
+                # Layers with recurrent states can only select rows by reordering
                 select = layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices
                 select(keep)
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.indices), 1))], dim=1)
@@ -302,7 +317,7 @@ class _Batch:
 
 
 class _Alone:
-    """As [`_Batch`] for one row of a model that has no cache that rows can leave: all tokens pass at each step."""
+    """Like [`_Batch`], for one row and without a cache: each step computes all tokens."""
 
     def __init__(
         self,
@@ -325,7 +340,7 @@ class _Alone:
         return self.model(input_ids=self.input_ids, attention_mask=mask, use_cache=False).logits[:, -1]
 
     def advance(self, ids: torch.Tensor, open_rows: list[int]) -> None:
-        """Feeds the drawn `ids` ([1]) and leaves the logits after them."""
+        """Feed the drawn `ids`, [1], and compute the next logits."""
         self.input_ids = torch.cat([self.input_ids, ids.unsqueeze(1)], dim=1)
         self.logits = self._forward()
 
@@ -336,7 +351,7 @@ def _uniforms(seeds: list[list[int]], max_new_tokens: int, device: torch.device)
 
 
 def _problem_of_batches(model: Any) -> str | None:
-    # Three rows of different lengths, a further token, and one row that leaves: the others answer as each does alone
+    # Three rows of different lengths get a further token, and one row leaves. The other two must have the logits that each has alone.
     vocab_size = model.config.get_text_config().vocab_size
     ids = [(i + 1) * vocab_size // (_TRIED_TOKENS + 1) for i in range(_TRIED_TOKENS)]
     prompts: list[Sequence[int]] = [ids[:4], ids[:6], ids]
@@ -345,7 +360,7 @@ def _problem_of_batches(model: Any) -> str | None:
         batch = _Batch(model, prompts, [0, 1, 2], seeds, 1)
         batch.advance(torch.full_like(batch.logits[:, 0], ids[-1], dtype=torch.long), [0, 1])
     except Exception as error:
-        return f"has no cache that rows can leave ({type(error).__name__}: {error})"
+        return f"has a cache that rows cannot be taken out of ({type(error).__name__}: {error})"
     alone = torch.cat([_Alone(model, [[*prompt, ids[-1]]], [0], seeds, 1).logits for prompt in prompts[:2]])
     is_same = difference(batch.logits, alone) <= tolerance_of(model, alone)
-    return None if is_same else "answers otherwise in a padded batch with a cache than alone"
+    return None if is_same else "gives other answers in a padded batch with a cache than alone"

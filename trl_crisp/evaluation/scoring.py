@@ -1,45 +1,50 @@
-"""From samples to the rows of results.json: each sample graded and measured at each budget."""
+"""From samples to scores: each sample is graded and measured at each budget."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from trl_crisp.evaluation.grading import KINDS, Grader
+from trl_crisp.evaluation.grading import KINDS, Grade, Grader
 from trl_crisp.evaluation.metrics import compresses, epistemic_words, repeats_itself
 from trl_crisp.evaluation.problems import Problem
-from trl_crisp.evaluation.results import Sample
+from trl_crisp.evaluation.progress import Tell
+from trl_crisp.evaluation.records import ScoredProblem, ScoredSample, ScoredText
+from trl_crisp.evaluation.sample_file import Sample
+from trl_crisp.evaluation.settings import EvaluationSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def score_samples(
     problems: Sequence[Problem],
-    samples: dict[tuple[str, int], Sample],
-    samples_a_problem: int,
-    budgets_tokens: Sequence[int],
-    text_at: Callable[[Sample, int], str],
-    exact: bool = False,
-    on_progress: Callable[[str, int, int, str], None] | None = None,
-) -> list[dict[str, Any]]:
+    samples: Mapping[tuple[str, int], Sample],
+    settings: EvaluationSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    on_progress: Tell | None = None,
+) -> list[ScoredProblem]:
     """
-    Return the problems as in results.json.
+    Grade and measure the samples of problems.
 
     Args:
-        problems: In the order that they get there.
-        samples: By the problem's id and the sample's number; more than are asked for are left out.
-        samples_a_problem: The first so many of each.
-        budgets_tokens: Each sample is graded by what it says up to there.
-        text_at: Returns what a sample's first so many tokens say.
-        exact: Grade by the authors' rules to the letter.
-        on_progress: Called with the stage, how many are graded of how many, and no note.
+        problems: The scores have their order.
+        samples: By the problem's id and the sample's number. There may be more than are scored.
+        settings: `samples` of each problem are scored, at `all_budgets`, exactly by the authors' rules if `exact`.
+        tokenizer: Decodes the first tokens of answers that are longer than a budget.
+        on_progress: Receives the stage, how many texts are graded, how many there are, and an empty note.
     """
-    budgets = [str(budget) for budget in budgets_tokens]
+
+    def text_at(sample: Sample, budget_tokens: int) -> str:
+        is_cut = budget_tokens < len(sample.token_ids)
+        return str(tokenizer.decode(sample.token_ids[:budget_tokens])) if is_cut else sample.text
+
     jobs = [
-        (problem, number, budget, text_at(samples[problem.id, number], int(budget)))
+        (problem, number, budget, text_at(samples[problem.id, number], budget))
         for problem in problems
-        for number in range(samples_a_problem)
-        for budget in budgets
+        for number in range(settings.samples)
+        for budget in settings.all_budgets
     ]
-    grades: dict[tuple[str, int, str], Any] = {}
-    with Grader(exact=exact) as grader:
+    grades: dict[tuple[str, int, int], Grade] = {}
+    with Grader(exact=settings.exact) as grader:
         for kind in KINDS:
             of_kind = [job for job in jobs if job[0].kind == kind]
 
@@ -50,35 +55,30 @@ def score_samples(
             graded = grader.grade_all([(text, problem.answer) for problem, _, _, text in of_kind], kind, tell)
             for (problem, number, budget, _), grade in zip(of_kind, graded, strict=True):
                 grades[problem.id, number, budget] = grade
-    texts = {(problem.id, number, budget): text for problem, number, budget, text in jobs}
+    scored = {
+        (problem.id, number, budget): ScoredText(
+            grade=grades[problem.id, number, budget],
+            compresses=compresses(text),
+            repeats=repeats_itself(text),
+            epistemic_words=epistemic_words(text),
+        )
+        for problem, number, budget, text in jobs
+    }
 
-    def measures(sample: Sample) -> dict[str, Any]:
-        by_budget = {}
-        for budget in budgets:
-            key = (sample.problem, sample.number, budget)
-            # Only texts have a flag for what is said anywhere
-            grade = {
-                name: value for name, value in asdict(grades[key]).items() if name == "answer" or value is not None
-            }
-            by_budget[budget] = {
-                **grade,
-                "compresses": compresses(texts[key]),
-                "repeats": repeats_itself(texts[key]),
-                "epistemic_words": epistemic_words(texts[key]),
-            }
-        return {
-            "tokens": len(sample.token_ids),
-            "thinking_tokens": sample.thinking_tokens,
-            "ended_by_eos": sample.ended_by_eos,
-            "grades": by_budget,
-        }
+    def score(sample: Sample) -> ScoredSample:
+        return ScoredSample(
+            tokens=len(sample.token_ids),
+            thinking_tokens=sample.thinking_tokens,
+            ended_by_eos=sample.ended_by_eos,
+            at_budget={budget: scored[sample.problem, sample.number, budget] for budget in settings.all_budgets},
+        )
 
     return [
-        {
-            "id": problem.id,
-            "level": problem.level,
-            "answer": problem.answer,
-            "samples": [measures(samples[problem.id, number]) for number in range(samples_a_problem)],
-        }
+        ScoredProblem(
+            id=problem.id,
+            level=problem.level,
+            answer=problem.answer,
+            samples=[score(samples[problem.id, number]) for number in range(settings.samples)],
+        )
         for problem in problems
     ]

@@ -10,6 +10,10 @@ from typing import Any, Literal
 
 Prompt = str | list[dict[str, Any]]
 
+# The first sentence of the prompt that DAPO-Math-17k gives the student. In the teacher's prompt the instruction replaces it
+# (paper, Figure 2).
+DAPO_OPENING_SENTENCE = "Solve the following math problem step by step."
+
 # v1 and v2 are the paper's, word for word (Sec. 3, Appendix "Prompts"; in v1 the paper prints a colon after "Be direct"
 # where the authors' code has a dash). The paper prints v3, v4 and v5 in abridged form only: the wording here is ours.
 # "general" is ours: for prompts that are not math problems.

@@ -1,4 +1,4 @@
-"""Accuracy and length along a training run, by the code of `trl-crisp eval`, and which checkpoint is the best."""
+"""Measures accuracy and length during training, with the functions of `trl-crisp eval`, and finds the best checkpoint."""
 
 import copy
 import shutil
@@ -15,62 +15,64 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_crisp._upstream import unwrap_model_for_generation
 from trl_crisp.evaluation.engines import TransformersEngine
-from trl_crisp.evaluation.evaluating import (
-    EvaluationSettings,
-    Tell,
-    check_positions,
-    in_sampling_order,
-    load_asked,
-    measure,
-    prompt_token_ids,
-    random_place,
-)
+from trl_crisp.evaluation.evaluating import load_asked
 from trl_crisp.evaluation.grading import require_math_verify
-from trl_crisp.evaluation.results import load_results
-from trl_crisp.evaluation.sampling import Completion
+from trl_crisp.evaluation.progress import Tell
+from trl_crisp.evaluation.prompts import check_positions, prompt_token_ids
+from trl_crisp.evaluation.protocol import describe_grading, describe_sampling
+from trl_crisp.evaluation.results import SamplingPace, load_results, write_results
+from trl_crisp.evaluation.sample_file import Sample, SampleFile
+from trl_crisp.evaluation.sample_problems import all_draws, sample_problems
+from trl_crisp.evaluation.sampling import BATCH_ROWS
+from trl_crisp.evaluation.scoring import score_samples
+from trl_crisp.evaluation.settings import EvaluationSettings
 
-# Ours: with more of the base's answers cut than this, lengths and accuracy are those of the cap
+# Ours: if more of the base's answers are cut than this share, lengths and accuracy say more about the cap than about the model
 _MUCH_CUT = 0.1
 
 
 @dataclass
 class BenchmarkArguments:
     """
-    Arguments of the training script that measure accuracy and tokens along the run.
+    Arguments of the training script for measuring accuracy and tokens during training.
 
     Parameters:
         eval_benchmark (`str`, *optional*):
-            As in `trl-crisp eval --benchmark`: a name, or a file with question and answer. Nothing is measured if unset.
+            A name or a file with question and answer, as in `trl-crisp eval --benchmark`. Nothing is measured if unset.
         eval_benchmark_file (`str`, *optional*):
             A local copy of a named benchmark's rows.
         eval_benchmark_steps (`int`, defaults to `50`; the paper's M, so that each teacher is measured before the next):
-            Optimizer steps between two measurements. The base, before the first step, and the last step are measured too.
-        eval_benchmark_limit (`int`, *optional*, defaults to `100`; ours, for the time it takes):
-            The first so many problems.
-        eval_benchmark_samples (`int`, defaults to `1`; ours, for the time it takes, the paper has 8 after training):
-            Answers a problem.
+            Optimizer steps between two measurements. The base is measured too, before the first step, and so is the last step.
+        eval_benchmark_limit (`int`, *optional*, defaults to `100`; ours, to save time):
+            Measure only this many problems, from the first.
+        eval_benchmark_samples (`int`, defaults to `1`; ours, to save time; the paper has 8 after training):
+            Answers per problem.
         eval_benchmark_max_new_tokens (`int`, defaults to `30000`, the paper's):
-            An answer is cut there, and a cut answer is most often a wrong one: with a cap that cuts the base's answers, accuracy
+            An answer is cut at this many tokens. A cut answer is usually wrong, so with a cap that cuts the base's answers, accuracy
             would rise as answers get shorter.
         eval_benchmark_batch_size (`int`, defaults to `32`; ours):
             Answers at once on each process.
         eval_benchmark_max_accuracy_drop (`float`, defaults to `0.01`; ours, a point is within the noise of the paper's own figures):
-            How far the best checkpoint's accuracy may lie below the base's, as a share of all answers: 0.01 is a point.
+            How far the best checkpoint's accuracy may be below the base's, as a share of all answers: 0.01 is a point.
     """
 
     eval_benchmark: str | None = field(
         default=None,
-        metadata={"help": "Measure accuracy and tokens along the run: a name or a file, as in `trl-crisp eval`."},
+        metadata={"help": "Measure accuracy and tokens during training: a name or a file, as in `trl-crisp eval`."},
     )
-    eval_benchmark_file: str | None = field(default=None, metadata={"help": "A local copy of its rows."})
+    eval_benchmark_file: str | None = field(default=None, metadata={"help": "A local copy of the benchmark's rows."})
     eval_benchmark_steps: int = field(default=50, metadata={"help": "Optimizer steps between two measurements."})
-    eval_benchmark_limit: int | None = field(default=100, metadata={"help": "The first so many problems."})
-    eval_benchmark_samples: int = field(default=1, metadata={"help": "Answers a problem."})
-    eval_benchmark_max_new_tokens: int = field(default=30_000, metadata={"help": "An answer is cut there."})
-    eval_benchmark_batch_size: int = field(default=32, metadata={"help": "Answers at once on each process."})
+    eval_benchmark_limit: int | None = field(
+        default=100, metadata={"help": "Measure only this many problems, from the first."}
+    )
+    eval_benchmark_samples: int = field(default=1, metadata={"help": "Answers per problem."})
+    eval_benchmark_max_new_tokens: int = field(
+        default=EvaluationSettings.max_new_tokens, metadata={"help": "An answer is cut at this many tokens."}
+    )
+    eval_benchmark_batch_size: int = field(default=BATCH_ROWS, metadata={"help": "Answers at once on each process."})
     eval_benchmark_max_accuracy_drop: float = field(
         default=0.01,
-        metadata={"help": "How far the best checkpoint's accuracy may lie below the base's; 0.01 is a point."},
+        metadata={"help": "How far the best checkpoint's accuracy may be below the base's; 0.01 is a point."},
     )
 
     def __post_init__(self) -> None:
@@ -87,48 +89,48 @@ class BenchmarkArguments:
 
 class BenchmarkCallback(TrainerCallback):
     """
-    Measures accuracy and tokens on a benchmark: of the base before the first step, every so many steps, and at the end.
+    Measures accuracy and tokens on a benchmark: of the base before the first step, every `every_steps` steps, and at the last step.
 
-    The log gets `eval_{name}_accuracy`, `eval_{name}_mean_tokens`, `eval_{name}_reduction` (against the base), `eval_{name}_truncated`
-    and `eval_{name}_runtime`; `output_dir/evaluation/{name}/step-N` gets what `trl-crisp eval` writes. The random numbers of the
-    training are left alone: a run with this callback trains the same weights as one without. Under several processes each
-    answers its share of the problems.
+    The log gets `eval_{name}_accuracy`, `eval_{name}_mean_tokens`, `eval_{name}_reduction` (the share of the base's tokens that is
+    saved), `eval_{name}_truncated` and `eval_{name}_runtime` (seconds). `output_dir/evaluation/{name}/step-N` gets the files that
+    `trl-crisp eval` writes. The random numbers of the training are not touched: training with this callback gives the same weights
+    as without it. With several processes each one answers its share of the problems.
 
-    The best checkpoint is the measured step with the fewest mean tokens, fewer than the base's, among those whose accuracy is at most
-    `max_accuracy_drop` below the base's. It is saved whenever there is a new one, kept by `save_total_limit`, and named in
-    `trainer_state.json` (`best_model_checkpoint`, with the tokens as `best_metric`), as transformers does with its own.
+    The best checkpoint is the measured step with the fewest mean tokens. It needs fewer than the base has, and an accuracy of at most
+    `max_accuracy_drop` below the base's. Each new best checkpoint is saved, kept by `save_total_limit`, and named in
+    `trainer_state.json` (`best_model_checkpoint`, with the tokens as `best_metric`).
 
     Args:
-        trainer: Whose model is measured; FSDP is refused.
-        settings: Of the measurement; `model` is for the record.
+        trainer: Its model is measured.
+        settings: What to measure; `model` names the model that the training starts from.
         every_steps: See [`BenchmarkArguments`].
         max_accuracy_drop: See [`BenchmarkArguments`].
-        progress: Makes a context manager that gives a function (stage, done, total, note), for the first process.
+        progress: Makes a context manager for the first process; it gives the function that receives the progress.
 
     Raises:
-        ValueError: Under FSDP, and for a benchmark or settings that cannot be.
-        FileNotFoundError, PermissionError, ConnectionError: Where the problems cannot be had.
-        ImportError: Where math-verify is not installed.
+        ValueError: If the model is sharded by FSDP, or if the benchmark or the settings do not fit.
+        FileNotFoundError, PermissionError, ConnectionError: If the problems cannot be loaded.
+        ImportError: If math-verify is not installed.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         settings: EvaluationSettings,
-        every_steps: int = 50,
-        max_accuracy_drop: float = 0.01,
+        every_steps: int = BenchmarkArguments.eval_benchmark_steps,
+        max_accuracy_drop: float = BenchmarkArguments.eval_benchmark_max_accuracy_drop,
         progress: Callable[[], AbstractContextManager[Tell]] = lambda: nullcontext(lambda *args: None),
     ) -> None:
         for name, value in (("engine", settings.engine), ("instruction", settings.instruction)):
-            if value != EvaluationSettings.__dataclass_fields__[name].default:
+            if value != getattr(EvaluationSettings, name):
                 raise ValueError(
-                    f"{name}={value!r} has no effect along a run, where the student answers the plain prompt by transformers. Leave it "
+                    f"{name}={value!r} has no effect during training: the student answers the plain prompt, with transformers. Leave it "
                     "out, and measure checkpoints with `trl-crisp eval`."
                 )
         if trainer.args.load_best_model_at_end or trainer.args.metric_for_best_model:
             raise ValueError(
                 "eval_benchmark finds the best checkpoint by a rule of its own, and so do load_best_model_at_end and "
-                "metric_for_best_model. Leave out the one or the other."
+                "metric_for_best_model. Leave out one of the two."
             )
         if trainer.is_fsdp_enabled:
             raise ValueError(
@@ -140,18 +142,18 @@ class BenchmarkCallback(TrainerCallback):
         self.every_steps, self.max_accuracy_drop, self.progress = every_steps, max_accuracy_drop, progress
         self.benchmark = load_asked(settings)
         self.name = Path(settings.benchmark).stem
-        tokenizer: Any = self._tokenizer()
-        model: Any = trainer.model
-        prompts = prompt_token_ids(
-            self.benchmark.problems, "", tokenizer, settings.chat_template_kwargs, settings.system
+        self._tokenizer = _tokenizer_of(trainer)
+        self._prompts = prompt_token_ids(
+            self.benchmark.problems, "", self._tokenizer, settings.chat_template_kwargs, settings.system
         )
-        check_positions(model.config, self.benchmark.problems, prompts, settings.max_new_tokens)
-        self._first_prompt = str(tokenizer.decode(prompts[0]))
+        model: Any = trainer.model
+        check_positions(model.config, self.benchmark.problems, self._prompts, settings.max_new_tokens)
+        self._first_prompt = str(self._tokenizer.decode(self._prompts[0]))
 
     def describe_start(self) -> str:
         """Return how the answers are graded, and the first prompt."""
         return (
-            f"Along the run {self.name} is measured: {len(self.benchmark.problems)} problems, graded as {self.benchmark.kind} "
+            f"During training {self.name} is measured: {len(self.benchmark.problems)} problems, graded as {self.benchmark.kind} "
             f"({self.benchmark.kind_reason}). The first prompt:\n{self._first_prompt}"
         )
 
@@ -159,14 +161,14 @@ class BenchmarkCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.save_total_limit == 1:
-            # At the end of a training transformers would delete all but the best, and with them the last, which can be resumed
+            # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
             args.save_total_limit = 2
         if state.global_step == 0:
             if state.max_steps > 0:
                 self._measure(args, state)
         elif not any(point["step"] == 0 for point in self.measured(state)):
             raise ValueError(
-                f"this run goes on after step {state.global_step}, and its base was not measured on {self.name} before the first "
+                f"this run resumes after step {state.global_step}, and its base was not measured on {self.name} before the first "
                 "step, so there is nothing to compare with. Leave eval_benchmark as it was, and measure checkpoints with "
                 "`trl-crisp eval`."
             )
@@ -185,8 +187,8 @@ class BenchmarkCallback(TrainerCallback):
         if differing := [name for name in names if before[name] != settings[name]]:
             listed = "".join(f"\n  {name}: {before[name]!r} before, {settings[name]!r} now" for name in differing)
             raise ValueError(
-                f"this run measured its base in another way, so the points of its curve could not be compared:{listed}\nLeave these as "
-                "they were, or start anew in another output_dir."
+                f"this run measured its base in another way, so the measurements could not be compared:{listed}\nLeave these as "
+                "they were, or start again in another output_dir."
             )
 
     def _directory(self, args: TrainingArguments, step: int) -> Path:
@@ -199,7 +201,7 @@ class BenchmarkCallback(TrainerCallback):
             return
         accuracy, mean_tokens = self._measure(args, state)
         base = self.measured(state)[0]
-        # As far as sums of floats tell a point from a point
+        # Rounding of the shares must not turn a drop of exactly max_accuracy_drop into a larger one
         enough = accuracy >= base["accuracy"] - self.max_accuracy_drop - 1e-9
         shortest = base["mean_tokens"] if state.best_metric is None else state.best_metric
         if enough and mean_tokens < shortest:
@@ -235,9 +237,9 @@ class BenchmarkCallback(TrainerCallback):
             )
         was = f"the base had {base['accuracy']:.1%} with {base['mean_tokens']:,.0f} tokens"
         if state.best_global_step is None:
-            return f"No measured step is fit to be the best checkpoint ({rule}; {was}).{warning}"
+            return f"No measured step qualifies as the best checkpoint ({rule}; {was}).{warning}"
         best = measured[state.best_global_step]
-        which = state.best_model_checkpoint or f"that of step {state.best_global_step}, which is no longer there"
+        which = state.best_model_checkpoint or f"that of step {state.best_global_step}, which no longer exists"
         return (
             f"The best checkpoint is {which} ({rule}): {best['accuracy']:.1%} with "
             f"{best['mean_tokens']:,.0f} tokens; {was}.{warning}"
@@ -246,7 +248,7 @@ class BenchmarkCallback(TrainerCallback):
     def _measure(self, args: TrainingArguments, state: TrainerState) -> tuple[float, float]:
         trainer, start_s = self.trainer, time.monotonic()
         directory = self._directory(args, state.global_step)
-        # Of a run before this one, or of one that was killed: other weights may have written it
+        # An earlier run, or one that was killed, may have left samples of other weights
         first = trainer.is_world_process_zero()
         if first and directory.is_dir():
             shutil.rmtree(directory)
@@ -258,30 +260,13 @@ class BenchmarkCallback(TrainerCallback):
                 trainer.accelerator,
                 gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
             ) as unwrapped:
-                engine = TransformersEngine(unwrapped, self._tokenizer())  # type: ignore[arg-type]
+                engine = TransformersEngine(unwrapped, self._tokenizer)  # type: ignore[arg-type]
                 sampling_start_s = time.monotonic()
-                sampled = _Sampled(engine, self._sample(engine, on_progress))
-                sampled_in_s = time.monotonic() - sampling_start_s
+                samples = self._sample(engine, on_progress)
+                wall_s = time.monotonic() - sampling_start_s
             shared: list[dict[str, float] | None] = [None]
             if first:
-                about = {
-                    "model": f"{self.settings.model} at step {state.global_step}",
-                    "trained_from": self.settings.model,
-                    "step": state.global_step,
-                    # Its weights are float32 under mixed precision too
-                    "mixed_precision": trainer.accelerator.mixed_precision,
-                    "processes": trainer.accelerator.num_processes,
-                }
-                results = measure(
-                    sampled,
-                    self.settings,
-                    "",
-                    self.benchmark,
-                    directory,
-                    on_progress,
-                    about=about,
-                    sampled_in_s=sampled_in_s,
-                )
+                results = self._score_and_write(engine, samples, wall_s, state.global_step, directory, on_progress)
                 shared = [results["summary"][str(self.settings.max_new_tokens)]["all"]]
         if trainer.accelerator.num_processes > 1:
             shared = broadcast_object_list(shared)
@@ -295,55 +280,72 @@ class BenchmarkCallback(TrainerCallback):
             "truncated": summary["truncated"],
             "runtime": time.monotonic() - start_s,
         }
-        # In evaluation mode the trainer does not take the line for one of the training's
+        # In training mode the trainer would log its training metrics with these values
         model.eval()
         should_log = trainer.control.should_log
         trainer.log({f"eval_{self.name}_{key}": value for key, value in values.items()})
-        # It counts any line as the one that was due
+        # trainer.log resets it, and the training's own line would be left out
         trainer.control.should_log = should_log
         model.train(was_training)
         return values["accuracy"], values["mean_tokens"]
 
-    def _tokenizer(self) -> Any:
-        tokenizer: Any = copy.copy(self.trainer.processing_class)
-        # The one that the rollouts have, where it is not the tokenizer's own
-        tokenizer.chat_template = getattr(self.trainer, "chat_template", None) or tokenizer.chat_template
-        return tokenizer
-
-    def _sample(self, engine: TransformersEngine, on_progress: Tell | None) -> list[Completion]:
-        """Answer this process's share, and return everyone's answers in the order of sampling."""
-        settings, accelerator = self.settings, self.trainer.accelerator
-        prompts = prompt_token_ids(
-            self.benchmark.problems, "", engine.tokenizer, settings.chat_template_kwargs, settings.system
-        )
-        check_positions(engine.config, self.benchmark.problems, prompts, settings.max_new_tokens)
-        order = in_sampling_order(len(prompts), settings.samples)
-        mine = range(accelerator.process_index, len(order), accelerator.num_processes)
-        completions: list[tuple[int, Completion]] = []
+    def _sample(self, engine: TransformersEngine, on_progress: Tell | None) -> list[Sample]:
+        """Sample this process's share of the answers, and return those of all processes in the order of sampling."""
+        accelerator = self.trainer.accelerator
+        draws = all_draws(len(self._prompts), self.settings.samples)
+        mine = range(accelerator.process_index, len(draws), accelerator.num_processes)
+        samples: list[tuple[int, Sample]] = []
 
         def tell(done: int, note: str) -> None:
             if on_progress is not None:
                 on_progress("sampling", done, len(mine), note)
 
-        if mine:
-            engine.generate(
-                [prompts[order[index][0]] for index in mine],
-                [random_place(*order[index]) for index in mine],
-                lambda place, completion: completions.append((mine[place], completion)),
-                tell,
-                **settings.sampling,
-            )
-        everyones = gather_object(completions) if accelerator.num_processes > 1 else completions
-        return [completion for _, completion in sorted(everyones, key=lambda pair: pair[0])]
+        sample_problems(
+            engine,
+            self.benchmark.problems,
+            self._prompts,
+            [draws[index] for index in mine],
+            self.settings,
+            lambda index, sample: samples.append((mine[index], sample)),
+            tell,
+        )
+        everyones = gather_object(samples) if accelerator.num_processes > 1 else samples
+        return [sample for _, sample in sorted(everyones, key=lambda pair: pair[0])]
+
+    def _score_and_write(
+        self,
+        engine: TransformersEngine,
+        samples: list[Sample],
+        wall_s: float,
+        step: int,
+        directory: Path,
+        on_progress: Tell | None,
+    ) -> dict[str, Any]:
+        accelerator, settings, problems = self.trainer.accelerator, self.settings, self.benchmark.problems
+        about_model = {
+            "trained_from": settings.model,
+            "step": step,
+            # The weights stay float32 under mixed precision, so `dtype` does not tell it
+            "mixed_precision": accelerator.mixed_precision,
+            "processes": accelerator.num_processes,
+        }
+        name = f"{settings.model} at step {step}"
+        sampling_protocol = describe_sampling(settings, "", self.benchmark, engine, name, about_model)
+        file = SampleFile(directory / "samples.jsonl", sampling_protocol)
+        for sample in samples:
+            file.add(sample)
+        return write_results(
+            directory,
+            settings,
+            {**sampling_protocol, **describe_grading(settings, self.benchmark)},
+            self._first_prompt,
+            score_samples(problems, file.samples, settings, self._tokenizer, on_progress),
+            SamplingPace(sum(len(sample.token_ids) for sample in samples), wall_s),
+        )
 
 
-class _Sampled(TransformersEngine):
-    """An engine whose answers are there already."""
-
-    def __init__(self, engine: TransformersEngine, completions: list[Completion]) -> None:
-        super().__init__(engine.model, engine.tokenizer)
-        self._completions = completions
-
-    def generate(self, prompt_token_ids, places, on_completion, on_progress, **sampling) -> None:
-        for index, completion in enumerate(self._completions):
-            on_completion(index, completion)
+def _tokenizer_of(trainer: Trainer) -> Any:
+    """Return the trainer's tokenizer, with the chat template that the rollouts have."""
+    tokenizer: Any = copy.copy(trainer.processing_class)
+    tokenizer.chat_template = getattr(trainer, "chat_template", None) or tokenizer.chat_template
+    return tokenizer
