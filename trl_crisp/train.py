@@ -348,6 +348,8 @@ def main(
         sys.exit(interrupt.exit_code)
     # By a user's call it would push too, which has its own place below
     trainer.save_model(str(output_dir), _internal_call=True)
+    # The log of the run, beside the model
+    trainer.save_state()
     if benchmark is not None:
         trainer.accelerator.print(benchmark.describe_best(trainer.state))
     prompts = [row["prompt"] for row in itertools.islice(trainer.train_dataset, _HINTED_ROWS)]
