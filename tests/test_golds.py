@@ -69,7 +69,7 @@ def test_why_and_what_does_not_fit():
     assert kind_of_file(["1", "2"], "text", "f") == ("text", "asked for")
     with pytest.raises(ValueError, match=r"own.jsonl, row 1: the answer '5 \+' cannot be read as math"):
         kind_of_file(["1", "5 +"], "math", "own.jsonl")
-    with pytest.raises(ValueError, match=r"own.jsonl, row 1: the answer '42' is no letter"):
+    with pytest.raises(ValueError, match=r"own.jsonl, row 1: the answer '42' is not a letter"):
         kind_of_file(["A", "42"], "choice", "own.jsonl")
     with pytest.raises(ValueError, match=r"own.jsonl, row 0: its answer is a list.*'1, 2'"):
         kind_of_file([["1", "2"]], None, "own.jsonl")
