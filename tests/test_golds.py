@@ -105,7 +105,7 @@ def test_several_right_answers_and_numbers_of_a_file(tmp_path):
 def test_the_grader_can_be_asked_for(tmp_path):
     path = write(tmp_path / "own.jsonl", ["1", "Oslo"])
     assert load_benchmark(write(tmp_path / "n.jsonl", ["1969", "1"]), kind="text").problems[0].prompt == "0?"
-    with pytest.raises(ValueError, match="no letter"):
+    with pytest.raises(ValueError, match="is not a letter A to J"):
         load_benchmark(path, kind="choice")
     rows = tmp_path / "math500.jsonl"
     rows.write_text(json.dumps({"problem": "1?", "answer": "1", "level": 1, "unique_id": "a"}) + "\n")
