@@ -24,7 +24,7 @@ from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.prompts import prompt_token_ids
 from trl_crisp.evaluation.protocol import describe_sampling
 from trl_crisp.evaluation.records import Summary, problem_from_dict, problem_to_dict, summary_to_dict
-from trl_crisp.evaluation.results import SCHEMA_VERSION, SamplingPace, load_results, write_results
+from trl_crisp.evaluation.results import SCHEMA, SCHEMA_VERSION, SamplingPace, load_results, write_results
 from trl_crisp.evaluation.sample_file import Sample, SampleFile
 from trl_crisp.evaluation.settings import ENGINES, EvaluationSettings
 from trl_crisp.evaluation.summary import summarize
@@ -606,7 +606,14 @@ def test_a_problem_is_written_and_read_back():
     assert summarized([text], 100, 1).anywhere_accuracy == 0.0
 
 
-@pytest.mark.parametrize("path", sorted(Path("benchmarks/results/smollm2").glob("*.json")), ids=lambda path: path.stem)
+COMMITTED = [
+    path
+    for path in sorted(Path("benchmarks/results").rglob("*.json"))
+    if f'"schema": "{SCHEMA}"' in path.read_text()[:200]
+]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_results_are_read_back(path):
     """Their numbers follow from their problems."""
     results = load_results(path)

@@ -276,7 +276,9 @@ def _check_keys(
     if not found:
         return
     wrapper = next((name for name in _WRAPPERS for key in unexpected if f".{name}" in f".{key}"), None)
-    hint = "" if wrapper is None else f" The names contain {wrapper!r}, as those of a wrapped model do: take it out."
+    hint = (
+        "" if wrapper is None else f" The names have {wrapper!r} in them, as those of a wrapped model do: take it out."
+    )
     what = "model" if source.base is None else f"adapter, on its base {source.base.name!r},"
     raise ValueError(
         f"{source.name!r}: the weights in the files are not those of the {what} that the config describes.\n  "
