@@ -1,4 +1,4 @@
-"""`trl-crisp eval` on a tiny model: protocol, samples on disk, going on after an interruption, numbers by hand."""
+"""`trl-crisp eval` on a tiny model: protocol, samples on disk, resuming after an interruption, numbers by hand."""
 
 import dataclasses
 import json
@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerBase
 
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp.cli import main, make_eval_parser
 from trl_crisp.evaluation.comparison import compare
-from trl_crisp.evaluation.evaluating import evaluate
+from trl_crisp.evaluation.engines import TransformersEngine
+from trl_crisp.evaluation.evaluating import evaluate, load_asked
 from trl_crisp.evaluation.grading import KINDS
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.prompts import prompt_token_ids
+from trl_crisp.evaluation.protocol import describe_sampling
 from trl_crisp.evaluation.records import Summary, problem_from_dict, problem_to_dict, summary_to_dict
-from trl_crisp.evaluation.results import SCHEMA_VERSION, SamplingPace, load_results, write_results
+from trl_crisp.evaluation.results import SCHEMA, SCHEMA_VERSION, SamplingPace, load_results, write_results
 from trl_crisp.evaluation.sample_file import Sample, SampleFile
 from trl_crisp.evaluation.settings import ENGINES, EvaluationSettings
 from trl_crisp.evaluation.summary import summarize
@@ -87,7 +90,7 @@ def test_an_interrupted_evaluation_resumes_and_gives_the_same(files, tmp_path):
     again = evaluate(settings(files), path.parent)
     assert again["problems"] == whole["problems"]
     assert sorted(path.read_bytes().splitlines()) == sorted(b"".join(lines).splitlines())
-    # All there: nothing is sampled again, and another number of problems or samples goes on from it
+    # All there: nothing is sampled again, and another number of problems or samples starts from it
     before = path.stat().st_mtime_ns
     evaluate(settings(files), path.parent)
     assert path.stat().st_mtime_ns == before
@@ -404,6 +407,28 @@ def test_instruction_and_template_flags_change_the_prompt(files, tmp_path):
     assert plain["problems"] != unthinking["problems"]
 
 
+def test_each_prompt_is_tokenized_once(files, tmp_path, monkeypatch):
+    asked = []
+    real = PreTrainedTokenizerBase.apply_chat_template
+
+    def counted(self, messages, **kwargs):
+        asked.append(messages[-1]["content"])
+        return real(self, messages, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", counted)
+    evaluate(settings(files, limit=3), tmp_path)
+    assert len(asked) == len(set(asked)) == 3
+
+
+def test_what_describes_the_model_overwrites_nothing_in_the_protocol(files):
+    engine = TransformersEngine(tiny_model("qwen3"), tiny_tokenizer("qwen3"))
+    benchmark = load_asked(settings(files))
+    protocol = describe_sampling(settings(files), "", benchmark, engine, "m at step 3", {"step": 3})
+    assert (protocol["model"], protocol["step"], protocol["seed"]) == ("m at step 3", 3, 0)
+    with pytest.raises(ValueError, match="about_model has model, seed, which the protocol has already"):
+        describe_sampling(settings(files), "", benchmark, engine, "m", {"seed": 1, "model": "n", "step": 3})
+
+
 def test_an_adapter_is_the_model_that_it_makes(files, tmp_path):
     model = get_peft_model(
         tiny_model("qwen3").from_pretrained(files / "model"),
@@ -581,7 +606,14 @@ def test_a_problem_is_written_and_read_back():
     assert summarized([text], 100, 1).anywhere_accuracy == 0.0
 
 
-@pytest.mark.parametrize("path", sorted(Path("benchmarks/results/smollm2").glob("*.json")), ids=lambda path: path.stem)
+COMMITTED = [
+    path
+    for path in sorted(Path("benchmarks/results").rglob("*.json"))
+    if f'"schema": "{SCHEMA}"' in path.read_text()[:200]
+]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_results_are_read_back(path):
     """Their numbers follow from their problems."""
     results = load_results(path)

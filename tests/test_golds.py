@@ -69,7 +69,7 @@ def test_why_and_what_does_not_fit():
     assert kind_of_file(["1", "2"], "text", "f") == ("text", "asked for")
     with pytest.raises(ValueError, match=r"own.jsonl, row 1: the answer '5 \+' cannot be read as math"):
         kind_of_file(["1", "5 +"], "math", "own.jsonl")
-    with pytest.raises(ValueError, match=r"own.jsonl, row 1: the answer '42' is no letter"):
+    with pytest.raises(ValueError, match=r"own.jsonl, row 1: the answer '42' is not a letter"):
         kind_of_file(["A", "42"], "choice", "own.jsonl")
     with pytest.raises(ValueError, match=r"own.jsonl, row 0: its answer is a list.*'1, 2'"):
         kind_of_file([["1", "2"]], None, "own.jsonl")
@@ -105,7 +105,7 @@ def test_several_right_answers_and_numbers_of_a_file(tmp_path):
 def test_the_grader_can_be_asked_for(tmp_path):
     path = write(tmp_path / "own.jsonl", ["1", "Oslo"])
     assert load_benchmark(write(tmp_path / "n.jsonl", ["1969", "1"]), kind="text").problems[0].prompt == "0?"
-    with pytest.raises(ValueError, match="no letter"):
+    with pytest.raises(ValueError, match="is not a letter A to J"):
         load_benchmark(path, kind="choice")
     rows = tmp_path / "math500.jsonl"
     rows.write_text(json.dumps({"problem": "1?", "answer": "1", "level": 1, "unique_id": "a"}) + "\n")

@@ -1,4 +1,4 @@
-"""Accuracy and length along a run: the numbers are those of `trl-crisp eval`, the training is left alone, the best is kept."""
+"""Accuracy and length during training: the numbers are those of `trl-crisp eval`, the training is left alone, the best is kept."""
 
 import json
 import os
@@ -165,7 +165,7 @@ class _Killed(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_killed_run_goes_on_with_the_base_that_it_measured(measured, files, tmp_path):
+def test_a_killed_run_resumes_with_the_base_that_it_measured(measured, files, tmp_path):
     trainer = trainer_of(files, tmp_path)
     trainer.add_callback(BenchmarkCallback(trainer, settings(files), every_steps=2))
     trainer.add_callback(_Killed())
@@ -279,7 +279,7 @@ def test_the_protocol_of_training_is_that_of_the_command_but_for_what_takes_long
     assert BenchmarkArguments().eval_benchmark_samples == 1
 
 
-def test_a_run_that_goes_on_keeps_its_measurement(measured, files, tmp_path):
+def test_a_resumed_run_keeps_its_measurement(measured, files, tmp_path):
     trainer = trainer_of(files, tmp_path, max_steps=2)
     trainer.train()
     later = trainer_of(files, tmp_path)

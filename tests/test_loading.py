@@ -142,7 +142,7 @@ def test_a_merged_adapter_is_the_model_that_was_trained(made, tmp_path, name, co
 def test_an_adapter_that_cannot_be_merged(made, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(made / "model")
     get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="PROMPT_TUNING is no change of the base's weights"):
+    with pytest.raises(ValueError, match="PROMPT_TUNING does not change the base's weights"):
         load_model(find_model(str(tmp_path)))
 
 

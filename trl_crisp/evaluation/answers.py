@@ -1,18 +1,18 @@
-r"""Where a response says its answer: the last `Answer: ...` line, the last `\boxed{...}`, the letter of a choice."""
+r"""Finds the answer in a response: the last `Answer: ...` line, the last `\boxed{...}`, the letter of a choice."""
 
 import re
 
-# The paper's rule, to the letter
+# Exactly the paper's rule
 _EXACT_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 _TAG = r"</?(?:b|strong|i|em|u|mark|p|span|div|br|center|h[1-6])\b[^<>\n]{0,80}>"
-# The same, with Markdown's, LaTeX's or HTML's emphasis of the word or of the colon, and with an answer in a block of its own
+# The same, also with Markdown's, LaTeX's or HTML's emphasis of the word or the colon, and with the answer in a block below
 _LINE = re.compile(
     rf"(?i)Answer(?:[\s*_`}}]|{_TAG}){{0,20}}[:：﹕︓∶]"  # noqa: RUF001
     rf"(?>(?:[*_`}}]{{1,4}}(?![*_`])|[ \t]+}}|{_TAG})?\s*)(?:```\w*\n\s*|(?<=\n)(?:>\s*)+|(?<=\n)[-•]\s+)?([^\n]+)"
 )
 _BRACE = re.compile(r"\\boxed\{|[{}]")
 _BLOCKS = (("$$", "$$"), (r"\[", r"\]"))
-# Ours: a matrix or an equation in a block of its own; what is longer is no answer
+# Ours: enough for a matrix or an equation in a block below the line; a longer text is not an answer
 _BLOCK_CHARACTERS = 2000
 # Not "!": 5! is a factorial
 _STRIPPED = ".,;:?\"' \t"
@@ -21,9 +21,9 @@ _EXACT_LETTER = re.compile(r"^[^A-Za-z0-9]*(?:\\(?:text|mathrm|textbf|mathbf)\{)
 _LETTER = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|final\s+)?(?:option|choice|answer|letter)(?:\s+is)?\s*:?)?"
     r"(?:\\[A-Za-z]+\{|[^A-Za-z0-9\\]|\\[^A-Za-z])*"
-    # The article, the pronoun: "A rectangle", "I think"; but "A is right"
+    # Not the article or the pronoun ("A rectangle", "I think"), but "A is right"
     r"(?![AI]\s+(?!(?:is|because|since|as)\b)(?-i:[a-z]))([A-Za-z])(?![A-Za-z0-9'’])"  # noqa: RUF001
-    # Two letters are no choice: "A or B"
+    # Two letters are not a choice: "A or B"
     r"(?!\W*(?:and|or|,|/|&)\W*[A-Za-z](?![A-Za-z]))",
     re.IGNORECASE,
 )
@@ -31,11 +31,11 @@ _LETTER = re.compile(
 
 def find_answer(response: str, exact: bool = False) -> str | None:
     """
-    Return the text of the last `Answer: ...` line, or `None` where there is none or it is empty.
+    Return the text of the last `Answer: ...` line, or `None` if there is none or it is empty.
 
     Args:
         response: What the model wrote.
-        exact: The authors' rule to the letter. Otherwise emphasis of the word, of the colon or of the answer (`**Answer**: **42**`,
+        exact: Use exactly the authors' rule. Otherwise emphasis of the word, of the colon or of the answer (`**Answer**: **42**`,
             `\\textbf{Answer:} 42`), a full-width colon, and an answer in a block under the line (`$$ ... $$`) are read too.
     """
     if exact:
@@ -49,7 +49,7 @@ def find_answer(response: str, exact: bool = False) -> str | None:
 
 
 def _with_its_block(line: str, below: str) -> str:
-    """Return a line, with the lines below it that belong to a block which it opens and does not close."""
+    """Return a line, with the lines below it that belong to a block that the line opens and does not close."""
     line = line.strip()
     for opening, closing in _BLOCKS:
         if line.startswith(opening) and closing not in line[2:]:
@@ -62,7 +62,7 @@ def _with_its_block(line: str, below: str) -> str:
 
 
 def _trim(answer: str) -> str | None:
-    """Return an answer without what only stands around it: emphasis, quotation marks, the ends of what began before the line."""
+    """Return an answer without emphasis and quotation marks around it, and without closing marks that were opened before the line."""
     answer = re.sub(rf"(?i){_TAG}", "", answer)
     depth = 0
     for brace in re.finditer(r"(?<!\\)[{}]", answer):
@@ -70,7 +70,7 @@ def _trim(answer: str) -> str | None:
         if depth < 0:
             answer = answer[: brace.start()]
             break
-    # What is left of LaTeX's spaces, `\\,` and the like
+    # Also the rest of LaTeX's spaces, such as `\\,`
     stripped = answer.rstrip(_STRIPPED + _EMPHASIS).rstrip("\\" + _STRIPPED)
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
         if opening not in stripped:
@@ -78,14 +78,14 @@ def _trim(answer: str) -> str | None:
     if stripped.count("$") % 2:
         stripped = stripped.removesuffix("$")
     start = len(stripped) - len(stripped.lstrip(_STRIPPED + _EMPHASIS))
-    # .5 is a number, and ...5 is not
+    # .5 is a number, ...5 is not
     if re.search(r"(?<!\.)\.$", stripped[:start]) and stripped[start : start + 1].isdigit():
         start -= 1
     return stripped[start:].rstrip(_STRIPPED + _EMPHASIS) or None
 
 
 def find_box(response: str) -> str | None:
-    r"""Return what is inside the last literal `\boxed{...}`, or `None` where there is none that is closed."""
+    r"""Return what is inside the last literal `\boxed{...}`, or `None` if no box is closed."""
     # One pass with a stack: a response may hold thousands of boxes that never close
     opened: list[int | None] = []
     last: tuple[int, int] | None = None
@@ -101,10 +101,10 @@ def find_box(response: str) -> str | None:
 
 def find_letter(answer: str, exact: bool = False) -> str | None:
     """
-    Return the letter of a choice that an answer begins with, as a capital, or `None` where it begins with a word or names two.
+    Return the letter of a choice that an answer begins with, as a capital, or `None` if it begins with a word or names two letters.
 
     Args:
-        answer: An answer line or what a box holds: `B`, `(B)`, `B. 42`, `**B**`, `Option B`.
+        answer: An answer line or the content of a box: `B`, `(B)`, `B. 42`, `**B**`, `Option B`.
         exact: The authors' letter match.
     """
     found = (_EXACT_LETTER if exact else _LETTER).match(answer)

@@ -1,4 +1,4 @@
-"""The right answers of a user's own file: their text, and the kind that all of them are graded by."""
+"""The right answers of a user's file: their text, and the kind by which they are graded."""
 
 import datetime
 import math
@@ -20,17 +20,19 @@ _LATEX_WORDS = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf)\s*\{[^{}
 
 def gold_of(value: Any) -> str | list[str]:
     """
-    Return what a file has as the right answer, as text, or several texts of which each is right.
+    Return a file's right answer as text, or several texts if each of them is right.
 
-    A number has no exponent (1e-05 is 0.00001) and no lone zero behind its point; a list with one answer is that answer.
+    A number is written without an exponent (1e-05 is 0.00001) and without `.0` at its end. A list with one answer is that answer.
 
     Raises:
-        ValueError: For what is no answer: an object, a list in a list, a number that is not finite.
+        ValueError: If the value is not an answer: an object, a list in a list, a number that is not finite.
     """
     if isinstance(value, list | tuple):
         golds = list(dict.fromkeys(gold_of(item) for item in value if not isinstance(item, list | tuple)))  # type: ignore[arg-type]
         if any(isinstance(item, list | tuple) for item in value) or "" in golds:
-            raise ValueError(f"its answer is {value!r}: a list has to hold texts or numbers, of which each is right.")
+            raise ValueError(
+                f"its answer is {value!r}: a list has to hold texts or numbers, each of them a right answer."
+            )
         return golds[0] if len(golds) == 1 else golds  # type: ignore[return-value]
     if value is None or isinstance(value, str):
         return (value or "").strip()
@@ -41,11 +43,11 @@ def gold_of(value: Any) -> str | list[str]:
     if isinstance(value, float) and math.isfinite(value):
         return format(Decimal(repr(value)), "f").removesuffix(".0")
     if isinstance(value, datetime.datetime):
-        # The reader of JSON makes one of "2020-01-31"
+        # The reader of JSON turns the text "2020-01-31" into this type
         return value.date().isoformat() if value.time() == datetime.time() else value.isoformat(" ")
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    raise ValueError(f"its answer is {value!r}: give a text, a number, or a list of those of which each is right.")
+    raise ValueError(f"its answer is {value!r}: give a text, a number, or a list of right answers.")
 
 
 def kind_of_file(golds: Sequence[str | list[str]], asked: Kind | None, where: str) -> tuple[Kind, str]:
@@ -56,12 +58,12 @@ def kind_of_file(golds: Sequence[str | list[str]], asked: Kind | None, where: st
     else `"text"`.
 
     Args:
-        golds: The right answers, several for a row if each of them is right.
+        golds: The right answer of each row, or several if each of them is right.
         asked: A kind that overrides the rule.
-        where: The file, for errors.
+        where: The file's name for error messages.
 
     Raises:
-        ValueError: For golds that are not of the kind, by the first such row.
+        ValueError: If a gold is not of the kind. The message names the first such row.
     """
     read = [[read_gold(gold) for gold in ([row] if isinstance(row, str) else row)] for row in golds]
     flat = [(number, gold) for number, row in enumerate(read) for gold in row]
@@ -90,12 +92,12 @@ def kind_of_file(golds: Sequence[str | list[str]], asked: Kind | None, where: st
     why = "asked for" if asked else why
     if kind == "choice" and no_letter is not None:
         raise ValueError(
-            f"{where}, row {no_letter[0]}: the answer {no_letter[1]!r} is no letter A to J. Give the letter, or another --grader."
+            f"{where}, row {no_letter[0]}: the answer {no_letter[1]!r} is not a letter A to J. Give the letter, or another --grader."
         )
     if kind != "text" and several is not None:
         raise ValueError(
             f"{where}, row {several}: its answer is a list, {golds[several]!r}, and only texts can have several right answers. Write it "
-            "as one text ('1, 2') if all are asked for, or set --grader text if each is right."
+            "as one text ('1, 2') if the question asks for all of them, or set --grader text if each is right."
         )
     if kind == "text" and (empty := [number for number, gold in flat if not words(gold)]):
         raise ValueError(
@@ -108,7 +110,7 @@ def _is_text(gold: str) -> bool:
     literal = read_literal(gold)
     if literal is not None:
         return literal[0] == "date"
-    # Words in LaTeX's own form are what math benchmarks have, \text{even}
+    # Math benchmarks have words in this form, \text{even}
     plain = _LATEX_WORDS.sub("", gold)
     if _AMOUNT.fullmatch(plain.strip()):
         return False

@@ -1,22 +1,23 @@
-r"""Whether a response answers a problem: by its answer line, by its box, or by what it says anywhere.
+r"""Grades responses: by the answer line, by the box, and by what the response says anywhere.
 
-Models change how they write their answer when they are trained, so one format alone mis-states what training did (paper,
-Table "answer formats": 57.7, 54.5 and 93.0 for the same model). The rules are those of the paper's grader:
+Training changes how a model writes its answer, so one answer format alone gives a wrong picture of a training (paper, Table
+"answer formats": 57.7, 54.5 and 93.0 for the same model). The rules are those of the paper's grader:
 
 1. the last `Answer: ...` line, wrapped in a box, compared with the gold answer by math-verify;
 2. the whole response, compared with the gold answer by math-verify;
-3. correct is what either of them finds. A literal `\boxed{...}` is graded apart, for the paper's boxed-only column.
+3. a response is correct if either of them is equal. A literal `\boxed{...}` is also graded alone, for the paper's boxed-only column.
 
-Where we differ, unless `exact=True`: emphasis around the answer line's word, colon and answer (`**Answer**: **42**`), digits of other
-scripts, leading points and plain notation (`11 5/6`, `3√13`, `1 < x < 3`) are read; clock times and dates are compared as such; what
-is written as the gold is right; and what math-verify calls equal is checked once more for other bases, units, words and values closer
-than its tolerance ([`~trl_crisp.evaluation.near_misses`]).
+Unless `exact=True`, we differ from these rules: emphasis around the answer line's word, colon and answer (`**Answer**: **42**`), digits of other
+scripts, leading points and plain notation (`11 5/6`, `3√13`, `1 < x < 3`) are read; times of day and dates are compared as such; an
+answer that is written like the gold is right; and an answer that math-verify calls equal is checked again for other bases, units,
+words and values within its tolerance ([`~trl_crisp.evaluation.near_misses`]).
 
-Letters of a choice are matched by answer line and box. Facts and names (`"text"`) are right if the answer line, or else the first
-sentence, has one of the golds as whole words ([`~trl_crisp.evaluation.text_answers`]); no paper's rule.
+Letters of a choice are found in the answer line and the box. Facts and names (`"text"`) are right if the answer line has one of the
+golds as whole words, or without an answer line the first sentence ([`~trl_crisp.evaluation.text_answers`]); the paper has no rule
+for them.
 
-math-verify runs in processes of its own, which are killed when an answer takes them too long: expressions such as
-9^(9^(9^9)) can neither hang nor kill the caller.
+math-verify runs in separate processes, which are killed if an answer takes too long, so an expression such as 9^(9^(9^9)) cannot
+hang or kill the caller.
 """
 
 import contextlib
@@ -47,17 +48,17 @@ from trl_crisp.evaluation.text_answers import after_thinking, first_sentence, sa
 Status = Literal["ok", "unparseable", "timeout", "error"]
 Kind = Literal["math", "choice", "text"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# A gold, and the text that it is looked for in (`None`: whether the gold can be read), and whether math-verify decides alone
+# A gold, the text to find it in (`None` asks whether the gold can be read), and whether math-verify decides alone
 Question = tuple[str, str | None, bool]
 
-# math-verify's own default for parsing; a usual response takes milliseconds
+# math-verify's default for parsing; most responses take milliseconds
 TIMEOUT_S = 5.0
-# Ours: importing math-verify takes a second or two, on a machine under load several
+# Ours: importing math-verify takes a second or two, and longer on a busy machine
 _START_TIMEOUT_S = 120.0
 
 
 def require_math_verify() -> None:
-    """Raise `ImportError` where math-verify is not installed, before anything is sampled that could not be graded."""
+    """Raise `ImportError` if math-verify is not installed, before answers are sampled that could not be graded."""
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError('Grading needs math-verify, which is not installed: pip install "trl-crisp[eval]".')
 
@@ -65,18 +66,18 @@ def require_math_verify() -> None:
 @dataclass(frozen=True)
 class Grade:
     r"""
-    What grading one response found.
+    The grade of one response.
 
     Attributes:
-        answer_correct: The last `Answer: ...` line is the gold answer; of a text, it says one of them.
-        boxed_correct: The last literal `\boxed{...}` is, or does.
-        correct: The answer line or the whole response is; the answer line or the box of a letter choice; of a text the answer line, or
-            the first sentence where there is no line.
-        status: `"ok"`: it was graded. `"unparseable"`: nothing that could be an answer was found. `"timeout"`, `"error"`: it
-            could not be graded, which says nothing about the answer. A response that is correct is `"ok"`.
-        answer: The answer line's text, `None` without one.
-        anywhere_correct: Of a text, any part of the response says one of the golds, which credits long answers for what they happen to
-            mention. `None` for the other kinds.
+        answer_correct: Whether the last `Answer: ...` line is the gold answer; for a text, whether it says one of the golds.
+        boxed_correct: The same for the last literal `\boxed{...}`.
+        correct: Whether the answer line or the whole response is right; for a choice the answer line or the box; for a text the answer
+            line, or the first sentence if there is no answer line.
+        status: `"ok"`: the response was graded. `"unparseable"`: no answer was found in it. `"timeout"`, `"error"`: it could not be
+            graded, so it may be right or wrong. A correct response is `"ok"`.
+        answer: The answer line's text; `None` if there is none.
+        anywhere_correct: For a text, whether any part of the response says one of the golds. A long answer may be right by this
+            because it mentions much. `None` for the other kinds.
     """
 
     answer_correct: bool
@@ -95,14 +96,14 @@ def grade(
     timeout_s: float = TIMEOUT_S,
 ) -> Grade:
     """
-    Grade one response; for many, [`Grader`] keeps its processes.
+    Grade one response. For many responses, [`Grader`] keeps its processes.
 
     Args:
         response: What the model wrote.
-        gold: The right answer, in LaTeX or as a number; the letter of a choice; a text, or several of which each is right.
+        gold: The right answer, in LaTeX or as a number; the letter of a choice; a text, or several texts if each is right.
         kind: `"math"`, `"choice"` for a letter, `"text"` for facts and names.
-        exact: The authors' rules to the letter. They have none for a text.
-        timeout_s: Seconds that each comparison may take.
+        exact: Use exactly the authors' rules. They have none for a text.
+        timeout_s: The seconds that each comparison may take.
     """
     with Grader(workers=1, exact=exact, timeout_s=timeout_s) as grader:
         return grader.grade_all([(response, gold)], kind)[0]
@@ -110,12 +111,12 @@ def grade(
 
 class Grader:
     """
-    Grades many responses, side by side in processes of its own. A context manager.
+    Grades many responses in parallel processes. A context manager.
 
     Args:
-        workers: Processes. By default one a core, at most 8.
-        exact: The authors' rules to the letter.
-        timeout_s: Seconds that each comparison may take before its process is killed.
+        workers: The number of processes; by default one per core, at most 8.
+        exact: Use exactly the authors' rules.
+        timeout_s: The seconds that each comparison may take before its process is killed.
     """
 
     def __init__(self, workers: int | None = None, exact: bool = False, timeout_s: float = TIMEOUT_S) -> None:
@@ -152,13 +153,13 @@ class Grader:
         Grade responses.
 
         Args:
-            pairs: Response and gold answer of each; of texts also several golds, of which each is right.
+            pairs: Each response and its gold answer; for texts also a list of golds, each of them right.
             kind: `"math"`, `"choice"` for a letter, `"text"` for facts and names.
-            on_progress: Called with the number of responses graded so far.
+            on_progress: Receives the number of responses that are graded.
 
         Raises:
-            ValueError: For a kind that there is not, and for a gold answer that is empty, no letter where the kind is `"choice"`, or
-                without a word where it is `"text"`.
+            ValueError: If the kind does not exist, or if a gold answer is empty, is not a letter (`"choice"`), or has no word
+                (`"text"`).
         """
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}.")
@@ -175,7 +176,7 @@ class Grader:
         return [grading.result() for grading in gradings]
 
     def readable(self, golds: Sequence[str]) -> list[bool]:
-        """Return which golds can be read as math; a gold that takes too long can."""
+        """Return for each gold whether it can be read as math. A gold that takes too long counts as readable."""
         checks = [_Check(gold) for gold in golds]
         self._run(checks, None)
         return [check.outcome != "error" for check in checks]
@@ -197,14 +198,14 @@ class Grader:
             while len(self._workers) < min(self._count, len(gradings) - done):
                 self._workers.append(_Worker())
             for worker in self._workers:
-                # Linux ends it with the thread that started it
+                # Linux ends a worker with the thread that started it
                 if worker.process.poll() is not None:
                     worker.restart()
                 give(worker, None)
             while waiting := list(selector.get_map().values()):
                 left_s = min(key.data.deadline_s for key in waiting) - time.monotonic()
                 selector.select(max(0.0, left_s))
-                # What has come by now is no time-out, however late it is read
+                # An answer that has arrived by now is not a time-out, even if it is read after the deadline
                 now_s = time.monotonic()
                 ready = {key.data for key, _ in selector.select(0)}
                 for key in waiting:
@@ -228,7 +229,7 @@ class Grader:
 
 
 class _Worker:
-    """A process that answers one question at a time. Nothing here waits for it."""
+    """A process that answers one question at a time. No method waits for it."""
 
     grading: "_Grading | _Check | None" = None
 
@@ -237,7 +238,7 @@ class _Worker:
 
     def restart(self) -> None:
         self.kill()
-        # By its own command line, so that it imports nothing of the caller's
+        # A new command line, so that the process imports none of the caller's modules
         self.process = subprocess.Popen(
             [sys.executable, "-m", "trl_crisp.evaluation.math_verify_worker"],
             stdin=subprocess.PIPE,
@@ -255,13 +256,13 @@ class _Worker:
         if process is not None:
             process.kill()
             process.wait()
-            # It may have died with a question on its way
+            # It may have died while a question was written
             with contextlib.suppress(OSError):
                 process.stdin.close()
             process.stdout.close()
 
     def begin(self, question: Question | None, timeout_s: float) -> None:
-        """Ask, at once or as soon as the process has started."""
+        """Ask a question as soon as the process has started."""
         self._question, self._timeout_s = question, timeout_s
         if self.started:
             self._ask()
@@ -270,14 +271,14 @@ class _Worker:
 
     def _ask(self) -> None:
         assert self.process.stdin is not None
-        # The time counts from when it has the whole text
+        # The time limit starts when the whole question is written
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(self._question).encode() + b"\n")
             self.process.stdin.flush()
         self.deadline_s = time.monotonic() + self._timeout_s
 
     def answer(self) -> str | None:
-        """Return what it says; `None` where that is only that it has started."""
+        """Return the outcome; `None` if the process only said that it has started."""
         line = self.output.readline()
         if not self.started:
             if line != b'"ready"\n':
@@ -285,11 +286,11 @@ class _Worker:
             self.started = True
             self._ask()
             return None
-        # Nothing from a process that the memory limit, or the kernel, has ended
+        # A process that the memory limit or the kernel has ended wrote no whole line
         return json.loads(line) if line.endswith(b"\n") else "died"
 
     def late(self) -> str:
-        """Return what it means that nothing came in time."""
+        """Return the outcome if nothing was answered in time."""
         if not self.started:
             raise self._did_not_start()
         return "timeout"
@@ -302,7 +303,7 @@ class _Worker:
 
 
 class _Grading:
-    """The questions that one response needs, in turn, and what came of them."""
+    """The questions that one response needs, in order, and their outcomes."""
 
     def __init__(self, response: str, gold: str, exact: bool) -> None:
         self.exact = exact
@@ -334,13 +335,13 @@ class _Grading:
             elif bare(response) == bare(read):
                 self.outcomes["response"] = "equal"
             response = read_numbers(response).replace(r"\fbox{", r"\boxed{")
-        # In this order: the whole response, which takes longest, is not needed where the answer line is right
+        # The whole response comes last: it takes longest, and is not needed if the answer line is right
         self.texts = {name: f"\\boxed{{{text}}}" for name, text in texts.items() if text is not None}
         self.texts["response"] = response
 
     def next_question(self) -> Question | None:
         name = next((name for name in self.texts if name not in self.outcomes), None)
-        # The whole response would find the near miss of its line or box again
+        # The whole response would give the near miss of the line or the box again
         if name is None or (
             name == "response" and (self._is("answer", "equal") or "near_miss" in self.outcomes.values())
         ):
@@ -352,7 +353,7 @@ class _Grading:
 
     def result(self) -> Grade:
         relevant = {outcome for name, outcome in self.outcomes.items() if name != "boxed" or outcome == "near_miss"}
-        # math-verify may not be able to read even the gold
+        # An identical text counts even if math-verify cannot read the gold
         identical = self.identical and not relevant & {"different", "near_miss"}
         correct = "equal" in relevant or identical
         status: Status = "ok"

@@ -1,4 +1,4 @@
-"""From a model's name to its weights: whole models and adapters, each weight from the files, and what tells it from others."""
+"""Loads models and adapters: finds their files, checks that each weight comes from the files, and records which weights they are."""
 
 import hashlib
 import json
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# Ours: of the keys of each kind that a message names
+# Ours: a message names at most this many keys of each kind
 _NAMED_KEYS = 5
-# What wrappers put before or into the names of the weights
+# Wrappers put these before or into the names of the weights
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """
-    Where a model's weights come from.
+    The source of a model's weights.
 
     Attributes:
         name: A Hub id or a directory.
         revision: The commit on the Hub; `None` for a directory.
-        base: Of an adapter, the model that it belongs to.
+        base: For an adapter, the model that it belongs to.
     """
 
     name: str
@@ -41,16 +41,16 @@ class ModelSource:
 
 def find_model(name: str, revision: str = "main", field_name: str = "model") -> ModelSource:
     """
-    Return where the weights of a model, or of an adapter and its base, come from; nothing large is loaded.
+    Find the weights of a model, or of an adapter and its base. No weights are loaded.
 
     Args:
         name: A Hub id or a directory.
-        revision: Of a Hub id.
-        field_name: What the user calls it, for the messages.
+        revision: The branch, tag or commit of a Hub id.
+        field_name: The user's name for the model in error messages.
 
     Raises:
-        ValueError: For torn files, and an adapter without a base model of its own.
-        FileNotFoundError, PermissionError, ConnectionError: Where the model, or the adapter's base, cannot be had.
+        ValueError: If files are torn, or an adapter names no base or a base that is an adapter.
+        FileNotFoundError, PermissionError, ConnectionError: If the model or the adapter's base cannot be found or reached.
     """
     path = _adapter_config_of(name, revision)
     if path is None:
@@ -88,18 +88,18 @@ def _adapter_config_of(name: str, revision: str) -> Path | None:
     try:
         found = find_adapter_config_file(name, revision=revision)
     except (OSError, ValueError):
-        # Whatever it is, the check of the whole model says it
+        # The check of the whole model reports the error
         return None
     return None if found is None else Path(found)
 
 
 def describe_weights(source: ModelSource) -> dict[str, Any]:
     """
-    Return what tells a model's weights from others.
+    Return which weights a model has.
 
     Returns:
-        `model_revision`, the commit of a Hub model; `weights_sha256`, of a directory's weights and config; of an adapter also
-        `base_model`, with the base's `name` and the same two. One of the two is there, the other `None`.
+        `model_revision`, the commit of a Hub model, or `weights_sha256`, the digest of a directory's weights and config; the other one
+        is `None`. For an adapter also `base_model`, with the base's `name` and the same two.
     """
     about: dict[str, Any] = {
         "model_revision": source.revision,
@@ -142,10 +142,10 @@ def load_generation_config(source: ModelSource) -> "GenerationConfig":
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     """
-    Return a model's tokenizer; that of the base where an adapter has none.
+    Return a model's tokenizer. If an adapter has none, return that of its base.
 
     Raises:
-        ValueError: Where it cannot be loaded, or has no chat template.
+        ValueError: If it cannot be loaded, or has no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -154,7 +154,7 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
         tokenizer: Any = AutoTokenizer.from_pretrained(owner.name, revision=owner.revision)
     if not tokenizer.chat_template:
         raise ValueError(
-            f"model {source.name!r} has no chat template, so the prompts cannot be put as a user's messages. Use a model "
+            f"model {source.name!r} has no chat template, so the prompts cannot be written as a user's messages. Use a model "
             "trained on conversations, or set tokenizer.chat_template and save the tokenizer beside the model."
         )
     return tokenizer
@@ -178,15 +178,15 @@ def _tokenizer_owner(source: ModelSource) -> ModelSource:
 
 def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Any:
     """
-    Load a model in the dtype that it was saved in, an adapter merged into its base.
+    Load a model in the dtype of its files. An adapter is merged into its base.
 
     Args:
         source: See [`find_model`].
-        tokenizer: An adapter's own, whose added tokens the base's embeddings grow by.
+        tokenizer: The adapter's tokenizer. If it has added tokens, the base's embeddings grow.
 
     Raises:
-        ValueError: Where a weight is not in the files, has another shape, or has no place in the model, naming the keys; and for
-            files that cannot be loaded.
+        ValueError: If a weight is not in the files, has another shape, or has no place in the model (the message names the keys), or if
+            the files cannot be loaded.
     """
     if source.base is None:
         return _load_whole(source)
@@ -199,16 +199,16 @@ def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" 
     key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
     with loading_errors_named(source.name, "the adapter"):
         with warnings.catch_warnings():
-            # Told as an error below
+            # An error is raised below instead
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapter = PeftModel.from_pretrained(model, source.name, revision=source.revision)
         if not hasattr(adapter.base_model, "merge_and_unload"):
             kind = getattr(adapter.peft_type, "value", adapter.peft_type)
-            raise ValueError(f"{kind} is no change of the base's weights, so it cannot be merged into them")
-        # Once more, for the keys that PEFT leaves out without a word
+            raise ValueError(f"{kind} does not change the base's weights, so it cannot be merged into them")
+        # Load the weights again to get the keys, because PEFT ignores some of them silently
         weights = load_peft_weights(source.name, device="cpu", key_mapping=key_mapping, revision=source.revision)
         result: Any = set_peft_model_state_dict(adapter, weights)
-        # Among all that the adapter's file lacks are the base's weights, and tensors that have a second name
+        # The missing keys include the base's weights, and second names of tensors that were loaded
         state = {key: tensor.data_ptr() for key, tensor in adapter.state_dict().items()}
         own = {
             tensor.data_ptr() for tensor in get_peft_model_state_dict(adapter, save_embedding_layers=False).values()
@@ -221,7 +221,7 @@ def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" 
 
 
 def _untie(adapter: Any) -> None:
-    """Give the head its own weights where the adapter changes the embeddings alone: merging would change both."""
+    """Give the head its own weights if the adapter changes only the embeddings: merging would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
@@ -234,7 +234,7 @@ def _untie(adapter: Any) -> None:
 
 def check_weights(source: ModelSource) -> None:
     """
-    Check a whole model's files as [`load_model`] does, by their headers; an engine of its own loads the weights.
+    Check a whole model's files as [`load_model`] does, without loading the weights.
 
     Raises:
         ValueError: See [`load_model`].
@@ -252,7 +252,7 @@ def _load_whole(source: ModelSource, device_map: str | None = None) -> Any:
             dtype="auto",
             device_map=device_map,
             output_loading_info=True,
-            # They are told with their names below
+            # An error below names them
             ignore_mismatched_sizes=True,
         )
         model, info = loaded
@@ -276,7 +276,9 @@ def _check_keys(
     if not found:
         return
     wrapper = next((name for name in _WRAPPERS for key in unexpected if f".{name}" in f".{key}"), None)
-    hint = "" if wrapper is None else f" The names have {wrapper!r} in them, as those of a wrapped model: take it out."
+    hint = (
+        "" if wrapper is None else f" The names have {wrapper!r} in them, as those of a wrapped model do: take it out."
+    )
     what = "model" if source.base is None else f"adapter, on its base {source.base.name!r},"
     raise ValueError(
         f"{source.name!r}: the weights in the files are not those of the {what} that the config describes.\n  "

@@ -1,4 +1,4 @@
-"""One process at a time in a directory: two would write the same samples, and mix those of different settings."""
+"""Lets one process at a time use a directory. Two would write the same samples, or mix samples of different settings."""
 
 import fcntl
 import os
@@ -14,12 +14,12 @@ _LOCK_FILE = ".lock"
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """
-    Have a directory to oneself; it is made where it is not there, and removed if nothing was put into it.
+    Lock a directory. It is made if it does not exist, and removed afterwards if it is empty.
 
-    The kernel lets go of the lock when the process ends, however it does.
+    The kernel releases the lock when the process ends for any reason.
 
     Raises:
-        ValueError: While another process has it, naming that.
+        ValueError: If another process has the lock. The message names the process.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed before it is let go: whoever waits for the file that is gone takes a new one
+        # The file is removed before the lock is released: a process that waits for the removed file makes a new one
         path.unlink(missing_ok=True)
         os.close(file)
         with suppress(OSError):
@@ -45,7 +45,7 @@ def _open_locked(path: Path, directory: Path) -> int:
             holder = os.read(file, 1000).decode(errors="replace") or "another process"
             os.close(file)
             raise ValueError(
-                f"output {str(directory)!r} is in use by {holder}. Wait until that has ended, or give another --output."
+                f"output {str(directory)!r} is in use by {holder}. Wait until it has ended, or give another --output."
             ) from None
         except OSError as error:
             warnings.warn(
@@ -58,5 +58,5 @@ def _open_locked(path: Path, directory: Path) -> int:
                 os.ftruncate(file, 0)
                 os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
                 return file
-        # The one before removed the file between the two calls
+        # The process before removed the file between the two calls
         os.close(file)

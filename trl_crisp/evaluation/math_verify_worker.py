@@ -1,6 +1,6 @@
-"""The process that asks math-verify: a JSON question a line in, an outcome a line out.
+"""The process that runs math-verify. It reads one JSON question per line and writes one outcome per line.
 
-It is killed from outside when it takes too long, so it has no time limit of its own; it has one of memory.
+The caller kills it if it takes too long, so it needs no time limit; it has a memory limit.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from pathlib import Path
 try:
     import resource
 except ImportError:
-    # Windows has none, and no such limit
+    # Windows has neither this module nor the limit
     resource = None  # type: ignore[assignment]
 
 from trl_crisp.evaluation.near_misses import is_near_miss
 
 # Ours: sixteen times the 65 MB (of addresses, on Linux) that the process has at most over 200 golds of MATH-500
 MEMORY_LIMIT_BYTES = 2**30
-# Linux's, from sys/prctl.h
+# From Linux's sys/prctl.h
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,15 +31,15 @@ def compare(gold: str, text: str | None, exact: bool = True) -> str:
 
     Args:
         gold: The right answer, without a box.
-        text: Where the answer is looked for: LaTeX, and plain expressions. `None` asks whether the gold can be read.
-        exact: math-verify alone. Otherwise an inequality is an answer to an interval, and [`is_near_miss`] has the last word.
+        text: The text to find the answer in, as LaTeX or a plain expression. `None` asks whether the gold can be read.
+        exact: math-verify decides alone. Otherwise an inequality can answer an interval, and [`is_near_miss`] decides last.
 
     Returns:
-        "equal", "different", "near_miss" (different, which math-verify did not see), "unparseable" (nothing was found in the
+        "equal", "different", "near_miss" (different, but math-verify calls it equal), "unparseable" (nothing was found in the
         text), or "error" (the gold cannot be read, or math-verify failed).
 
     Raises:
-        MemoryError: If it takes more than the process may have.
+        MemoryError: If it takes more memory than the limit.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -64,38 +64,38 @@ def compare(gold: str, text: str | None, exact: bool = True) -> str:
 
 def main() -> None:
     """
-    Answer until the input ends or the caller does.
+    Answer until the input or the caller ends.
 
-    A question that takes more memory than the process may have ends it without an answer.
+    If a question takes more memory than the limit, the process ends without an answer.
     """
     if sys.platform == "linux":
-        # The end of the input is read after a comparison, which may take hours; elsewhere it has to do
+        # The kernel ends this process with its caller. On other systems it ends when it next reads its input, which may be hours later.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if resource is not None:
-        # A lower one may be set
+        # A lower limit may be set already
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     logging.disable(logging.CRITICAL)
-    # The first comparison imports what the others need
+    # The first comparison imports what later ones need
     compare("1", "\\boxed{1}")
-    # The replies alone go where the caller reads
+    # The caller reads stdout, so only replies may go there
     replies, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         outcome = compare(*json.loads(line))
         if _has_grown():
-            # math-verify goes on after most errors, also after that of a full memory, in which nothing more could be graded
+            # math-verify catches most errors, including a MemoryError, and after that nothing more could be graded
             sys.exit(1)
         print(json.dumps(outcome), file=replies, flush=True)
 
 
 def _has_grown() -> bool:
-    """Whether the process has come near its limit, on Linux, which alone enforces it."""
+    """Whether the process has come near its memory limit. Only Linux enforces the limit."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
         return False
-    # Not getrusage, which counts the memory of the process that started this one
+    # Not getrusage: its peak includes the memory of the process that started this one
     peak = next((line for line in status.splitlines() if line.startswith("VmPeak:")), "VmPeak: 0 kB")
     return int(peak.split()[1]) * 1024 > MEMORY_LIMIT_BYTES // 2
 

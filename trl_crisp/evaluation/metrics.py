@@ -1,4 +1,4 @@
-"""What is counted in answers: accuracy, lengths with intervals, shares, repetition. Plain numpy, no torch."""
+"""Measures of answers: accuracy, lengths with intervals, shares, repetition. Plain numpy, no torch."""
 
 import math
 import re
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# The rule by which collapse was found in on-policy distillation: the last 10,000 characters compress more than 10x
+# The rule for collapse in on-policy distillation: the last 10,000 characters compress more than 10x
 COMPRESSED_TAIL_CHARACTERS = 10_000
 COMPRESSION_RATIO_LIMIT = 10.0
-# Ours, because a text under some 1,000 characters cannot compress 10x whatever it says. Four copies are more than the
-# parallel sentences of a worked solution, and 60 characters more than a ruler or "1, 1, 1" in a list.
+# Ours, because a text below about 1,000 characters cannot compress 10x. Four copies are more than the parallel sentences of a
+# worked solution, and 60 characters are more than a ruler or "1, 1, 1" in a list.
 LOOP_COPIES = 4
 LOOP_CHARACTERS = 60
-# Ours: a few tens of MB, where MMLU's 14,042 problems would take GBs
+# Ours: this takes some tens of MB; drawn all at once, MMLU's 14,042 problems would take GBs
 _DRAWN_AT_ONCE = 2**22
-# The words whose loss was seen to go with lost accuracy in self-distillation (epistemic suppression)
+# In self-distillation, fewer of these words went along with lower accuracy (epistemic suppression)
 EPISTEMIC_WORDS = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")
 _EPISTEMIC = re.compile(rf"\b(?:{'|'.join(EPISTEMIC_WORDS)})\b", re.IGNORECASE)
 
@@ -45,15 +45,15 @@ def paired_bootstrap_reduction(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """The reduction 1 - mean(after) / mean(before), with a percentile bootstrap interval over problems.
+    """Return the reduction 1 - mean(after) / mean(before), with a percentile bootstrap interval over problems.
 
-    Both arrays are [problems] or [problems, samples], row i of both being the same problem; samples are averaged first,
-    so that problems are what is drawn. Each resample draws the same problems for both sides, which keeps the spread
-    between problems out of the interval. The sampling noise within a problem is in it; 10,000 resamples are ours, they
-    settle the ends to about a tenth of a point.
+    Both arrays are [problems] or [problems, samples], and row i is the same problem in both. The samples of a problem are
+    averaged first. Each resample draws the same problems for both sides, so the spread between problems is not in the
+    interval; the sampling noise within a problem is. The 10,000 resamples are ours: with them the ends of the interval vary
+    by about a tenth of a point.
 
-    Raises `ValueError` for arrays of different lengths, fewer than two problems, a mean of zero before, or a confidence
-    outside (0, 1).
+    Raises `ValueError` if the arrays have different lengths or fewer than two problems, the mean before is zero, or the
+    confidence is outside (0, 1).
     """
     before, after = _paired(before_tokens, after_tokens, confidence)
     if before.sum() == 0:
@@ -61,7 +61,7 @@ def paired_bootstrap_reduction(
             "All answers before have length 0, so a reduction is not defined: check how they were sampled."
         )
     sums_before, sums_after = _resampled_sums((before, after), resamples, seed)
-    # A resample of only empty answers has no reduction; with lengths above 0 on most problems it does not occur
+    # A resample of only empty answers has no reduction; it does not occur if most problems have answers
     valid = sums_before > 0
     reductions = 1 - sums_after[valid] / sums_before[valid]
     return _interval(1 - after.mean() / before.mean(), reductions, confidence)
@@ -75,9 +75,9 @@ def paired_bootstrap_difference(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """The difference mean(after) - mean(before), such as that of two accuracies, with a percentile bootstrap interval.
+    """Return the difference mean(after) - mean(before), for example of two accuracies, with a percentile bootstrap interval.
 
-    Arrays, resampling and errors are those of [`paired_bootstrap_reduction`].
+    Arrays, resampling and errors are as in [`paired_bootstrap_reduction`].
     """
     first, second = _paired(before, after, confidence)
     differences = second - first
@@ -120,10 +120,10 @@ def _interval(estimate: float, values: NDArray[np.float64], confidence: float) -
 
 
 def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
-    """The chance that at least one of k answers to a problem is correct: the unbiased estimate, mean over problems.
+    """Return the chance that at least one of k answers to a problem is correct: the unbiased estimate, averaged over problems.
 
-    `correct` holds the samples of each problem, at least k of them each; with k = 1 it is mean@k of all samples. Raises
-    `ValueError` for no problems, or a problem with fewer samples than k.
+    `correct` holds the samples of each problem, at least k per problem. With k = 1 it is the accuracy over all samples. Raises
+    `ValueError` if there is no problem, or a problem has fewer samples than k.
     """
     if not len(correct):
         raise ValueError("pass@k of no problems is not defined: pass at least one.")
@@ -132,13 +132,13 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
         n, right = len(samples), sum(bool(flag) for flag in samples)
         if not 1 <= k <= n:
             raise ValueError(f"pass@{k} of a problem with {n} samples: k has to be between 1 and the samples.")
-        # 1 - C(n - right, k) / C(n, k): all k drawn from the wrong ones
+        # 1 - C(n - right, k) / C(n, k): C(n - right, k) draws have only wrong answers
         shares.append(1 - math.comb(n - right, k) / math.comb(n, k))
     return float(np.mean(shares))
 
 
 def epistemic_words(text: str) -> int:
-    """How many words of doubt and checking a text has (wait, perhaps, maybe ...)."""
+    """Return how many words of doubt and checking a text has (wait, perhaps, maybe ...)."""
     return len(_EPISTEMIC.findall(text))
 
 
@@ -150,26 +150,26 @@ def _problem_means(tokens: ArrayLike) -> NDArray[np.float64]:
 
 
 def share(flags: Sequence[bool]) -> float:
-    """The share of true flags, in [0, 1]. Raises `ValueError` for no flags at all."""
+    """Return the share of true flags, in [0, 1]. Raises `ValueError` if there are no flags."""
     if not len(flags):
         raise ValueError("The share of no answers is not defined: pass at least one flag.")
     return float(np.mean(np.asarray(flags, dtype=bool)))
 
 
 def compresses(text: str) -> bool:
-    """Whether an answer's last 10,000 characters compress more than 10x with zlib: the rule for collapse, of long answers."""
+    """Whether an answer's last 10,000 characters compress more than 10x with zlib: the rule for collapse of long answers."""
     data = text.rstrip()[-COMPRESSED_TAIL_CHARACTERS:].encode()
     return len(data) > COMPRESSION_RATIO_LIMIT * len(zlib.compress(data))
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether an answer has run into repetition, by either of two rules.
+    """Whether an answer ends in repetition, by either of two rules.
 
     1. Its last 10,000 characters compress more than 10x with zlib: the rule for long answers.
-    2. It ends in a loop: the same characters at least four times in a row, the last copy possibly cut, over at least 60
-       characters, white space at the end aside. Short answers cannot meet the first rule.
+    2. It ends in a loop: the same characters at least four times in a row, over at least 60 characters. The
+       last copy may be cut, and white space at the end does not count. Short answers cannot meet the first rule.
 
-    A loop that is left again before the end is seen by the first rule alone; so is one whose copies differ in a number.
+    Only the first rule finds a loop that ends before the answer does, or a loop whose copies differ in a number.
     """
     tail = text.rstrip()[-COMPRESSED_TAIL_CHARACTERS:]
     if not tail:

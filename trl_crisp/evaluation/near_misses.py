@@ -1,4 +1,4 @@
-r"""Pairs that math-verify calls equal and that are not: other bases, values closer than its tolerance, letters as factors."""
+r"""Finds pairs that math-verify calls equal and that are not: other bases, values within its tolerance, words read as factors."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from trl_crisp.evaluation.text_answers import says
 
 _BASE = re.compile(r"_\{?(\d+)\}?\s*[$.]*$")
-# Letters that are no function: three in a row, or two with a capital
+# A word: three letters, or two with a capital
 _WORD = re.compile(r"[^\W\d_]{3,}|(?<![^\W\d_])(?:[A-Z][^\W\d_]|[^\W\d_][A-Z])(?![^\W\d_])")
 _FUNCTIONS = {
     "sin",
@@ -30,14 +30,14 @@ _FUNCTIONS = {
 }
 _FUNCTIONS |= {"arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "infinity", "and", "or", "cis"}
 _DIGITS = 40
-# Ours: exact values are worked out to 40 digits, so what differs sooner differs
+# Ours: exact values are computed to 40 digits, so a difference above this is not a rounding error
 _EXACT = Decimal("1e-25")
-# math-verify's own six places, of the value
+# math-verify's own six places, relative to the value
 _ROUNDED = Decimal("1e-6")
 
 
 def find_words(gold: str) -> list[str]:
-    r"""Return a gold's words, those in `\text{...}` among them: none of `2xy`, `\frac{1}{2}` and `\sin x`."""
+    r"""Return a gold's words, including those in `\text{...}`. `2xy`, `\frac{1}{2}` and `\sin x` have none."""
     gold = re.sub(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf|operatorname)\s*\{", "{", gold)
     found = _WORD.findall(re.sub(r"\\[A-Za-z]+", " ", gold))
     return [word for word in found if word.lower() not in _FUNCTIONS]
@@ -49,8 +49,8 @@ def is_near_miss(gold: str, text: str, expected: Sequence[Any], found: Sequence[
 
     Args:
         gold: The right answer.
-        text: Where the answer was looked for.
-        expected, found: What math-verify read of both: an expression, and the text that it was read from.
+        text: The text in which math-verify found the answer.
+        expected, found: What math-verify read in the gold and in the text: an expression, and the text that it was read from.
     """
     written = [next((item for item in side if isinstance(item, str)), "") for side in (expected, found)]
     bases = [_BASE.search(one) for one in written]
@@ -63,14 +63,14 @@ def is_near_miss(gold: str, text: str, expected: Sequence[Any], found: Sequence[
 
 
 def _differ(expected: Any, found: Any) -> bool:
-    """Whether two expressions that math-verify calls equal have values that differ; no if that cannot be told."""
+    """Whether two expressions that math-verify calls equal have different values; `False` if that cannot be decided."""
     from sympy import Basic, FiniteSet, MatrixBase, Tuple, UnevaluatedExpr, default_sort_key
 
     if isinstance(expected, MatrixBase) and isinstance(found, MatrixBase):
         return any(map(_differ, expected.flat(), found.flat()))
     if not isinstance(expected, Basic) or not isinstance(found, Basic) or expected == found:
         return False
-    # 50% is 50 for math-verify, and 0.5 too
+    # math-verify reads 50% as 50 and as 0.5
     if any(one.has(UnevaluatedExpr) or one.free_symbols for one in (expected, found)):
         return False
     kinds = (FiniteSet, Tuple)
@@ -86,7 +86,7 @@ def _differ(expected: Any, found: Any) -> bool:
 
 
 def _value(expression: Any) -> tuple[Decimal, str] | None:
-    """Return a real number's value, and whether it is `exact`, a `decimal` as it was written, or `rounded` on the way."""
+    """Return a real number's value, and whether it is `exact`, a `decimal` as written, or `rounded` by the computation."""
     from sympy import Float
 
     if not getattr(expression, "is_number", False):
@@ -100,7 +100,7 @@ def _value(expression: Any) -> tuple[Decimal, str] | None:
     if expression.is_Mul or expression.is_Float:
         others = [factor for factor in expression.as_ordered_factors() if not factor.is_Float]
         if len(floats) == 1 and all(abs(factor) == 1 or (factor.is_Pow and factor.base == 10) for factor in others):
-            # The shortest text that gives this number is the one that it was written as
+            # The shortest text of this number is the decimal as it was written
             return Decimal(repr(float(whole))), "decimal"
     return Decimal(str(whole)), "rounded"
 
@@ -112,7 +112,7 @@ def _agree(first: tuple[Decimal, str], second: tuple[Decimal, str]) -> bool:
         return apart <= 10 * _ROUNDED * size
     if how_a == how_b == "exact":
         return apart <= _EXACT * size
-    # A decimal stands for what rounds or is cut to it: less than one in its last place
+    # A decimal stands for the values that round or are cut to it: they differ by less than one in its last place
     places = [int(value.as_tuple().exponent) for value, how in (first, second) if how == "decimal"]
     if len(places) == 2 and places[0] == places[1]:
         return a == b

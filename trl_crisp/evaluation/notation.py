@@ -1,6 +1,6 @@
 r"""Plain notation of answers and golds, as math-verify reads it: `11 5/6`, `.5`, `1e-05`, `3√13`, `4210 base 5`, `12 dollars`.
 
-It knows no mathematics: a text goes in, a text comes out, with the unit apart if it has one.
+Only the text is rewritten, nothing is computed. A unit is returned apart.
 """
 
 import re
@@ -36,7 +36,7 @@ _BASE = re.compile(
     rf"(\d+|{'|'.join(_BASES[2:])})(?![A-Za-z\d])[)}}]*",
     re.IGNORECASE,
 )
-# Ours: the units of school problems; another word behind a number says nothing
+# Ours: the units of school problems; other words after a number are ignored
 _UNITS = {
     "mm": "mm|millimet(?:er|re)s?",
     "cm": "cm|centimet(?:er|re)s?",
@@ -89,7 +89,7 @@ _SPACES = re.compile(r"\\[,;!: ]|~|\\quad")
 
 
 def read_numbers(text: str) -> str:
-    """Return a text whose digits of other scripts, leading points, mixed numbers (as fractions) and 1e-05 are as in LaTeX."""
+    """Return a text with digits of other scripts, leading points, mixed numbers (as fractions) and 1e-05 written as in LaTeX."""
     if not text.isascii():
         text = "".join(_plain_character(character) for character in text)
         text = re.sub("\uf8ff(?=\\d)", " ", re.sub("(?<!\\d)\uf8ff", "", text))
@@ -102,9 +102,9 @@ def _plain_character(character: str) -> str:
     if character.isascii():
         return character
     if unicodedata.decomposition(character).startswith("<fraction>"):
-        # A mark, behind which a digit before makes a mixed number
+        # This mark becomes a space after a digit, which makes a mixed number
         return "\uf8ff" + unicodedata.normalize("NFKC", character).replace("⁄", "/")  # noqa: RUF001
-    # Decimal digits alone: a superscript two is an exponent
+    # Only decimal digits: a superscript two is an exponent
     return str(unicodedata.decimal(character, character))
 
 
@@ -120,7 +120,7 @@ def _without_exponent(found: re.Match[str]) -> str:
 
 
 def read_answer(text: str) -> str:
-    """Return an answer, a box or a gold in LaTeX: [`read_numbers`], and roots, pi, signs, exponents and bases in plain text."""
+    """Return an answer, a box or a gold in LaTeX: like [`read_numbers`], and with roots, pi, signs, exponents and bases too."""
     text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", read_numbers(text))
     text = _BASE.sub(_in_base, text)
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2] or found[3]}}}", text)
@@ -139,9 +139,9 @@ def _in_base(found: re.Match[str]) -> str:
 
 def read_gold(gold: str) -> str:
     """
-    Return the answer that a gold says: of a whole solution its last line (`#### 1,234`), box or answer line.
+    Return the answer that a gold holds. In a whole solution it is the last line (`#### 1,234`), the box or the answer line.
 
-    A point at its end, dollar signs and emphasis around it are no part of it.
+    A point at its end, and dollar signs and emphasis around it, are removed.
     """
     gold = gold.strip()
     if "####" in gold and (last := gold.rpartition("####")[2].strip()):
@@ -161,9 +161,10 @@ def read_gold(gold: str) -> str:
 
 def split_unit(text: str) -> tuple[str, str | None]:
     """
-    Return an answer without its unit, and the unit's name: `None` for no unit or an unknown one.
+    Return an answer without its unit, and the unit's name; `None` if it has no unit or an unknown one.
 
-    A dollar sign, a percentage and degrees stay, which math-verify reads; so does a letter at a number, `12m`, which may be a factor.
+    Dollar signs, percentages and degrees stay, because math-verify reads them. A letter directly after a number (`12m`) stays too,
+    because it may be a factor.
     """
     currency = _PREFIX_CURRENCY.match(text)
     unit = _CURRENCIES[currency[1][-1]] if currency else None
@@ -186,11 +187,11 @@ def split_unit(text: str) -> tuple[str, str | None]:
 
 def read_literal(text: str, last: bool = False) -> tuple[str, ...] | None:
     """
-    Return a clock's time or a date in one form, or `None` if the text is none.
+    Return a time of day or a date in a normal form, or `None` if the text has none.
 
     Args:
-        text: An answer, all of which it has to be, or a response.
-        last: Of a response: the last one in it.
+        text: An answer that is a time or a date as a whole, or with `last` any response.
+        last: Find the last time or date in the text.
     """
     plain = _WRAPPERS.sub(r"\1", text)
     plain = _SPACES.sub("", plain.replace("{:}", ":")).replace("$", " ").strip()
@@ -212,16 +213,16 @@ def read_literal(text: str, last: bool = False) -> tuple[str, ...] | None:
 
 
 def is_same_literal(gold: tuple[str, ...], other: tuple[str, ...] | None) -> bool:
-    """Whether two times or dates are the same; a time that does not say which half of the day it is in can be in either."""
+    """Whether two times or dates are the same. A time without am or pm matches either half of the day."""
     if other is None or gold[0] != other[0] or gold[0] == "date" or gold[-1] == other[-1]:
         return gold == other
     return int(gold[1]) % 12 == int(other[1]) % 12 and gold[2:4] == other[2:4]
 
 
 def bare(text: str) -> str:
-    """Return a text by which two of the same writing are the same: without LaTeX's spaces, delimiters and fonts."""
+    """Return a text without LaTeX's spaces, delimiters and fonts, to compare how two answers are written."""
     text = _WRAPPERS.sub(r"\1", text)
     text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[()\[\]]|(?<!\\)\$|\\!", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", _SPACES.sub(" ", text))
-    # A space between two numbers or two words tells them apart
+    # A space between two numbers or two words stays
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text.strip())

@@ -1,4 +1,4 @@
-"""Benchmarks as rows of one form: a prompt, the right answer, how it is graded, a difficulty where the benchmark has one."""
+"""Benchmarks in one form: each problem has a prompt, the right answer, how it is graded, and a difficulty if there is one."""
 
 import difflib
 import hashlib
@@ -18,25 +18,25 @@ from trl_crisp.rows.hub import raise_for_hub
 from trl_crisp.rows.loading import FILE_BUILDERS, load_file
 from trl_crisp.rows.prompts import check_template
 
-# DAPO's wording, which the paper trains and evaluates with (method's prompts, Figure 2)
+# DAPO's wording; the paper trains and evaluates with it (Figure 2)
 MATH_TEMPLATE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
     "(without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\nRemember to put your answer on its own line "
     'after "Answer:".'
 )
-# Ours: the paper names letter match and does not print its prompt; in the form of the one above
+# Ours: the paper grades letters but does not print the prompt. The form is that of the one above.
 CHOICE_TEMPLATE = (
     "Answer the following multiple choice question. The last line of your response should be of the form Answer: $Letter "
     "(without quotes) where $Letter is the letter of the right choice.\n\n{problem}\n\n{choices}\n\nRemember to put your answer on "
     'its own line after "Answer:".'
 )
-# Of a user's own file: its questions have their choices in them, and facts are asked as they are
+# For a user's file: its questions include their choices, and facts are asked without more words
 OWN_TEMPLATES: dict[Kind, str] = {
     "math": MATH_TEMPLATE,
     "choice": CHOICE_TEMPLATE.replace("\n\n{choices}", ""),
     "text": "{problem}",
 }
-# Ours: of the order of GPQA's choices, which the dataset has in four columns
+# Ours: the seed of the order of GPQA's choices, which the dataset has in four columns
 CHOICE_SEED = 42
 
 
@@ -46,11 +46,11 @@ class Problem:
     One problem.
 
     Attributes:
-        id: Names it in the results.
+        id: Its name in the results.
         prompt: The user's message.
-        answer: The right one, for [`~trl_crisp.evaluation.grading.grade`]; of a text also a list, of which each is right.
+        answer: The right answer, for [`~trl_crisp.evaluation.grading.grade`]; for a text also a list, each of them right.
         kind: How it is graded.
-        level: Its difficulty or subject, where the benchmark has one.
+        level: Its difficulty or subject, if the benchmark has one.
     """
 
     id: str
@@ -66,11 +66,11 @@ class Benchmark:
     Problems and where they came from.
 
     Attributes:
-        name: As it was asked for.
+        name: As the settings name it.
         source: A Hub id, or a file's name.
         revision: The commit of the dataset on the Hub, or `sha256:...` of the file.
         problems: In the order of the source.
-        kind_reason: Why they are graded as the kind that they are.
+        kind_reason: Why they are graded as their kind.
     """
 
     name: str
@@ -101,22 +101,22 @@ def load_benchmark(
     prompt_template: str | None = None,
 ) -> Benchmark:
     """
-    Load a benchmark by its name, or problems of one's own from a file.
+    Load a benchmark by its name, or the problems of a file.
 
     Args:
         name: One of [`BENCHMARKS`], or the path of a .jsonl, .json, .parquet or .csv file with `question` (or `problem`) and
             `answer`, and optionally `id` and `level`.
-        limit: The first so many problems.
+        limit: Load only this many problems, from the first; all if `None`.
         file: A local copy of the named benchmark's rows, with its own columns.
-        kind: How all problems are graded. By default a named benchmark's own, and a file's by its answers
+        kind: How all problems are graded. By default a named benchmark has its own kind, and a file's kind follows from its answers
             ([`~trl_crisp.evaluation.golds.kind_of_file`]).
         prompt_template: Text with `{column}` placeholders that is filled in from each row and becomes the user's message. By default
-            the benchmark's, and of a file the paper's for math, the same for letters, the question alone for texts.
+            a named benchmark has its own; a file gets the paper's for math, a similar one for letters, and the question alone for texts.
 
     Raises:
-        ValueError: For an unknown name, a limit below 1, rows without the columns, answers that are not of the kind, or a template
-            that does not fit the rows.
-        FileNotFoundError, PermissionError, ConnectionError: Where the rows cannot be had; with both ways to have them.
+        ValueError: If the name is unknown, the limit is below 1, a row lacks a column, an answer is not of the kind, or the template
+            does not fit the rows.
+        FileNotFoundError, PermissionError, ConnectionError: If the rows cannot be loaded. The message says how to give a local copy.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: give the number of problems, at least 1, or leave it out for all.")
@@ -129,8 +129,8 @@ def load_benchmark(
         )
     if known is None and file is not None:
         raise ValueError(
-            f"benchmark {name!r} is a file of your own, and so is {str(file)!r}: a file goes beside a benchmark's name only, as a copy of "
-            "its rows. Give one of the two."
+            f"benchmark {name!r} is a file of your own, and so is {str(file)!r}: --file holds a copy of the rows of a named benchmark. Give one of the "
+            "two."
         )
     if known is None or file is not None:
         rows, source, revision = _rows_of_file(path)
@@ -142,7 +142,7 @@ def load_benchmark(
         try:
             problems.append(convert(_Row(row), number))
         except _BadCell as error:
-            raise ValueError(f"{source}, row {number}: {error}. Mend or remove the row.") from error
+            raise ValueError(f"{source}, row {number}: {error}. Correct or remove the row.") from error
         except KeyError as error:
             raise ValueError(
                 f"{source}, row {number}: there is no column {error}; it has {', '.join(row)}. "
@@ -172,7 +172,7 @@ def _with_template(
 ) -> list[Problem]:
     if name in BENCHMARKS and problems[0].prompt.startswith(CHOICE_TEMPLATE.partition("{")[0]):
         raise ValueError(
-            f"prompt_template: the prompt of {name} lists the choices under letters, which no column of a row does. Leave it out, or "
+            f"prompt_template: the prompt of {name} lists the choices under letters, and no column of a row does. Leave it out, or "
             "give a file with questions and letters of your own."
         )
     check_template(template, list(rows[0]))
@@ -184,18 +184,18 @@ def _with_template(
 
 
 def _did_you_mean(name: str) -> str:
-    # MATH-500 and aime_2024 are what these are called elsewhere
+    # Others write MATH-500 and aime_2024
     plain = {re.sub("[^a-z0-9]", "", known): known for known in BENCHMARKS}
     close = difflib.get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, n=2, cutoff=0.5)
     return f" Did you mean {' or '.join(plain[known] for known in close)}?" if close else ""
 
 
 class _BadCell(Exception):
-    """Says which column of a row cannot be used, and why."""
+    """A column of a row cannot be used; the message says which and why."""
 
 
 class _Row(dict[str, Any]):
-    """A row whose cells are there: an empty one is an error that names its column."""
+    """A row in which an empty cell is an error that names its column."""
 
     def __getitem__(self, column: str) -> Any:
         value = super().__getitem__(column)
@@ -252,7 +252,7 @@ def _rows_of_hub(known: _OnTheHub) -> tuple[list[dict[str, Any]], str, str]:
         try:
             revision = HfApi().dataset_info(known.dataset).sha
         except (OfflineModeIsEnabled, ConnectionError, HTTPError):
-            # The cache of `datasets` may have the rows
+            # The cache of `datasets` may hold the rows
             revision = None
         rows = load_dataset(known.dataset, name=known.config, split=known.split, revision=revision)
     except Exception as error:
@@ -266,7 +266,7 @@ def _rows_of_hub(known: _OnTheHub) -> tuple[list[dict[str, Any]], str, str]:
 
 
 def _cached_revision(rows: Any) -> str:
-    # The addresses that the rows were downloaded from name the commit
+    # The addresses of the download contain the commit
     checksums = getattr(rows.info, "download_checksums", None) or {}
     commits = {found.group(1) for address in checksums if (found := re.search(r"@([0-9a-f]{40})/", str(address)))}
     if len(commits) == 1:
@@ -276,7 +276,7 @@ def _cached_revision(rows: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    # AIME's answers are numbers in some copies, and those of its files have leading zeros
+    # AIME's answers are numbers in some copies, and texts with leading zeros in others
     return value.strip() if isinstance(value, str) else "" if value is None else str(value)
 
 
@@ -299,7 +299,7 @@ def _aime(row: _Row, number: int) -> Problem:
 
 
 def _gsm8k(row: _Row, number: int) -> Problem:
-    # The solution ends in a line of its own: #### 1,234
+    # The last line of the solution is the answer: #### 1,234
     answer = row.text("answer").rpartition("####")[2].replace(",", "").strip()
     return Problem(id=str(number), prompt=MATH_TEMPLATE.format(problem=row.text("question")), answer=answer)
 
@@ -328,7 +328,7 @@ def _mmlu(row: _Row, number: int) -> Problem:
 
 
 def _own_problem(row: _Row, number: int) -> Problem:
-    # The columns are those of all rows: what one row lacks is None in it
+    # Every row has the columns of all rows; a column that the row lacks is None
     column, other = ("question", "problem") if "question" in row or "problem" not in row else ("problem", "question")
     if not row.get(column) and row.get(other):
         raise _BadCell(
