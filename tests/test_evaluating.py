@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(files, tmp_path):
     assert fewer["problems"][0]["samples"] == whole["problems"][0]["samples"][:1]
 
 
-def test_killed_for_real(files, tmp_path):
+def test_a_killed_process_leaves_whole_lines_and_the_next_does_the_rest(files, tmp_path):
     """A process that dies while it samples leaves whole lines, and the second one does the rest."""
     command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -210,7 +210,7 @@ def test_a_damaged_line_of_samples_is_named(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("line", [b"{", b"[]", b"{}", b'{"protocol": 1}', b"\xe9"])
-def test_samples_without_a_protocol_are_named(tmp_path, line):
+def test_samples_without_a_protocol_are_refused(tmp_path, line):
     (tmp_path / "samples.jsonl").write_bytes(line + b"\n")
     with pytest.raises(ValueError, match=r"samples.jsonl, line 1: .*protocol"):
         SampleFile(tmp_path / "samples.jsonl", {"seed": 0})
@@ -233,7 +233,7 @@ def test_the_second_run_in_a_directory_is_refused(files, tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["results.json", "samples.jsonl"]
 
 
-def test_a_long_question_is_named(files, tmp_path):
+def test_a_question_that_is_too_long_is_named(files, tmp_path):
     path = tmp_path / "own.jsonl"
     rows = [{"id": "short", "question": "1?", "answer": "1"}, {"id": "long", "question": "1 + " * 2000, "answer": "1"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -247,12 +247,12 @@ def test_a_long_question_is_named(files, tmp_path):
 @pytest.mark.parametrize(
     "field", ["add_generation_prompt", "tokenize", "return_dict", "messages", "conversation", "tools"]
 )
-def test_template_flags_that_are_not_the_templates(files, field):
+def test_template_flags_that_are_not_the_templates_are_refused(files, field):
     with pytest.raises(ValueError, match=rf"chat_template_kwargs has {field}, which is no flag of a chat template"):
         settings(files, chat_template_kwargs={"enable_thinking": False, field: True})
 
 
-def test_the_command_reads_a_file(files, tmp_path, capsys):
+def test_the_command_evaluates_a_file_of_questions(files, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {files / 'model'}\nbenchmark: {files / 'own.jsonl'}\nsamples: 2\nmax-new-tokens: 24\nbudgets: [8]\nseed: 3\n"
@@ -290,7 +290,7 @@ def test_the_command_reads_a_file(files, tmp_path, capsys):
         ("samples: 2.5\n", "argument --samples: invalid int value: '2.5'"),
     ],
 )
-def test_a_file_that_the_command_cannot_use(files, tmp_path, capsys, text, message):
+def test_a_file_that_the_command_cannot_use_ends_in_words(files, tmp_path, capsys, text, message):
     config = tmp_path / "config.yaml"
     config.write_text(text)
     try:
@@ -302,7 +302,7 @@ def test_a_file_that_the_command_cannot_use(files, tmp_path, capsys, text, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_not_there_or_given_twice(files, tmp_path, capsys):
+def test_a_file_that_is_missing_or_given_twice_ends_in_words(files, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     for more, message in (
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
@@ -364,7 +364,7 @@ def test_an_output_below_a_file_is_refused(files, tmp_path, capsys):
         assert f"{str(tmp_path / 'file')!r} is a file. Give a directory" in capsys.readouterr().err
 
 
-def test_the_command_offers_the_engines_that_there_are():
+def test_the_command_offers_the_engines_that_exist():
     [option] = [action for action in make_eval_parser()._actions if action.dest == "engine"]
     assert tuple(option.choices) == ENGINES
 
@@ -409,7 +409,7 @@ def test_an_adapter_is_the_model_that_it_makes(files, tmp_path):
     assert one["problems"] != evaluate(settings(files, limit=2), tmp_path / "base")["problems"]
 
 
-def test_the_command(files, tmp_path, capsys):
+def test_the_command_compares_with_a_baseline(files, tmp_path, capsys):
     assert main(flags(files, tmp_path / "base", "--temperature", "0")) == 0
     assert main(flags(files, tmp_path / "same", "--temperature", "0", "--baseline", str(tmp_path / "base"))) == 0
     printed = capsys.readouterr().out
@@ -467,7 +467,7 @@ def test_facts_are_asked_as_they_are_and_graded_as_text(files, facts, tmp_path, 
     )
 
 
-def test_template_system_and_grader(files, facts, tmp_path):
+def test_template_system_message_and_grader_can_be_given(files, facts, tmp_path):
     for number, dash in enumerate("-_"):
         output = tmp_path / str(number)
         more = (f"--prompt{dash}template", "{hint}? {question}", "--system", "Be brief.", "--grader", "math")
@@ -488,7 +488,7 @@ def test_exact_has_no_effect_on_texts(files, facts, tmp_path):
     assert results["protocol"]["grader"].startswith("a right answer as whole words")
 
 
-def test_a_system_message_that_the_template_refuses(files, tmp_path):
+def test_a_system_message_that_the_template_refuses_ends_in_words(files, tmp_path):
     tokenizer = tiny_tokenizer("qwen3")
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ValueError, match=r"system='Be brief.': the model's chat template refuses it"):
@@ -535,7 +535,7 @@ def problem(name: str, *samples: tuple[int, bool], level: str | None = None) -> 
 PROTOCOL = {"benchmark_revision": "r", "temperature": 0.6, "max_new_tokens": 100, "grader": "g"}
 
 
-def test_summary_by_hand():
+def test_a_summary_is_the_one_computed_by_hand():
     problems = [problem("a", (40, True), (60, True)), problem("b", (100, False), (20, True))]
     at_100, at_50 = summarize(problems, 100, 2), summarize(problems, 50, 2)
     assert (at_100["accuracy"], at_100["pass_at"], at_100["mean_tokens"]) == (0.75, {"1": 0.75, "2": 1.0}, 55.0)
@@ -554,7 +554,7 @@ def test_summary_by_hand():
     assert at_100["mean_thinking_tokens"] + at_100["mean_answer_tokens"] == at_100["mean_tokens"]
 
 
-def test_comparison_by_hand():
+def test_a_comparison_is_the_one_computed_by_hand():
     base = {"protocol": PROTOCOL, "problems": [problem(str(i), (80, i % 2 == 0), (60, True)) for i in range(8)]}
     other = {"protocol": PROTOCOL, "problems": [problem(str(i), (40, i % 2 == 0), (20, i < 4)) for i in range(8)]}
     found = compare(base, other, 100)
@@ -620,7 +620,7 @@ def test_a_baseline_that_lacks_parts_is_named_before_the_sampling(files, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_schema(tmp_path):
+def test_files_of_another_schema_are_refused(tmp_path):
     path = tmp_path / "results.json"
     write_results(path, {"problems": []})
     assert load_results(path)["schema_version"] == SCHEMA_VERSION
@@ -660,6 +660,6 @@ def test_sample_file_keeps_any_text(tmp_path):
         ("chat_template_kwargs", "{}", "chat_template_kwargs='{}' has to be a mapping"),
     ],
 )
-def test_settings_that_make_no_sense(files, field, value, message):
+def test_settings_that_make_no_sense_are_refused(files, field, value, message):
     with pytest.raises(ValueError, match=message):
         settings(files, **{field: value})

@@ -43,7 +43,7 @@ def solutions(form: str, concise: bool, difficulty: int, count: int = 400) -> li
     return [(problem, solve(problem, FORMS[form], concise, rng)) for problem in problems]
 
 
-def test_a_solution_by_hand():
+def test_a_solution_written_by_hand_is_graded():
     rng = random.Random(0)
     assert solve([3, 8], FORMS["stability"], True, rng).startswith("b 3 + 8 = 1 1 ;")
     assert prompt([3, 8])[0]["content"] == "add : a 3 b 8"
@@ -113,7 +113,7 @@ def test_the_committed_base_is_the_one_of_the_results(form):
     assert any(result["protocol"]["form"] == form for results in load(RESULTS).values() for result in results)
 
 
-def test_how_many_test_problems_are_training_problems_too():
+def test_as_many_test_problems_were_trained_on_as_documented():
     """As benchmarks/README.md says: with two or three numbers there are too few problems to keep them apart."""
     rng = random.Random(20_000)
     trained = {row["prompt"][0]["content"] for row in training_rows()}
@@ -121,7 +121,7 @@ def test_how_many_test_problems_are_training_problems_too():
     assert known == {2: 100, 3: 44, 4: 7, 5: 1, 6: 0, 7: 0}
 
 
-def test_interval_over_seeds():
+def test_the_interval_over_seeds_is_students_t():
     # Three seeds: t = 4.303, standard deviation 1
     assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
     assert mean_interval([5.0]) == (5.0, 0.0)
@@ -147,7 +147,7 @@ def test_the_live_teacher_is_worse_than_the_base(runs):
     assert runs["short-m1"]["log"][-1]["teacher/refreshes"] == SETTINGS["short-m1"].overrides["max_steps"]
 
 
-def test_table_of_runs(runs):
+def test_the_table_of_runs_holds_their_numbers(runs):
     rows = {row[0]: row for row in table_rows({name: [result] for name, result in runs.items()})}
     base, trained = (runs[name]["plain"]["all"]["mean_tokens"] for name in ("stability-untrained", "short"))
     assert rows["short"][4] == f"{100 * (trained / base - 1):+.1f}%"
@@ -180,7 +180,7 @@ def test_the_readmes_example_is_a_problem_and_its_solution():
     assert is_correct([3, 8, 2], solution)
 
 
-def test_what_the_readme_says_of_the_committed_runs():
+def test_the_readmes_sentences_hold_for_the_committed_runs():
     runs = load(RESULTS)
     assert set(runs) == set(SETTINGS)
     assert {name for name, results in runs.items() if [r["seed"] for r in results] != [0, 1, 2]} == set()

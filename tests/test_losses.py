@@ -237,7 +237,7 @@ def test_the_diagnostics_leave_masked_tokens_out(mask_value):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masks_of_other_dtypes(dtype):
+def test_masks_of_half_precision_carry_no_divergence(dtype):
     """The lowest number of float16 is no lower than -65504."""
     ids = [2, 7]
     hidden, student, teacher_hidden, teacher = problem(dtype, bias=True)

@@ -29,14 +29,14 @@ from trl_crisp.run.step_lines import format_duration, format_line
     ],
     ids=["step", "skipped", "evaluation", "end"],
 )
-def test_a_line(logs, left_s, line):
+def test_a_line_shows_what_the_log_has(logs, left_s, line):
     assert format_line(3, 20, logs, left_s) == line
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.7, "1 min 0 s"), (3599.4, "59 min 59 s"), (7800, "2 h 10 min")]
 )
-def test_a_duration(seconds, text):
+def test_a_duration_has_two_units_at_most(seconds, text):
     assert format_duration(seconds) == text
 
 

@@ -330,7 +330,7 @@ def test_making_the_teacher_twice_is_idempotent(tmp_path):
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["periodic", "ema", "base", "live"])
-def test_state_round_trip(tmp_path, tuning, kind):
+def test_a_restored_teacher_answers_and_continues_the_same(tmp_path, tuning, kind):
     """Restored onto a fresh teacher it answers the same and goes on the same."""
     fields = KINDS[kind]
     first = lora_model() if tuning == "lora" else tiny_model()
