@@ -117,12 +117,22 @@ def test_a_killed_process_leaves_whole_lines_and_the_next_does_the_rest(files, t
 
 def test_ctrl_c_says_how_to_go_on(files, tmp_path):
     command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size=1", "--samples=5000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As under nohup, or in the background of a script
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     path = tmp_path / "samples.jsonl"
-    while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "The answers that were finished are kept: the same command goes on with the rest." in said
     assert "Traceback" not in said
