@@ -561,7 +561,29 @@ def test_a_summary_is_the_one_computed_by_hand():
         "4": 1.0,
         "5": 1.0,
     }
-    assert at_100["mean_thinking_tokens"] + at_100["mean_answer_tokens"] == at_100["mean_tokens"]
+    assert (at_100["p90_tokens"], at_100["p99_tokens"]) == (pytest.approx(88.0), pytest.approx(98.8))
+    assert (at_100["mean_thinking_tokens"], at_100["mean_answer_tokens"]) == (27.5, 27.5)
+
+
+def test_a_summary_counts_thinking_up_to_the_budget():
+    row = problem("a", (100, False))
+    row["samples"][0]["thinking_tokens"] = 80
+    at_50 = summarize([row], 50, 1)
+    assert (at_50["mean_thinking_tokens"], at_50["mean_answer_tokens"]) == (50.0, 0.0)
+
+
+def test_an_answer_that_ends_at_the_budget_is_not_truncated():
+    assert summarize([problem("a", (50, True))], 50, 1)["truncated"] == 0.0
+
+
+def test_a_summary_tells_unparseable_from_not_graded():
+    rows = [problem(status, (40, False)) for status in ("ok", "unparseable", "timeout", "error")]
+    for row in rows:
+        row["samples"][0]["grades"]["50"]["status"] = row["id"]
+    found = summarize(rows, 50, 1)
+    assert (found["unparseable"], found["not_graded"]) == (1 / 4, 2 / 4)
+    results = {"protocol": PROTOCOL, "problems": rows}
+    assert compare(results, results, 50)["unread_before"] == 3 / 4
 
 
 def test_a_comparison_is_the_one_computed_by_hand():
@@ -610,6 +632,20 @@ def test_only_results_of_the_same_measurement_are_compared():
         compare(base, other, 100)
     other = {**base, "problems": [{**row, "answer": "2"} for row in base["problems"]]}
     with pytest.raises(ValueError, match="problem '0' has the answer '1' in the baseline and '2' here"):
+        compare(base, other, 100)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("benchmark_revision", "temperature", "top_p", "top_k", "max_new_tokens", "chat_template_kwargs"),
+        *("prompt_template", "system", "kind", "grader"),
+    ],
+)
+def test_each_part_of_the_measurement_has_to_be_the_same(name):
+    rows = [problem(str(i), (80, True)) for i in range(2)]
+    base, other = ({"protocol": {**PROTOCOL, name: value}, "problems": rows} for value in ("a", "b"))
+    with pytest.raises(ValueError, match=f"{name}: 'a' there, 'b' here"):
         compare(base, other, 100)
 
 

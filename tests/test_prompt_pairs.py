@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from tests.tiny_models import TEMPLATES, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPConfig, CRISPTrainer
-from trl_crisp.prompts.pairs import PromptPairs, check_columns
+from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns
 
 C = "Be brief, please."
 # The template, its flags, and the text that opens the model's turn, typed from the model's documentation
@@ -150,6 +150,15 @@ def test_either_side_can_be_the_longer(student, teacher, fits):
     assert [row["prompt"] for row in kept] == ([student] if fits else []) + ["c"]
     assert report.dropped == (0 if fits else 1)
     assert report.longest_tokens == max(len(student), len(teacher))
+
+
+def test_the_report_counts_each_row_once():
+    report = PromptReport(rows=10, dropped=1, replaced=2, given=3, longest_tokens=70)
+    assert report.describe(64) == (
+        "9 of 10 rows kept; 1 dropped for a prompt of more than 64 tokens (the longest has 70). In 3 of them the teacher has a "
+        "prompt of its own. In 2 of them the teacher's instruction stands in the place of the student's own, in 5 beside the "
+        "prompt."
+    )
 
 
 def test_no_limit_keeps_all():

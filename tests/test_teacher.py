@@ -341,6 +341,7 @@ def test_a_restored_teacher_answers_and_continues_the_same(tmp_path, tuning, kin
     second = copy.deepcopy(first)
     restored = teacher_of(second, tmp_path, **fields)
     restored.load_state_dict(teacher.state_dict())
+    assert (restored.age_steps, restored.refreshes) == (teacher.age_steps, teacher.refreshes)
     for step in range(6, 9):
         for each in (teacher, restored):
             each.begin_step(step)

@@ -277,7 +277,11 @@ def test_relative_length_is_to_the_first_five_steps(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "thinking", "answer"),
     # The generation prompt of DeepSeek-R1's template opens <think>, that of Qwen3's does not
-    [("qwen3", (0 + 3 + 2) / 3, (4 + 1 + 0) / 3), ("deepseek", (4 + 3 + 2) / 3, (0 + 1 + 0) / 3), ("llama", None, None)],
+    [
+        ("qwen3", (0 + 3 + 2) / 3, (4 + 1 + 0) / 3),
+        ("deepseek", (4 + 3 + 2) / 3, (0 + 1 + 0) / 3),
+        ("llama", None, None),
+    ],
 )
 def test_thinking_and_answer_tokens_are_logged_where_the_template_thinks(tmp_path, kind, thinking, answer):
     """Means over the rollouts, a tool's tokens left out; a Llama template has none."""
@@ -362,7 +366,11 @@ def test_evaluation_gives_a_loss_and_leaves_the_teacher(tmp_path):
         eval_dataset={"held_out": held_out},
         processing_class=tiny_tokenizer(),
     )
-    assert len(trainer.eval_dataset["held_out"]) == 4
+    assert (
+        len(trainer.eval_dataset["held_out"]) == len(make_trainer(tmp_path, eval_dataset=held_out).eval_dataset) == 4
+    )
+    with pytest.raises(ValueError, match="the hard dataset has no row left"):
+        make_trainer(tmp_path, eval_dataset={"hard": Dataset.from_list([long])})
     trainer.train()
     evaluations = [log for log in trainer.state.log_history if "eval_held_out_loss" in log]
     assert len(evaluations) == 2
@@ -430,7 +438,9 @@ def test_bf16_weights_at_the_papers_rate_are_refused_and_lora_at_it_warns(tmp_pa
     with pytest.raises(ValueError, match=r"learning_rate=1e-06 is too small for torch.bfloat16 weights: \d+%"):
         make_trainer(tmp_path, model=tiny_model().to(torch.bfloat16), learning_rate=1e-6)
     model = tiny_model().to(torch.bfloat16)
-    own = torch.optim.SGD(model.parameters(), lr=1e-2)
+    # Its largest rate counts
+    first, *rest = model.parameters()
+    own = torch.optim.SGD([{"params": rest, "lr": 1e-6}, {"params": [first], "lr": 1e-2}])
     CRISPTrainer(
         model=model,
         args=config(tmp_path, learning_rate=1e-6),
@@ -486,6 +496,8 @@ def test_a_resumed_run_has_the_teacher_of_the_uninterrupted_one(tmp_path, tuning
     last = [[log for log in t.state.log_history if "loss" in log][-1] for t in (whole, resumed)]
     for name in ("loss", "reverse_kl", "teacher/age_steps", "teacher/refreshes", "completions/relative_length"):
         assert last[0][name] == last[1][name], name
+    assert len(whole._baseline_lengths_tokens) == 5
+    assert resumed._baseline_lengths_tokens == whole._baseline_lengths_tokens
 
     (checkpoint / "teacher_state.json").unlink()
     with pytest.raises(ValueError, match=r"cannot be resumed: its teacher_state\.json is missing"):
