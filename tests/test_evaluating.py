@@ -1,6 +1,8 @@
 """`trl-crisp eval` on a tiny model: protocol, samples on disk, going on after an interruption, numbers by hand."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 import signal
@@ -98,7 +100,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(files, tmp_path):
     assert fewer["problems"][0]["samples"] == whole["problems"][0]["samples"][:1]
 
 
-def test_a_killed_process_leaves_whole_lines_and_the_next_does_the_rest(files, tmp_path):
+def test_a_killed_process_leaves_whole_lines_and_the_next_does_the_rest(files, tmp_path, capsys):
     """A process that dies while it samples leaves whole lines, and the second one does the rest."""
     command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -109,31 +111,39 @@ def test_a_killed_process_leaves_whole_lines_and_the_next_does_the_rest(files, t
     process.wait()
     there = path.read_bytes().count(b"\n") - 1
     assert there >= 3
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert result.returncode == 0, result.stderr
+    assert main([*flags(files, tmp_path), "--batch-size", "1"]) == 0
     assert path.read_bytes().count(b"\n") == 13
-    assert "sampling: 12/12" in result.stderr or there == 12
+    assert "sampling: 12/12" in capsys.readouterr().err or there == 12
 
 
-def test_ctrl_c_says_how_to_go_on(files, tmp_path):
-    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size=1", "--samples=5000"]
+@pytest.fixture(scope="module")
+def stopped(files, tmp_path_factory):
+    """Return what a second run beside a long one gave and said, what the first one did on Ctrl-C then, and where."""
+    output = tmp_path_factory.mktemp("stopped") / "out"
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "trl_crisp.cli", *flags(files, output), "--batch-size=1", "--samples=5000"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         # As under nohup, or in the background of a script
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
-    path = tmp_path / "samples.jsonl"
+    path = output / "samples.jsonl"
     try:
         while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
             time.sleep(0.005)
+        with contextlib.redirect_stderr(io.StringIO()) as refusal:
+            second = main(flags(files, output))
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    return (second, refusal.getvalue(), process.pid), (process.returncode, said), output
+
+
+def test_ctrl_c_says_how_to_go_on(stopped):
+    _, (status, said), _ = stopped
+    assert status == 130
     assert "The answers that were finished are kept: the same command goes on with the rest." in said
     assert "Traceback" not in said
 
@@ -226,19 +236,10 @@ def test_samples_without_a_protocol_are_refused(tmp_path, line):
         SampleFile(tmp_path / "samples.jsonl", {"seed": 0})
 
 
-def test_the_second_run_in_a_directory_is_refused(files, tmp_path, capsys):
-    """The lock ends with the process that has it, killed or not."""
-    output = tmp_path / "out"
-    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, output), "--batch-size=1", "--samples=5000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and not (output / "samples.jsonl").is_file():
-            time.sleep(0.01)
-        assert main(flags(files, output)) == 2
-        assert f"'{output}' is in use by process {process.pid} on " in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.wait()
+def test_the_second_run_in_a_directory_is_refused_until_the_first_ends(files, stopped):
+    (status, said, pid), _, output = stopped
+    assert status == 2
+    assert f"'{output}' is in use by process {pid} on " in said
     assert main(flags(files, output, "--samples=1", "--limit=1")) == 0
     assert sorted(path.name for path in output.iterdir()) == ["results.json", "samples.jsonl"]
 
