@@ -142,21 +142,21 @@ def test_split_into_micro_batches_changes_nothing(one_process, normalization, lo
 
 
 @pytest.mark.parametrize(
-    ("setting", "name", "resumed_name"),
+    ("setting", "name", "resumed_name", "refreshes"),
     [
-        ("ddp", "saved", "resumed"),
+        ("ddp", "saved", "resumed", 1),
         # Inside the second epoch, whose order of rows is another
-        ("ddp", "saved-later", "resumed-later"),
-        ("zero2", "full", "resumed"),
-        ("zero3", "full", "resumed"),
+        ("ddp", "saved-later", "resumed-later", 2),
+        ("zero2", "full", "resumed", 1),
+        ("zero3", "full", "resumed", 1),
     ],
 )
-def test_resumed_run_is_the_uninterrupted_one(request, setting, name, resumed_name):
+def test_resumed_run_is_the_uninterrupted_one(request, setting, name, resumed_name, refreshes):
     """The teacher was refreshed before the checkpoint, and is sharded under ZeRO-3."""
     outcomes = request.getfixturevalue(setting)
     whole, resumed = outcomes[name], outcomes[resumed_name]
     assert resumed.losses == whole.losses
-    assert resumed.refreshes == whole.refreshes == 1
+    assert resumed.refreshes == whole.refreshes == refreshes
     for side in ("change", "teacher"):
         for parameter, value in getattr(whole, side).items():
             assert torch.equal(getattr(resumed, side)[parameter], value), (side, parameter)
