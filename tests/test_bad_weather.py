@@ -435,7 +435,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        assert f"going on from {checkpoint}" in result.stdout
+        assert f"resuming from {checkpoint}" in result.stdout
         assert (output_dir / "model.safetensors").is_file()
 
 

@@ -110,11 +110,18 @@ def test_only_a_torn_checkpoint_is_removed(tmp_path):
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4"]
 
 
-def test_json_that_cannot_be_written_leaves_the_file_before_it(tmp_path):
+def test_json_that_is_cut_off_while_it_is_written_leaves_the_file_before_it(tmp_path, monkeypatch):
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
+    write_text = Path.write_text
+
+    def cut_off(path, text, **options):
+        write_text(path, text[:3], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
 
 
