@@ -15,4 +15,6 @@ python="${PYTHON:-python3}"
 
 # One thread for each of two workers: the models are too small for more, and threads that share a core only wait
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-exec "$venv/bin/python" -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile --quiet --durations 10 "$@"
+# In the order of the files: by the number of tests, the few long ones would come last, to one worker
+exec "$venv/bin/python" -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
+  --quiet --durations 10 "$@"

@@ -171,7 +171,7 @@ def graded() -> list[Grade]:
 
 
 @pytest.mark.parametrize("case", range(len(MATH)), ids=lambda i: f"{MATH[i][0]!r} for {MATH[i][1]}"[:60])
-def test_math(graded, case):
+def test_an_answer_in_math_is_graded_as_its_signs_say(graded, case):
     *_, right = MATH[case]
     found = graded[case]
     flags = {"A": found.answer_correct, "B": found.boxed_correct, "C": found.correct}
@@ -179,7 +179,7 @@ def test_math(graded, case):
 
 
 @pytest.mark.parametrize("case", range(len(TEXT)), ids=lambda i: f"{TEXT[i][0]!r} for {TEXT[i][1]}"[:60])
-def test_text(case):
+def test_a_text_is_graded_by_its_first_sentence_and_anywhere(case):
     response, golds, correct, anywhere = TEXT[case]
     with Grader() as grader:
         (found,) = grader.grade_all([(response, golds)], "text")
@@ -187,7 +187,7 @@ def test_text(case):
     assert found.status == ("ok" if response else "unparseable")
 
 
-def test_the_authors_rules_see_none_of_this():
+def test_the_authors_rules_read_no_other_form():
     assert find_answer("Answer: 41\n\n**Answer**: 42", exact=True) == "41"
     assert find_answer("Answer: .5", exact=True) == ".5"
     pairs = [("Answer: 4210_6", "4210_5"), ("Answer: 11 5/6", r"\frac{71}{6}"), ("Answer: 12:00", "12:00")]
@@ -219,7 +219,7 @@ def test_the_authors_rules_see_none_of_this():
         ("B2", None),
     ],
 )
-def test_letter(answer, letter):
+def test_the_letter_that_an_answer_chooses_is_found(answer, letter):
     assert find_letter(answer) == letter
 
 
@@ -234,7 +234,7 @@ def test_letter(answer, letter):
         ("It is 3.5 km. Long.", "It is 3.5 km."),
     ],
 )
-def test_first_sentence(text, sentence):
+def test_the_first_sentence_ends_at_its_own_end_mark(text, sentence):
     assert first_sentence(text) == sentence
 
 

@@ -57,7 +57,7 @@ def test_a_torn_checkpoint_is_detected(tmp_path, damage, fault):
     assert found is None if fault is None else re.search(fault, found or "")
 
 
-def test_the_last_whole_one(tmp_path, capsys):
+def test_resuming_takes_the_last_whole_checkpoint(tmp_path, capsys):
     assert last_own_checkpoint(tmp_path / "nowhere") is None
     for step in (2, 10, 4):
         make_checkpoint(tmp_path, step)
@@ -73,7 +73,7 @@ def test_the_last_whole_one(tmp_path, capsys):
     assert f"resuming from {tmp_path}/checkpoint-4" in said
 
 
-def test_none_there(tmp_path, capsys):
+def test_without_a_whole_checkpoint_training_starts_afresh(tmp_path, capsys):
     torn = make_checkpoint(tmp_path, 2)
     (torn / "trainer_state.json").unlink()
     assert resolve_checkpoint(True, tmp_path) is None
@@ -83,12 +83,12 @@ def test_none_there(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [None, "False", "false", False, "none"])
-def test_not_resuming(tmp_path, value):
+def test_values_that_mean_no_resume_ignore_checkpoints(tmp_path, value):
     make_checkpoint(tmp_path, 2)
     assert resolve_checkpoint(value, tmp_path) is None
 
 
-def test_a_path(tmp_path):
+def test_a_given_path_is_resumed_if_it_is_whole(tmp_path):
     whole, torn = make_checkpoint(tmp_path, 4), make_checkpoint(tmp_path, 6)
     cut(torn / "model.safetensors")
     assert resolve_checkpoint(str(whole), tmp_path / "elsewhere") == str(whole)
@@ -102,7 +102,7 @@ def test_a_path(tmp_path):
         resolve_checkpoint("nowhere", tmp_path)
 
 
-def test_only_a_torn_one_is_removed(tmp_path):
+def test_only_a_torn_checkpoint_is_removed(tmp_path):
     whole, torn = make_checkpoint(tmp_path, 4), make_checkpoint(tmp_path, 6)
     cut(torn / "model.safetensors")
     for path in (whole, torn, tmp_path / "checkpoint-8"):
@@ -110,15 +110,22 @@ def test_only_a_torn_one_is_removed(tmp_path):
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4"]
 
 
-def test_json_is_written_at_once(tmp_path):
+def test_json_that_is_cut_off_while_it_is_written_leaves_the_file_before_it(tmp_path, monkeypatch):
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
+    write_text = Path.write_text
+
+    def cut_off(path, text, **options):
+        write_text(path, text[:3], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-def test_fingerprint():
+def test_the_fingerprint_is_of_the_base_model_and_its_values():
     model = tiny_model("llama")
     before = fingerprint(model)
     assert before == fingerprint(tiny_model("llama")) != fingerprint(tiny_model("qwen3"))
@@ -138,7 +145,7 @@ def test_fingerprint():
     assert fingerprint(model.bfloat16()) != before
 
 
-def test_what_differs_is_listed(tmp_path, capsys):
+def test_fields_that_differ_from_the_checkpoint_are_listed(tmp_path, capsys):
     def run(**overrides):
         return describe_run(
             tiny_model("llama"), config(tmp_path, **overrides), overrides.get("instruction", "Be brief.")
@@ -162,7 +169,7 @@ def test_what_differs_is_listed(tmp_path, capsys):
     assert "going on with other settings" in capsys.readouterr().out
 
 
-def test_another_model_or_adapter_differs(tmp_path):
+def test_another_model_or_adapter_is_refused_on_resuming(tmp_path):
     args = config(tmp_path)
     llama = describe_run(tiny_model("llama"), args, "")
     assert differences(llama, describe_run(tiny_model("qwen3"), args, ""))[0].startswith("model: ")

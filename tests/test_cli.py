@@ -33,12 +33,12 @@ def test_help_lists_the_commands_with_an_example(capsys):
     assert "example:\n  trl-crisp train --config" in text
 
 
-def test_no_command_is_help(capsys):
+def test_without_a_command_the_help_is_printed(capsys):
     assert main([]) == 0
     assert "example:\n  trl-crisp train" in capsys.readouterr().out
 
 
-def test_version(capsys):
+def test_version_is_the_packages(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"trl-crisp {trl_crisp.__version__}\n"
@@ -94,13 +94,13 @@ def test_named_launch_config_is_the_one_of_trl(launched, form):
     assert launched[0].num_processes == 4
 
 
-def test_launch_config_by_path(launched):
+def test_a_launch_config_can_be_given_by_its_path(launched):
     path = str(ACCELERATE / "ddp-cpu.yaml")
     assert main(["train", *REQUIRED, "--accelerate_config", path]) == 0
     assert launched[0].config_file == path
 
 
-def test_launch_config_names():
+def test_launch_configs_that_trl_ships_are_listed():
     assert launch_config_names() == ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]
 
 
@@ -116,7 +116,7 @@ def test_launch_config_names():
         (["--config", "UNKNOWN_KEY"], ["instructon. Did you mean instruction"]),
     ],
 )
-def test_argument_errors(capsys, launched, tmp_path, argv, phrases):
+def test_wrong_arguments_are_named_with_the_way_out(capsys, launched, tmp_path, argv, phrases):
     if argv[-1] == "UNKNOWN_KEY":
         (tmp_path / "config.yaml").write_text("instructon: v1\n")
         argv = [argv[0], str(tmp_path / "config.yaml")]
@@ -127,14 +127,14 @@ def test_argument_errors(capsys, launched, tmp_path, argv, phrases):
     assert not launched
 
 
-def test_a_value_of_the_wrong_type(capsys, launched):
+def test_a_value_of_the_wrong_type_is_named(capsys, launched):
     with pytest.raises(SystemExit) as caught:
         main(["train", *REQUIRED, "--max_steps", "two"])
     assert caught.value.code == 2
     assert "argument --max_steps/--max-steps: invalid int value: 'two'" in capsys.readouterr().err
 
 
-def test_train_in_two_processes(tmp_path, monkeypatch):
+def test_train_launches_two_processes(tmp_path, monkeypatch):
     """As a user types it, with reasoning-gym's rows and the launch file for two CPU processes."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = save_tiny(tmp_path / "model")
@@ -202,7 +202,7 @@ def test_nothing_heavy_is_imported_to_ask_for_it(command):
 
 
 @pytest.mark.parametrize(("returned", "status"), [(2, 2), (1, 1), (130, 130), (143, 143), (-9, 137), (-2, 130)])
-def test_the_status_is_that_of_the_training(monkeypatch, returned, status):
+def test_the_exit_status_is_that_of_the_training(monkeypatch, returned, status):
     def fail(args):
         raise subprocess.CalledProcessError(returned, "train")
 

@@ -135,7 +135,7 @@ def test_the_rollouts_temperature_is_not_the_losss():
 
 
 @pytest.mark.parametrize("value", [None, 1, 7])
-def test_max_prompt_length_that_is_allowed(value):
+def test_max_prompt_length_may_be_any_count_or_none(value):
     assert config(max_prompt_length=value).max_prompt_length == value
 
 
@@ -173,7 +173,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("fields", "phrases"), ERRORS, ids=[str(row[0]) for row in ERRORS])
-def test_errors(fields, phrases):
+def test_bad_fields_are_refused_with_value_and_reason(fields, phrases):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=r".+") as error:
@@ -225,7 +225,7 @@ WARNINGS = [
 
 
 @pytest.mark.parametrize(("fields", "expected"), WARNINGS, ids=[str(row[0]) for row in WARNINGS])
-def test_warnings(fields, expected):
+def test_fields_without_effect_warn_and_others_do_not(fields, expected):
     messages = messages_of(**fields)
     assert len(messages) == len(expected), messages
     for message, phrases in zip(messages, expected, strict=True):
@@ -273,14 +273,14 @@ def write_yaml(tmp_path, text: str) -> list[str]:
     return ["--config", str(path)]
 
 
-def test_every_field_from_yaml(tmp_path):
+def test_every_field_is_read_from_yaml(tmp_path):
     parsed = parse(write_yaml(tmp_path, yaml.safe_dump(EVERY_FIELD)))
     for name, value in EVERY_FIELD.items():
         assert getattr(parsed, name) == value, name
         assert getattr(parsed, name) != getattr(config(), name), f"{name}: the default would pass too"
 
 
-def test_every_field_from_flags():
+def test_every_field_is_read_from_flags():
     parsed = parse([part for name, value in EVERY_FIELD.items() for part in (f"--{name}", str(value))])
     for name, value in EVERY_FIELD.items():
         assert getattr(parsed, name) == value, name
@@ -292,7 +292,7 @@ def test_flags_win_over_yaml(tmp_path):
     assert (parsed.instruction, parsed.teacher_sync_steps) == ("v3", 20)
 
 
-def test_yaml_as_people_write_it(tmp_path):
+def test_yaml_as_people_write_it_is_read(tmp_path):
     text = """\
 learning_rate: 1e-6  # YAML reads this as text
 instruction: |
@@ -311,7 +311,7 @@ teacher_model_init_kwargs:
     assert parsed.teacher_model_init_kwargs == {"dtype": "bfloat16"}
 
 
-def test_empty_texts_from_flags():
+def test_empty_texts_are_read_from_flags():
     parsed = parse(["--instruction", "", "--instruction_replaces", ""])
     assert (parsed.instruction, parsed.instruction_replaces) == ("", None)
 

@@ -57,7 +57,7 @@ def arguments(dataset_name, **overrides) -> CRISPScriptArguments:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("extension", [".jsonl", ".json", ".parquet", ".csv"])
-def test_local_files(tmp_path, extension, streaming):
+def test_rows_of_local_files_become_prompts(tmp_path, extension, streaming):
     path = write_rows(tmp_path / f"rows{extension}", [{"problem": "1+1?", "n": 1}, {"problem": "{x}?", "n": 2}])
     args = arguments(
         path, prompt_template="Solve.\n\n{problem}", dataset_streaming=streaming, deduplicate_prompts=False
@@ -68,7 +68,7 @@ def test_local_files(tmp_path, extension, streaming):
     assert held_out is None
 
 
-def test_dapo_wording_and_a_column_named_prompt(tmp_path):
+def test_a_template_reads_the_prompt_column_that_it_replaces(tmp_path):
     """A template may read the column that it replaces, with values of another type."""
     path = write_rows(
         tmp_path / "rows.jsonl", [{"prompt": "1+1?", "problem": "1+1?"}, {"prompt": "2+2?", "problem": "2+2?"}]
@@ -94,7 +94,7 @@ def test_prompt_column_is_renamed_and_others_stay(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_columns_of_the_authors_prompt_set(tmp_path, streaming):
+def test_the_authors_prompt_set_is_read_by_its_own_columns(tmp_path, streaming):
     """Messages as JSON strings, the student's as `sft_prompt` and the teacher's as `sd_prompt` (their prepare_length_prune_data.py)."""
     rows = [
         {
@@ -145,7 +145,7 @@ def test_a_teacher_prompt_needs_no_name_and_leaves_the_prompt_alone(tmp_path):
         load_prompts(arguments(path, prompt_template="{p}", teacher_prompt_column="p"))
 
 
-def test_a_teacher_prompt_column_that_there_is_not(tmp_path):
+def test_a_missing_teacher_prompt_column_is_named(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1?"}])
     with pytest.raises(ValueError, match=r"teacher_prompt_column='v1': .*no such column; it has prompt"):
         load_prompts(arguments(path, teacher_prompt_column="v1"))
@@ -182,7 +182,7 @@ def test_duplicates_do_not_cross_the_split(tmp_path):
     assert load_prompts(arguments(path, dataset_train_fraction=0.8))[1] is None
 
 
-def test_evaluation_rows_of_a_split(monkeypatch):
+def test_evaluation_rows_are_those_of_the_test_split(monkeypatch):
     splits = {name: Dataset.from_list([{"prompt": message(name)}]) for name in ("train", "test")}
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
     train, held_out = load_prompts(arguments("owner/name"), evaluation=True)
@@ -191,7 +191,7 @@ def test_evaluation_rows_of_a_split(monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_reasoning_gym(streaming):
+def test_reasoning_gym_rows_follow_size_and_seed(streaming):
     args = arguments(
         "reasoning-gym:gsm_symbolic", dataset_size=4, dataset_streaming=streaming, deduplicate_prompts=False
     )
@@ -203,7 +203,7 @@ def test_reasoning_gym(streaming):
     assert list(load_prompts(args)[0]) != rows
 
 
-def test_template_of_a_reasoning_gym_task():
+def test_a_template_reads_the_columns_of_a_reasoning_gym_task():
     args = arguments("reasoning-gym:gsm_symbolic", dataset_size=1, prompt_template="{question} ({answer})")
     row = load_prompts(args)[0][0]
     assert row["prompt"] == message(f"{row['question']} ({row['answer']})")
@@ -222,7 +222,7 @@ def test_template_of_a_reasoning_gym_task():
         (None, False),
     ],
 )
-def test_hub_ids(name, expected):
+def test_hub_ids_are_told_from_paths(name, expected):
     assert is_hub_id(name) is expected
 
 
@@ -304,7 +304,7 @@ ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
         (None, {"dataset_name": "reasoning-gym:"}, ValueError, ["no task ''", "The tasks are", "gsm_symbolic"]),
     ],
 )
-def test_errors_say_what_to_do(tmp_path, file, overrides, error, phrases):
+def test_bad_data_arguments_say_what_to_do(tmp_path, file, overrides, error, phrases):
     overrides = dict(overrides)
     content = overrides.pop("content", "".join(json.dumps(row) + "\n" for row in ROWS))
     evaluation = overrides.pop("evaluation", False)
@@ -316,7 +316,7 @@ def test_errors_say_what_to_do(tmp_path, file, overrides, error, phrases):
     assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
 
 
-def test_unknown_split_and_configuration(monkeypatch):
+def test_an_unknown_split_or_configuration_lists_those_that_exist(monkeypatch):
     only = Dataset.from_list([{"prompt": "a"}])
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(main=only, extra=only))
     with pytest.raises(ValueError, match=r"dataset_train_split='train'.*it has main, extra"):
@@ -330,19 +330,19 @@ def test_unknown_split_and_configuration(monkeypatch):
         load_prompts(arguments("gsm8k"))
 
 
-def test_reasoning_gym_not_installed(monkeypatch):
+def test_a_missing_reasoning_gym_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match="pip install reasoning-gym"):
         load_prompts(arguments("reasoning-gym:gsm_symbolic"))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1, 80])
-def test_fraction_out_of_range(fraction):
+def test_a_fraction_out_of_range_is_refused(fraction):
     with pytest.raises(ValueError, match=rf"dataset_train_fraction={fraction}.*between 0 and 1"):
         CRISPScriptArguments(dataset_train_fraction=fraction)
 
 
-def test_dataset_size_out_of_range():
+def test_a_dataset_size_out_of_range_is_refused():
     with pytest.raises(ValueError, match="dataset_size=0"):
         CRISPScriptArguments(dataset_size=0)
 
@@ -352,7 +352,7 @@ def test_prompt_column_without_effect_warns():
         CRISPScriptArguments(prompt_column="problem", prompt_template="{problem}")
 
 
-def test_an_empty_dataset_in_memory():
+def test_an_empty_dataset_in_memory_is_refused():
     with pytest.raises(ValueError, match="'owner/name' has no rows"):
         to_prompts(Dataset.from_dict({"prompt": []}), arguments("owner/name"))
 
@@ -420,7 +420,7 @@ def raised(error, cause=None):
         (KeyError("elsewhere"), False, "model", KeyError, ["elsewhere"]),
     ],
 )
-def test_what_the_hub_says(monkeypatch, error, offline, kind, expected, phrases):
+def test_errors_of_the_hub_say_what_to_do(monkeypatch, error, offline, kind, expected, phrases):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     with pytest.raises(expected) as caught:
         raise_for_hub(error, kind, "o/n", "some_name")
@@ -537,7 +537,7 @@ def test_an_assistants_tool_calls_need_no_content(tmp_path):
     assert len(prompts_of(arguments(path))) == 7
 
 
-def test_a_row_without_a_teacher_prompt_of_its_own(tmp_path):
+def test_a_row_without_a_teacher_prompt_keeps_none_beside_rows_that_have_one(tmp_path):
     """It has the instruction, beside rows whose teacher's prompts are messages as JSON too."""
     given = [json.dumps(message("Briefly. 1?")), None]
     for some in (given, given[::-1]):

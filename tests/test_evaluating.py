@@ -1,6 +1,8 @@
 """`trl-crisp eval` on a tiny model: protocol, samples on disk, resuming after an interruption, numbers by hand."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 import signal
@@ -99,7 +101,7 @@ def test_an_interrupted_evaluation_resumes_and_gives_the_same(files, tmp_path):
     assert fewer["problems"][0]["samples"] == whole["problems"][0]["samples"][:1]
 
 
-def test_killed_for_real(files, tmp_path):
+def test_a_killed_process_leaves_whole_lines_and_the_next_does_the_rest(files, tmp_path, capsys):
     """A process that dies while it samples leaves whole lines, and the second one does the rest."""
     command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -110,21 +112,39 @@ def test_killed_for_real(files, tmp_path):
     process.wait()
     there = path.read_bytes().count(b"\n") - 1
     assert there >= 3
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert result.returncode == 0, result.stderr
+    assert main([*flags(files, tmp_path), "--batch-size", "1"]) == 0
     assert path.read_bytes().count(b"\n") == 13
-    assert "sampling: 12/12" in result.stderr or there == 12
+    assert "sampling: 12/12" in capsys.readouterr().err or there == 12
 
 
-def test_ctrl_c_says_how_to_resume(files, tmp_path):
-    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, tmp_path), "--batch-size=1", "--samples=5000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    path = tmp_path / "samples.jsonl"
-    while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+@pytest.fixture(scope="module")
+def stopped(files, tmp_path_factory):
+    """Return what a second run beside a long one gave and said, what the first one did on Ctrl-C then, and where."""
+    output = tmp_path_factory.mktemp("stopped") / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trl_crisp.cli", *flags(files, output), "--batch-size=1", "--samples=5000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As under nohup, or in the background of a script
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    path = output / "samples.jsonl"
+    try:
+        while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
+            time.sleep(0.005)
+        with contextlib.redirect_stderr(io.StringIO()) as refusal:
+            second = main(flags(files, output))
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return (second, refusal.getvalue(), process.pid), (process.returncode, said), output
+
+
+def test_ctrl_c_says_how_to_resume(stopped):
+    _, (status, said), _ = stopped
+    assert status == 130
     assert "The answers that were finished are kept: the same command resumes with the rest." in said
     assert "Traceback" not in said
 
@@ -213,30 +233,21 @@ def test_a_damaged_line_of_samples_is_named(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("line", [b"{", b"[]", b"{}", b'{"protocol": 1}', b"\xe9"])
-def test_samples_without_a_protocol_are_named(tmp_path, line):
+def test_samples_without_a_protocol_are_refused(tmp_path, line):
     (tmp_path / "samples.jsonl").write_bytes(line + b"\n")
     with pytest.raises(ValueError, match=r"samples.jsonl, line 1: .*protocol"):
         SampleFile(tmp_path / "samples.jsonl", {"seed": 0})
 
 
-def test_the_second_run_in_a_directory_is_refused(files, tmp_path, capsys):
-    """The lock ends with the process that has it, killed or not."""
-    output = tmp_path / "out"
-    command = [sys.executable, "-m", "trl_crisp.cli", *flags(files, output), "--batch-size=1", "--samples=5000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and not (output / "samples.jsonl").is_file():
-            time.sleep(0.01)
-        assert main(flags(files, output)) == 2
-        assert f"'{output}' is in use by process {process.pid} on " in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.wait()
+def test_the_second_run_in_a_directory_is_refused_until_the_first_ends(files, stopped):
+    (status, said, pid), _, output = stopped
+    assert status == 2
+    assert f"'{output}' is in use by process {pid} on " in said
     assert main(flags(files, output, "--samples=1", "--limit=1")) == 0
     assert sorted(path.name for path in output.iterdir()) == ["results.json", "samples.jsonl"]
 
 
-def test_a_long_question_is_named(files, tmp_path):
+def test_a_question_that_is_too_long_is_named(files, tmp_path):
     path = tmp_path / "own.jsonl"
     rows = [{"id": "short", "question": "1?", "answer": "1"}, {"id": "long", "question": "1 + " * 2000, "answer": "1"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -250,12 +261,12 @@ def test_a_long_question_is_named(files, tmp_path):
 @pytest.mark.parametrize(
     "field", ["add_generation_prompt", "tokenize", "return_dict", "messages", "conversation", "tools"]
 )
-def test_template_flags_that_are_not_the_templates(files, field):
+def test_template_flags_that_are_not_the_templates_are_refused(files, field):
     with pytest.raises(ValueError, match=rf"chat_template_kwargs has {field}, which is no flag of a chat template"):
         settings(files, chat_template_kwargs={"enable_thinking": False, field: True})
 
 
-def test_the_command_reads_a_file(files, tmp_path, capsys):
+def test_the_command_evaluates_a_file_of_questions(files, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {files / 'model'}\nbenchmark: {files / 'own.jsonl'}\nsamples: 2\nmax-new-tokens: 24\nbudgets: [8]\nseed: 3\n"
@@ -293,7 +304,7 @@ def test_the_command_reads_a_file(files, tmp_path, capsys):
         ("samples: 2.5\n", "argument --samples: invalid int value: '2.5'"),
     ],
 )
-def test_a_file_that_the_command_cannot_use(files, tmp_path, capsys, text, message):
+def test_a_file_that_the_command_cannot_use_ends_in_words(files, tmp_path, capsys, text, message):
     config = tmp_path / "config.yaml"
     config.write_text(text)
     try:
@@ -305,7 +316,7 @@ def test_a_file_that_the_command_cannot_use(files, tmp_path, capsys, text, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_not_there_or_given_twice(files, tmp_path, capsys):
+def test_a_file_that_is_missing_or_given_twice_ends_in_words(files, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     for more, message in (
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
@@ -444,7 +455,7 @@ def test_an_adapter_is_the_model_that_it_makes(files, tmp_path):
     assert one["problems"] != evaluate(settings(files, limit=2), tmp_path / "base")["problems"]
 
 
-def test_the_command(files, tmp_path, capsys):
+def test_the_command_compares_with_a_baseline(files, tmp_path, capsys):
     assert main(flags(files, tmp_path / "base", "--temperature", "0")) == 0
     assert main(flags(files, tmp_path / "same", "--temperature", "0", "--baseline", str(tmp_path / "base"))) == 0
     printed = capsys.readouterr().out
@@ -502,7 +513,7 @@ def test_facts_are_asked_as_they_are_and_graded_as_text(files, facts, tmp_path, 
     )
 
 
-def test_template_system_and_grader(files, facts, tmp_path):
+def test_template_system_message_and_grader_can_be_given(files, facts, tmp_path):
     for number, dash in enumerate("-_"):
         output = tmp_path / str(number)
         more = (f"--prompt{dash}template", "{hint}? {question}", "--system", "Be brief.", "--grader", "math")
@@ -523,7 +534,7 @@ def test_exact_has_no_effect_on_texts(files, facts, tmp_path):
     assert results["protocol"]["grader"].startswith("a right answer as whole words")
 
 
-def test_a_system_message_that_the_template_refuses(files, tmp_path):
+def test_a_system_message_that_the_template_refuses_ends_in_words(files, tmp_path):
     tokenizer = tiny_tokenizer("qwen3")
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ValueError, match=r"system='Be brief.': the model's chat template refuses it"):
@@ -574,7 +585,7 @@ def summarized(problems: list[dict], budget_tokens: int, k: int) -> Summary:
     return summarize([problem_from_dict(values) for values in problems], budget_tokens, k)
 
 
-def test_summary_by_hand():
+def test_a_summary_is_the_one_computed_by_hand():
     problems = [problem("a", (40, True), (60, True)), problem("b", (100, False), (20, True))]
     at_100, at_50 = summarized(problems, 100, 2), summarized(problems, 50, 2)
     assert (at_100.accuracy, at_100.pass_at, at_100.mean_tokens) == (0.75, {1: 0.75, 2: 1.0}, 55.0)
@@ -590,7 +601,8 @@ def test_summary_by_hand():
         4: 1.0,
         5: 1.0,
     }
-    assert at_100.mean_thinking_tokens + at_100.mean_answer_tokens == at_100.mean_tokens
+    assert (at_100.p90_tokens, at_100.p99_tokens) == (pytest.approx(88.0), pytest.approx(98.8))
+    assert (at_100.mean_thinking_tokens, at_100.mean_answer_tokens) == (27.5, 27.5)
     written = summary_to_dict(at_100)
     assert written["pass_at"] == {"1": 0.75, "2": 1.0}
     assert "anywhere_accuracy" not in written
@@ -623,7 +635,28 @@ def test_committed_results_are_read_back(path):
         assert summary_to_dict(summarize(problems, int(budget), results["samples"])) == groups["all"]
 
 
-def test_comparison_by_hand():
+def test_a_summary_counts_thinking_up_to_the_budget():
+    row = problem("a", (100, False))
+    row["samples"][0]["thinking_tokens"] = 80
+    at_50 = summarized([row], 50, 1)
+    assert (at_50.mean_thinking_tokens, at_50.mean_answer_tokens) == (50.0, 0.0)
+
+
+def test_an_answer_that_ends_at_the_budget_is_not_truncated():
+    assert summarized([problem("a", (50, True))], 50, 1).truncated == 0.0
+
+
+def test_a_summary_tells_unparseable_from_not_graded():
+    rows = [problem(status, (40, False)) for status in ("ok", "unparseable", "timeout", "error")]
+    for row in rows:
+        row["samples"][0]["grades"]["50"]["status"] = row["id"]
+    found = summarized(rows, 50, 1)
+    assert (found.unparseable, found.not_graded) == (1 / 4, 2 / 4)
+    results = {"protocol": PROTOCOL, "problems": rows}
+    assert compare(results, results, 50)["unread_before"] == 3 / 4
+
+
+def test_a_comparison_is_the_one_computed_by_hand():
     base = {"protocol": PROTOCOL, "problems": [problem(str(i), (80, i % 2 == 0), (60, True)) for i in range(8)]}
     other = {"protocol": PROTOCOL, "problems": [problem(str(i), (40, i % 2 == 0), (20, i < 4)) for i in range(8)]}
     found = compare(base, other, 100)
@@ -672,6 +705,20 @@ def test_only_results_of_the_same_measurement_are_compared():
         compare(base, other, 100)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("benchmark_revision", "temperature", "top_p", "top_k", "max_new_tokens", "chat_template_kwargs"),
+        *("prompt_template", "system", "kind", "grader"),
+    ],
+)
+def test_each_part_of_the_measurement_has_to_be_the_same(name):
+    rows = [problem(str(i), (80, True)) for i in range(2)]
+    base, other = ({"protocol": {**PROTOCOL, name: value}, "problems": rows} for value in ("a", "b"))
+    with pytest.raises(ValueError, match=f"{name}: 'a' there, 'b' here"):
+        compare(base, other, 100)
+
+
 def test_results_without_the_problems_revision_are_not_compared():
     rows = [problem(str(i), (80, True)) for i in range(2)]
     base = {"protocol": {**PROTOCOL, "benchmark_revision": None}, "problems": rows}
@@ -689,7 +736,7 @@ def test_a_baseline_that_lacks_parts_is_named_before_the_sampling(files, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_schema(tmp_path):
+def test_files_of_another_schema_are_refused(tmp_path):
     path = tmp_path / "results.json"
     asked = EvaluationSettings("m", "b", samples=1, max_new_tokens=100, budgets=(50,))
     scored = [problem_from_dict(problem("a", (40, True)))]
@@ -735,6 +782,6 @@ def test_sample_file_keeps_any_text(tmp_path):
         ("chat_template_kwargs", "{}", "chat_template_kwargs='{}' has to be a mapping"),
     ],
 )
-def test_settings_that_make_no_sense(files, field, value, message):
+def test_settings_that_make_no_sense_are_refused(files, field, value, message):
     with pytest.raises(ValueError, match=message):
         settings(files, **{field: value})

@@ -32,12 +32,12 @@ def write(path, answers, **columns):
         (datetime.datetime(2020, 1, 31), "2020-01-31"),
     ],
 )
-def test_text_of_a_gold(value, gold):
+def test_a_cell_becomes_the_text_of_its_answer(value, gold):
     assert gold_of(value) == gold
 
 
 @pytest.mark.parametrize("value", [{"value": 5}, [["a"]], ["a", None], math.nan, math.inf])
-def test_what_is_no_answer(value):
+def test_a_cell_that_is_no_answer_is_refused(value):
     with pytest.raises(ValueError, match="its answer is"):
         gold_of(value)
 
@@ -58,13 +58,13 @@ def test_what_is_no_answer(value):
         (["A", ["B", "b"]], "text"),
     ],
 )
-def test_kind(golds, kind):
+def test_a_file_is_of_the_kind_that_its_answers_fit(golds, kind):
     if golds[-1] == ["B", "b"]:
         golds = [*golds, "Oslo"]
     assert kind_of_file(golds, None, "own.jsonl")[0] == kind
 
 
-def test_why_and_what_does_not_fit():
+def test_the_kind_has_a_reason_and_answers_that_do_not_fit_are_named():
     assert kind_of_file(["1", "Oslo"], None, "f") == ("text", "the answer of row 1 is 'Oslo'")
     assert kind_of_file(["1", "2"], "text", "f") == ("text", "asked for")
     with pytest.raises(ValueError, match=r"own.jsonl, row 1: the answer '5 \+' cannot be read as math"):
@@ -93,7 +93,7 @@ def test_a_file_has_one_kind_and_its_prompt(tmp_path, answers, kind, prompt):
     assert benchmark.problems[1].answer == answers[1].removeprefix("#### ")
 
 
-def test_several_right_answers_and_numbers_of_a_file(tmp_path):
+def test_lists_of_answers_and_numbers_are_read_from_a_file(tmp_path):
     benchmark = load_benchmark(write(tmp_path / "own.jsonl", [["USA", "United States"], ["Oslo"]]))
     assert [problem.answer for problem in benchmark.problems] == [["USA", "United States"], "Oslo"]
     benchmark = load_benchmark(write(tmp_path / "numbers.jsonl", [1e-05, 1e23, 5]))
@@ -114,7 +114,7 @@ def test_the_grader_can_be_asked_for(tmp_path):
     assert benchmark.problems[0].prompt == MATH_TEMPLATE.format(problem="1?")
 
 
-def test_a_template_of_ones_own(tmp_path):
+def test_a_users_template_reads_columns_and_names_missing_ones(tmp_path):
     path = write(tmp_path / "own.jsonl", ["Oslo"], country="Norway")
     benchmark = load_benchmark(path, prompt_template="{country}: {question}")
     assert benchmark.problems[0].prompt == "Norway: 0?"

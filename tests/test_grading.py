@@ -121,7 +121,7 @@ def graded() -> list[Grade]:
 
 
 @pytest.mark.parametrize("case", range(len(MATH)), ids=lambda i: f"{MATH[i][0]!r} for {MATH[i][1]}"[:60])
-def test_form(graded, case):
+def test_answer_line_and_box_are_graded_as_the_table_says(graded, case):
     _, _, answer, boxed, correct = MATH[case]
     found = graded[case]
     assert (found.answer_correct, found.boxed_correct, found.correct) == (answer, boxed, correct), found
@@ -141,7 +141,7 @@ def test_form(graded, case):
         ("**Answer:** **42**", "42"),
     ],
 )
-def test_answer_line(response, answer):
+def test_the_last_answer_line_is_found_without_its_decoration(response, answer):
     assert find_answer(response) == answer
 
 
@@ -164,7 +164,7 @@ def test_the_authors_rules_to_the_letter():
         (r"\boxed{}", ""),
     ],
 )
-def test_box(response, box):
+def test_the_last_closed_box_is_found(response, box):
     assert find_box(response) == box
 
 
@@ -187,14 +187,14 @@ def test_box(response, box):
         ("", "B", False, False, "unparseable"),
     ],
 )
-def test_letter_choice(response, gold, answer, boxed, status):
+def test_choices_are_graded_by_their_letter(response, gold, answer, boxed, status):
     found = grade(response, gold, kind="choice")
     assert (found.answer_correct, found.boxed_correct, found.status) == (answer, boxed, status)
     assert found.correct is (answer or boxed)
 
 
 @pytest.mark.parametrize("response", ["", "   \n", "I do not know."])
-def test_nothing_that_could_be_an_answer(response):
+def test_a_response_without_an_answer_is_unparseable(response):
     found = grade(response, "42")
     assert (found.correct, found.status) == (False, "unparseable")
 
@@ -304,7 +304,7 @@ def test_grades_do_not_depend_on_the_number_of_workers_and_progress_is_told():
     assert told == list(range(told[0], 21))
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_refused_by_name():
     with Grader() as grader:
         with pytest.raises(ValueError, match=r"pair 1 has the gold answer ' '"):
             grader.grade_all([("Answer: 1", "1"), ("Answer: 1", " ")])
@@ -314,7 +314,7 @@ def test_bad_input_is_named():
         Grader(timeout_s=0)
 
 
-def test_the_measurement_of_speed(tmp_path, monkeypatch):
+def test_the_speed_benchmark_counts_right_answers_and_a_bombs_time_out(tmp_path, monkeypatch):
     """Its JSON is committed; here the same code on three problems, and on one bomb."""
     (tmp_path / "math500.jsonl").write_text(
         json.dumps({"solution": r"So \boxed{\frac12}.", "answer": r"\frac{1}{2}"}) + "\n"
@@ -330,7 +330,7 @@ def test_the_measurement_of_speed(tmp_path, monkeypatch):
     assert result["bombs"]["a tower of powers"]["others_right"] == 10
 
 
-def test_the_committed_measurement_of_speed():
+def test_the_committed_speed_benchmark_graded_all_within_a_minute():
     result = json.loads(Path("benchmarks/results/grading.json").read_text(encoding="utf-8"))
     assert result["protocol"]["responses"] == result["right"] == 5000
     assert result["seconds"] < 60

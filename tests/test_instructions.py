@@ -78,7 +78,7 @@ def test_the_texts_are_clean(name):
     assert text.isascii()
 
 
-def test_explicit_targets():
+def test_explicit_targets_are_the_papers_words():
     assert resolve_instruction("percent:50") == (
         "Solve the following math problem correctly using 50% fewer tokens than you normally would. Be more concise -- cut "
         "unnecessary elaboration, redundant steps, and verbose explanations while preserving correctness."
@@ -119,19 +119,19 @@ def test_a_text_is_itself_and_an_empty_one_is_none():
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_file(tmp_path, encoding):
+def test_a_file_is_read_without_its_outer_white_space(tmp_path, encoding):
     path = tmp_path / "my instruction.txt"
     path.write_text("\n  Sois bref : 3 étapes.\nAu plus.\n\n", encoding=encoding)
     assert resolve_instruction(str(path)) == "Sois bref : 3 étapes.\nAu plus."
 
 
-def test_a_file_in_the_home_directory(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "brief.txt").write_text("brief", encoding="utf-8")
     assert resolve_instruction("~/brief.txt") == "brief"  # from a file, one word is enough
 
 
-def test_files_that_are_missing_or_empty(tmp_path):
+def test_a_missing_or_empty_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such file") as error:
         resolve_instruction(str(tmp_path / "none.txt"))
     assert str(tmp_path) in str(error.value)
@@ -154,7 +154,7 @@ def test_a_dapo_row_gives_the_papers_teacher_text_exactly():
     assert replaced is True
 
 
-def test_a_dapo_row_as_a_string():
+def test_a_dapo_row_as_a_string_gives_the_same_text():
     assert build_teacher_prompt(DAPO_STUDENT, PAPER_V1, DAPO_FIRST_SENTENCE) == (DAPO_TEACHER_V1, True)
 
 
@@ -163,7 +163,7 @@ def test_a_text_that_starts_otherwise_keeps_all_of_itself():
     assert build_teacher_prompt(text, C, DAPO_FIRST_SENTENCE) == (f"{C}\n\n{text}", False)
 
 
-def test_nothing_to_take_out():
+def test_without_replaces_nothing_is_taken_out():
     assert build_teacher_prompt(DAPO_STUDENT, C, None) == (f"{C}\n\n{DAPO_STUDENT}", False)
 
 
@@ -176,7 +176,7 @@ def test_nothing_to_take_out():
         ("Think.", C),
     ],
 )
-def test_what_is_taken_out(text, expected):
+def test_replaces_is_taken_out_once_at_the_start(text, expected):
     assert build_teacher_prompt(text, C, "Think.") == (expected, True)
 
 
@@ -187,7 +187,7 @@ def test_no_instruction_leaves_the_prompt_as_it_is(role):
     assert build_teacher_prompt(DAPO_STUDENT, "", DAPO_FIRST_SENTENCE, role) == (DAPO_STUDENT, False)
 
 
-def test_the_first_user_message_of_a_conversation():
+def test_the_instruction_goes_into_the_first_user_message():
     rest = [{"role": "assistant", "content": "Think. 3."}, user("Think. And 2 + 2?")]
     prompt = [system("Think. You add."), user("Think. 1 + 2?"), *rest]
     assert build_teacher_prompt(prompt, C, "Think.") == (
@@ -206,7 +206,7 @@ def test_a_tool_conversation_has_the_instruction_before_the_tool_turn():
     assert build_teacher_prompt([user("1 + 2?"), *rest], C, None) == ([user(f"{C}\n\n1 + 2?"), *rest], False)
 
 
-def test_content_blocks():
+def test_the_instruction_goes_into_the_first_text_block():
     image = {"type": "image", "image": "pixels"}
     prompt = [user([image, {"type": "text", "text": "Think. What is it?"}, {"type": "text", "text": "Think. Well?"}])]
     teacher, replaced = build_teacher_prompt(prompt, C, "Think.")
@@ -216,7 +216,7 @@ def test_content_blocks():
     assert replaced is True
 
 
-def test_content_blocks_without_a_text():
+def test_blocks_without_a_text_get_one():
     image = {"type": "image", "image": "pixels"}
     assert build_teacher_prompt([user([image])], C, None)[0] == [user([{"type": "text", "text": C}, image])]
 

@@ -1,7 +1,6 @@
 """The lab: its task, its table, and CRISP itself from end to end on the lab's small base."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -17,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.lab.__main__ import main
 from benchmarks.lab.base import STEPS, WARM_UP_STEPS
 from benchmarks.lab.protocol import FIXTURES, sha256_of
 from benchmarks.lab.run import run, train, training_rows
@@ -43,7 +43,7 @@ def solutions(form: str, concise: bool, difficulty: int, count: int = 400) -> li
     return [(problem, solve(problem, FORMS[form], concise, rng)) for problem in problems]
 
 
-def test_a_solution_by_hand():
+def test_a_solution_written_by_hand_is_graded():
     rng = random.Random(0)
     assert solve([3, 8], FORMS["stability"], True, rng).startswith("b 3 + 8 = 1 1 ;")
     assert prompt([3, 8])[0]["content"] == "add : a 3 b 8"
@@ -113,7 +113,7 @@ def test_the_committed_base_is_the_one_of_the_results(form):
     assert any(result["protocol"]["form"] == form for results in load(RESULTS).values() for result in results)
 
 
-def test_how_many_test_problems_are_training_problems_too():
+def test_as_many_test_problems_were_trained_on_as_documented():
     """As benchmarks/README.md says: with two or three numbers there are too few problems to keep them apart."""
     rng = random.Random(20_000)
     trained = {row["prompt"][0]["content"] for row in training_rows()}
@@ -121,7 +121,7 @@ def test_how_many_test_problems_are_training_problems_too():
     assert known == {2: 100, 3: 44, 4: 7, 5: 1, 6: 0, 7: 0}
 
 
-def test_interval_over_seeds():
+def test_the_interval_over_seeds_is_students_t():
     # Three seeds: t = 4.303, standard deviation 1
     assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
     assert mean_interval([5.0]) == (5.0, 0.0)
@@ -129,8 +129,13 @@ def test_interval_over_seeds():
 
 @pytest.fixture(scope="module")
 def runs():
+    """The settings on fewer rows, rollouts and test problems than the committed runs have."""
     names = ("stability-untrained", "short", "short-m1")
-    return {name: run(name, 0) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.lab.run.TRAIN_PROBLEMS", 512)
+        patch.setattr("benchmarks.lab.run.FINAL_PROBLEMS", 40)
+        patch.setitem(COMMON, "per_device_train_batch_size", 12)
+        return {name: run(name, 0) for name in names}
 
 
 def test_crisp_compresses_at_the_bases_accuracy(runs):
@@ -147,7 +152,7 @@ def test_the_live_teacher_is_worse_than_the_base(runs):
     assert runs["short-m1"]["log"][-1]["teacher/refreshes"] == SETTINGS["short-m1"].overrides["max_steps"]
 
 
-def test_table_of_runs(runs):
+def test_the_table_of_runs_holds_their_numbers(runs):
     rows = {row[0]: row for row in table_rows({name: [result] for name, result in runs.items()})}
     base, trained = (runs[name]["plain"]["all"]["mean_tokens"] for name in ("stability-untrained", "short"))
     assert rows["short"][4] == f"{100 * (trained / base - 1):+.1f}%"
@@ -180,7 +185,7 @@ def test_the_readmes_example_is_a_problem_and_its_solution():
     assert is_correct([3, 8, 2], solution)
 
 
-def test_what_the_readme_says_of_the_committed_runs():
+def test_the_readmes_sentences_hold_for_the_committed_runs():
     runs = load(RESULTS)
     assert set(runs) == set(SETTINGS)
     assert {name for name, results in runs.items() if [r["seed"] for r in results] != [0, 1, 2]} == set()
@@ -224,11 +229,13 @@ def test_the_figure_is_drawn(tmp_path):
 def _trained(setting: Setting, **fields) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(FIXTURES / "stability", dtype=torch.float32)
-    train(model, setting, {**COMMON, "max_steps": 1, "seed": 0, "weight_decay": 0.0, **fields})
+    few = {"max_steps": 1, "per_device_train_batch_size": 4, "seed": 0, "weight_decay": 0.0}
+    train(model, setting, {**COMMON, **few, **fields})
     return model.state_dict()
 
 
-def test_masked_rollouts_are_those_that_were_cut():
+def test_masked_rollouts_are_those_that_were_cut(monkeypatch):
+    monkeypatch.setattr("benchmarks.lab.run.TRAIN_PROBLEMS", 64)
     before = AutoModelForCausalLM.from_pretrained(FIXTURES / "stability", dtype=torch.float32).state_dict()
     kept, masked = Setting(""), Setting("", mask_truncated=True)
     # No rollout ends within 4 tokens, so nothing is learned; within 352 all do, so nothing is masked
@@ -240,28 +247,44 @@ def test_masked_rollouts_are_those_that_were_cut():
     assert all(torch.equal(whole[key], expected[key]) for key in before)
 
 
-def _lab(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.lab", *map(str, arguments)]
-    env = {**os.environ, "COLUMNS": "80"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+@pytest.fixture
+def lab(monkeypatch, capsys):
+    """Return a function that calls the command, and returns its status and what it printed and said."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["python -m benchmarks.lab", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        try:
+            main()
+            status: int | str = 0
+        except SystemExit as ended:
+            status = ended.code or 0
+        printed = capsys.readouterr()
+        # What a program that ends with a text says, and with which status
+        return (1, printed.out, status) if isinstance(status, str) else (status, printed.out, printed.err)
+
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield call
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
 
 
-def test_resuming_skips_what_is_there_and_refuses_what_another_protocol_made(tmp_path):
+def test_resuming_skips_what_is_there_and_refuses_what_another_protocol_made(lab, tmp_path):
     path = tmp_path / "untrained-seed0.json"
     path.write_bytes((RESULTS / path.name).read_bytes())
     before = path.stat().st_mtime_ns
-    done = _lab("untrained", "--seeds", "1", "--resume", "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, printed, said = lab("untrained", "--seeds", "1", "--resume", "--output_dir", tmp_path)
+    assert status == 0, said
     assert path.stat().st_mtime_ns == before
     tokens = json.loads(path.read_text(encoding="utf-8"))["concise"]["all"]["mean_tokens"]
-    assert re.search(rf"base, concise prompt +1 +{tokens:.1f} ", done.stdout)
+    assert re.search(rf"base, concise prompt +1 +{tokens:.1f} ", printed)
     result = json.loads(path.read_text(encoding="utf-8"))
     result["protocol"]["config"]["learning_rate"] = 1e-3
     path.write_text(json.dumps(result), encoding="utf-8")
-    refused = _lab("untrained", "--seeds", "1", "--resume", "--output_dir", tmp_path)
-    assert refused.returncode == 1
-    assert str(path) in refused.stderr
-    assert "remove the file" in refused.stderr
+    status, _, said = lab("untrained", "--seeds", "1", "--resume", "--output_dir", tmp_path)
+    assert status == 1
+    assert str(path) in said
+    assert "remove the file" in said
 
 
 def test_a_run_that_fails_is_named(tmp_path, capsys):
@@ -274,7 +297,14 @@ def test_a_run_that_fails_is_named(tmp_path, capsys):
 
 def test_ctrl_c_leaves_no_process_behind(tmp_path):
     command = [sys.executable, "-m", "benchmarks.lab", "stability-untrained", "--output_dir", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As under nohup, or in the background of a script
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    ) as process:
         deadline_s = time.monotonic() + 120
         while not (children := psutil.Process(process.pid).children()) and time.monotonic() < deadline_s:
             time.sleep(0.1)
@@ -290,7 +320,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
     ("arguments", "message"),
     [(["m2"], "'m2'"), (["--seeds", "0"], "0 is none: give 1 or more"), (["--workers", "-1"], "-1 is none")],
 )
-def test_wrong_arguments_are_named(arguments, message):
-    refused = _lab(*arguments)
-    assert refused.returncode == 2
-    assert message in refused.stderr
+def test_wrong_arguments_are_named(lab, arguments, message):
+    status, _, said = lab(*arguments)
+    assert status == 2
+    assert message in said

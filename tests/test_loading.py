@@ -139,7 +139,7 @@ def test_a_merged_adapter_is_the_model_that_was_trained(made, tmp_path, name, co
     torch.testing.assert_close(again(input_ids=ids).logits, merged(input_ids=ids).logits)
 
 
-def test_an_adapter_that_cannot_be_merged(made, tmp_path):
+def test_an_adapter_that_cannot_be_merged_is_refused(made, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(made / "model")
     get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="PROMPT_TUNING does not change the base's weights"):
@@ -165,7 +165,7 @@ def test_more_keys_than_the_adapter_has_are_named(made, tmp_path):
         ("peft_type", "NOPE", "cannot be loaded"),
     ],
 )
-def test_an_adapter_config_that_does_not_fit_its_weights(made, tmp_path, field, value, message):
+def test_an_adapter_config_that_does_not_fit_its_weights_is_refused(made, tmp_path, field, value, message):
     directory = copy_of(made, "adapter", tmp_path)
     path = directory / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
@@ -199,7 +199,7 @@ def test_an_adapter_on_another_base_is_refused(made, tmp_path):
         ("ADAPTER", ValueError, "is an adapter too"),
     ],
 )
-def test_an_adapter_whose_base_is_missing(made, tmp_path, monkeypatch, base, kind, message):
+def test_an_adapter_whose_base_is_missing_names_it(made, tmp_path, monkeypatch, base, kind, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     directory = copy_of(made, "adapter", tmp_path)
     path = directory / "adapter_config.json"
@@ -209,7 +209,7 @@ def test_an_adapter_whose_base_is_missing(made, tmp_path, monkeypatch, base, kin
         find_model(str(directory))
 
 
-def test_an_adapter_without_weights(made, tmp_path):
+def test_an_adapter_without_weights_is_refused(made, tmp_path):
     directory = copy_of(made, "adapter", tmp_path)
     (directory / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no weights \(adapter_model.safetensors or adapter_model.bin\)"):
@@ -260,7 +260,7 @@ def test_torn_weights_in_torchs_own_format_are_named(made, tmp_path, name, part)
         ("model_type", "nope", "its config cannot be loaded: .*`nope`"),
     ],
 )
-def test_a_config_that_is_none_is_named(made, tmp_path, field, value, message):
+def test_a_config_that_is_not_a_models_is_named(made, tmp_path, field, value, message):
     directory = copy_of(made, "model", tmp_path)
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
@@ -277,7 +277,7 @@ def test_another_size_is_named_with_the_shapes(made, tmp_path):
         load_model(find_model(str(directory)))
 
 
-def test_shards(made, tmp_path):
+def test_a_torn_or_missing_shard_is_named(made, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(made / "model")
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
@@ -297,7 +297,7 @@ def test_shards(made, tmp_path):
         find_model(str(tmp_path))
 
 
-def test_a_directory_without_weights(made, tmp_path):
+def test_a_directory_without_weights_is_refused(made, tmp_path):
     directory = copy_of(made, "model", tmp_path)
     (directory / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"a config\.json and no weights"):
@@ -332,7 +332,7 @@ def test_the_commit_of_a_hub_model_is_found(made, hub):
         assert cached_commit(nothing) is None
 
 
-def test_an_adapter_by_hub_id(made, tmp_path, hub):
+def test_an_adapter_is_found_by_its_hub_id(made, tmp_path, hub):
     directory = copy_of(made, "adapter", tmp_path)
     path = directory / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "org/base"}))

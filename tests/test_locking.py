@@ -58,7 +58,7 @@ def test_a_lock_file_that_was_removed_meanwhile_is_made_anew(tmp_path, monkeypat
             pass
 
 
-def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_warns(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 

@@ -44,7 +44,13 @@ def oracle(problem, beta, temperature):
             if MASK_BT[b, t]:
                 q = loop_logits(student_hidden[b, t], weight, bias, scale, softcap)
                 teacher_bias = None if teacher.bias_V is None else teacher.bias_V.double()
-                p = loop_logits(teacher_hidden[b, t], teacher.weight_VH.double(), teacher_bias, scale, softcap)
+                p = loop_logits(
+                    teacher_hidden[b, t],
+                    teacher.weight_VH.double(),
+                    teacher_bias,
+                    teacher.logit_scale,
+                    teacher.softcap,
+                )
                 divergences[b, t] = divergence_nats(q, p, beta, temperature)
                 entropies[b, t] = entropy_nats(q, temperature)
     return divergences, entropies, [leaf for leaf in leaves if leaf is not None]
@@ -75,6 +81,19 @@ def test_divergence_and_gradients_equal_the_oracle(beta, head, temperature):
     leaves = [x for x in (given[0], *given[1][:2]) if x is not None]
     for leaf, expected_leaf in zip(leaves, expected_leaves, strict=True):
         torch.testing.assert_close(leaf.grad.double(), expected_leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 3, 256])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_each_token_meets_its_own_under_each_sides_own_head(monkeypatch, beta, slice_tokens):
+    """Scale and soft-capping are the side's own, and slices on a CPU keep the tokens in their order."""
+    monkeypatch.setattr("trl_crisp.loss.divergence.CPU_SLICE_TOKENS", slice_tokens)
+    *sides, teacher = problem(bias=True, logit_scale=2.0, softcap=1.5)
+    given = (*sides, teacher._replace(logit_scale=0.5, softcap=3.0))
+    expected, expected_entropy, _ = oracle(given, beta, 1.0)
+    divergence, entropy = per_token_divergence(*given, MASK_BT, beta, 1.0)
+    torch.testing.assert_close(divergence.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -139,6 +158,11 @@ def test_diagnostics_equal_the_oracle_on_all_tokens_and_bound_the_sample():
     two = sampled_diagnostics(*given, MASK_BT, 1.0, max_tokens=2)
     assert two["reverse_kl"].num_tokens == 2
     assert two["reverse_kl"].total_nats.item() == pytest.approx(float(truth[0, 0] + truth[1, 1]), rel=1e-5)
+    three = sampled_diagnostics(*given, MASK_BT, 1.0, max_tokens=3)
+    assert three["reverse_kl"].num_tokens == 3
+    assert three["reverse_kl"].total_nats.item() == pytest.approx(
+        float(truth[0, 0] + truth[0, 2] + truth[1, 1]), rel=1e-5
+    )
     assert not whole["reverse_kl"].total_nats.requires_grad
 
 
@@ -237,7 +261,7 @@ def test_the_diagnostics_leave_masked_tokens_out(mask_value):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masks_of_other_dtypes(dtype):
+def test_masks_of_half_precision_carry_no_divergence(dtype):
     """The lowest number of float16 is no lower than -65504."""
     ids = [2, 7]
     hidden, student, teacher_hidden, teacher = problem(dtype, bias=True)
@@ -272,6 +296,16 @@ def test_an_infinite_divergence_is_an_error(beta, masked, other):
     with pytest.raises(ValueError, match=f"infinite: the bias of the {masked}'s .* id 2, that the {other}"):
         per_token_divergence(*given, MASK_BT, beta, 1.0)
     assert sampled_diagnostics(*given, MASK_BT, 1.0)["reverse_kl"].total_nats.isinf() == (masked == "teacher")
+
+
+@pytest.mark.parametrize(("beta", "giver", "masker"), [(1.0, 1, 3), (0.0, 3, 1)])
+def test_a_token_that_both_sides_mask_by_different_values_carries_no_divergence(beta, giver, masker):
+    """Such as -1e4 in one head and -inf in the other: neither can give the token."""
+    given = problem(bias=True)
+    given[giver].bias_V.data[2], given[masker].bias_V.data[2] = -1e4, -torch.inf
+    (expected, *_), _ = oracle_without([2], given, beta, 1.0)
+    divergence, _ = per_token_divergence(*given, MASK_BT, beta, 1.0)
+    torch.testing.assert_close(divergence.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_soft_capping_lifts_a_mask():

@@ -21,16 +21,16 @@ def test_pass_at_k_is_the_share_of_all_draws_of_k():
 
 
 @pytest.mark.parametrize(("correct", "k"), [([], 1), ([[True]], 2), ([[True]], 0), ([[True, False], []], 1)])
-def test_pass_at_k_that_is_not_defined(correct, k):
+def test_pass_at_k_that_is_not_defined_is_refused(correct, k):
     with pytest.raises(ValueError, match="pass@"):
         pass_at_k(correct, k)
 
 
-def test_interval_of_a_difference():
+def test_the_interval_of_a_difference_is_that_of_plain_loops():
     rng = np.random.default_rng(1)
     before = rng.random((60, 8)) < 0.5
     after = before.copy()
-    after[:30, 0] = ~after[:30, 0]
+    after[:30, :3] = True
     got = paired_bootstrap_difference(before, after)
     assert got.estimate == pytest.approx(after.mean() - before.mean())
     # By loops, with draws of its own
@@ -45,7 +45,7 @@ def test_interval_of_a_difference():
         paired_bootstrap_difference(before, after[:59])
 
 
-def test_epistemic_words():
+def test_epistemic_words_are_counted_whole_in_any_case():
     assert epistemic_words("Wait, maybe it MIGHT be 4. Let me check: perhaps.") == 5
     assert epistemic_words("The waiter checked the mighty sum.") == 0
     assert epistemic_words("") == 0

@@ -167,7 +167,7 @@ def test_the_trainer_refuses_them_at_construction(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "qwen3_moe", "gpt2", "mamba"])
-def test_training_runs(tmp_path, kind):
+def test_models_that_the_checks_admit_train(tmp_path, kind):
     trainer = make_trainer(tmp_path, model=fitting_model(kind), max_steps=2)
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]

@@ -63,7 +63,7 @@ def test_no_value_of_the_models_own_shapes_rollouts(tmp_path, plain, name):
     assert getattr(trainer.model.generation_config, name) == OWN[name]
 
 
-def test_an_adapters_base_model_too_and_what_is_saved_is_its_own(tmp_path, plain):
+def test_no_value_of_an_adapters_base_shapes_rollouts_and_its_own_are_saved(tmp_path, plain):
     completions, trainer = rollouts(tmp_path, lora=True, min_p=0.9, no_repeat_ngram_size=1)
     assert torch.equal(completions, plain[True])
     trainer.model.get_base_model().generation_config.save_pretrained(tmp_path)
@@ -71,7 +71,7 @@ def test_an_adapters_base_model_too_and_what_is_saved_is_its_own(tmp_path, plain
     assert (saved["min_p"], saved["no_repeat_ngram_size"]) == (0.9, 1)
 
 
-def test_the_runs_own_generation_kwargs_shape_them(tmp_path):
+def test_the_runs_generation_kwargs_shape_rollouts(tmp_path):
     trainer = make_trainer(tmp_path, generation_kwargs={"suppress_tokens": list(range(1, 256))}, dataset=rows(4))
     trainer.model.train()
     completions = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))["completion_ids"]

@@ -26,7 +26,7 @@ def weights(dtype, *shape, std: float = 0.02, seed: int = 0) -> torch.nn.Paramet
 
 @pytest.mark.parametrize("learning_rate", LEARNING_RATES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_it_is_what_applying_the_step_leaves(dtype, learning_rate):
+def test_the_share_is_what_applying_the_step_leaves_unchanged(dtype, learning_rate):
     parameters = [weights(dtype, 64, 60)]  # fewer than are sampled, so that the share is exact
     assert unchanged_weight_share(parameters, learning_rate) == pytest.approx(
         applied(parameters, learning_rate), abs=0.01
@@ -62,7 +62,7 @@ def test_a_sample_of_a_large_parameter_is_close(size):
     assert unchanged_weight_share(parameters, 1e-4) == pytest.approx(applied(parameters, 1e-4), abs=0.03)
 
 
-def test_a_parameter_counts_by_its_size():
+def test_a_parameter_counts_by_its_number_of_weights():
     """The norms of a model are many vectors of ones and few of its weights."""
     norms = [torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(4)]
     parameters = [*norms, weights(torch.bfloat16, 1024, 1024)]
@@ -72,7 +72,7 @@ def test_a_parameter_counts_by_its_size():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_zeros_move(dtype):
+def test_weights_of_zero_always_move(dtype):
     """Such as LoRA's B at its start."""
     zeros = torch.nn.Parameter(torch.zeros(100, dtype=dtype))
     assert applied([zeros], 1e-6) == 0.0
@@ -84,7 +84,7 @@ def test_dtypes_are_judged_apart():
     assert unchanged_weight_share(parameters, 1e-6) == pytest.approx(0.5, abs=0.02)
 
 
-def test_nothing_to_train():
+def test_no_weights_have_a_share_of_zero():
     assert unchanged_weight_share([], 1e-6) == 0.0
     assert unchanged_weight_share([torch.nn.Parameter(torch.empty(0))], 1e-6) == 0.0
 

@@ -54,7 +54,7 @@ def test_every_benchmark_has_a_row_here():
     assert set(ROWS) == set(BENCHMARKS)
 
 
-def test_the_papers_prompt():
+def test_the_prompt_of_a_problem_is_the_papers():
     prompt = MATH_TEMPLATE.format(problem="What is 1 + 1?")
     assert prompt == (
         "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
@@ -81,7 +81,7 @@ def test_choices_are_shuffled_the_same_way_each_time(tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "parquet", "csv"])
-def test_own_problems(tmp_path, extension):
+def test_a_users_file_of_any_format_becomes_problems(tmp_path, extension):
     rows = Dataset.from_list(
         [{"question": f"What is {i} + 1?", "answer": str(i + 1), "level": "easy"} for i in range(5)]
     )
@@ -94,7 +94,7 @@ def test_own_problems(tmp_path, extension):
     assert "What is 0 + 1?" in benchmark.problems[0].prompt
 
 
-def test_errors(tmp_path):
+def test_benchmarks_limits_and_files_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"'math5000' is unknown.*math500, aime24.*question and answer"):
         load_benchmark("math5000")
     with pytest.raises(ValueError, match="limit=0"):
@@ -126,7 +126,7 @@ def test_offline_the_rows_come_from_the_cache(monkeypatch):
     assert load_benchmark("math500").revision == commit
 
 
-def test_ids_tell_rows_apart(tmp_path):
+def test_a_missing_id_is_the_rows_number_and_no_id_may_repeat(tmp_path):
     rows = [{"question": "1?", "answer": "1", "id": None}, {"question": "2?", "answer": 2, "id": "b"}]
     benchmark = load_benchmark(
         str(write(tmp_path / "rows.jsonl", *rows, {"question": "3?", "answer": "3", "id": None}))

@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from tests.tiny_models import TEMPLATES, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPConfig, CRISPTrainer
-from trl_crisp.prompts.pairs import PromptPairs, check_columns
+from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns
 
 C = "Be brief, please."
 # The template, its flags, and the text that opens the model's turn, typed from the model's documentation
@@ -69,7 +69,7 @@ def test_both_prompts_end_in_the_same_turn_and_differ_in_the_instruction_alone(k
 
 
 @pytest.mark.parametrize(("kind", "flags", "turn"), TURNS)
-def test_the_trainer_finds_that_turn(tmp_path, kind, flags, turn):
+def test_the_trainer_finds_the_turn_that_both_prompts_end_in(tmp_path, kind, flags, turn):
     """Through the trainer's own tokenization; a count of 0 would turn the check of the tails off."""
     args = CRISPConfig(
         str(tmp_path), use_cpu=True, bf16=False, report_to="none", instruction="v1", chat_template_kwargs=flags or None
@@ -86,7 +86,7 @@ def test_the_trainer_finds_that_turn(tmp_path, kind, flags, turn):
 
 
 @pytest.mark.parametrize("kind", sorted(set(TEMPLATES) - {"gemma"}))
-def test_the_system_role(kind):
+def test_the_system_role_puts_the_instruction_before_the_question(kind):
     tokenize, tokenizer = tokenizing(kind)
     row = {"prompt": [user("What is 2 + 3?")]}
     pairs = pairs_of(kind, role="system")
@@ -152,12 +152,21 @@ def test_either_side_can_be_the_longer(student, teacher, fits):
     assert report.longest_tokens == max(len(student), len(teacher))
 
 
+def test_the_report_counts_each_row_once():
+    report = PromptReport(rows=10, dropped=1, replaced=2, given=3, longest_tokens=70)
+    assert report.describe(64) == (
+        "9 of 10 rows kept; 1 dropped for a prompt of more than 64 tokens (the longest has 70). In 3 of them the teacher has a "
+        "prompt of its own. In 2 of them the teacher's instruction stands in the place of the student's own, in 5 beside the "
+        "prompt."
+    )
+
+
 def test_no_limit_keeps_all():
     kept, report = by_letters().select(Dataset.from_list([{"prompt": "a" * 5000}]), 0)
     assert (len(kept), report.dropped, report.longest_tokens) == (1, 0, 5000)
 
 
-def test_rows_beyond_one_batch_of_the_check():
+def test_rows_beyond_one_batch_of_the_check_are_selected_too():
     rows = Dataset.from_list([{"prompt": "a" * (1 + i % 7)} for i in range(600)])
     kept, report = by_letters(max_prompt_tokens=5).select(rows, 0)
     assert kept["prompt"][:] == [row["prompt"] for row in rows if len(row["prompt"]) <= 5]
@@ -176,12 +185,12 @@ def test_no_row_left_says_how_long_they_are():
         by_letters(max_prompt_tokens=20).select(rows, 0, "eval")
 
 
-def test_an_empty_dataset():
+def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="the train dataset is empty"):
         by_letters().select(Dataset.from_dict({"prompt": []}), 0)
 
 
-def test_other_columns_stay():
+def test_other_columns_stay_in_the_rows():
     rows = Dataset.from_list(
         [{"prompt": "aa", "answer": 1}, {"prompt": "a" * 9, "answer": 2}, {"prompt": "b", "answer": 3}]
     )
@@ -323,7 +332,7 @@ def test_a_stream_of_messages_equals_a_dataset():
 # Columns
 
 
-def test_columns():
+def test_a_missing_prompt_column_and_images_are_refused():
     check_columns(Dataset.from_dict({"prompt": ["a"], "teacher_prompt": ["b"]}))
     with pytest.raises(ValueError, match="the eval dataset has no column 'prompt'; it has question, answer"):
         check_columns(Dataset.from_dict({"question": ["a"], "answer": ["b"]}), "eval")

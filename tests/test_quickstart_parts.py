@@ -124,12 +124,14 @@ def test_progress_counts_up_to_all_rows(model: LlamaForCausalLM, prompts: list[l
         ({"temperature": -1.0}, "temperature is -1.0"),
     ],
 )
-def test_sampling_refuses(model: LlamaForCausalLM, changes: dict[str, float], message: str) -> None:
+def test_sampling_settings_that_make_no_sense_are_refused(
+    model: LlamaForCausalLM, changes: dict[str, float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         sample(model, [[1]], **{"max_new_tokens": 2, **changes})  # type: ignore[arg-type]
 
 
-def test_sampling_refuses_an_empty_prompt_and_no_eos(model: LlamaForCausalLM) -> None:
+def test_an_empty_prompt_and_a_missing_eos_are_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="place 1 has no tokens"):
         sample(model, [[1], []], max_new_tokens=2)
     kept, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
@@ -174,7 +176,7 @@ def test_a_draw_never_leaves_the_support() -> None:
 # --- metrics
 
 
-def test_interval_against_a_plain_loop() -> None:
+def test_the_interval_is_that_of_plain_loops() -> None:
     generator = np.random.default_rng(4)
     before = generator.integers(20, 400, size=40)
     after = (before * generator.uniform(0.3, 1.1, size=40)).round()
@@ -225,12 +227,14 @@ def test_samples_of_a_problem_are_averaged_first() -> None:
         ([[[1]]], [[[1]]], {}, "shape"),
     ],
 )
-def test_interval_refuses(before: list, after: list, arguments: dict[str, float], message: str) -> None:
+def test_an_interval_that_is_not_defined_is_refused(
+    before: list, after: list, arguments: dict[str, float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         paired_bootstrap_reduction(before, after, **arguments)  # type: ignore[arg-type]
 
 
-def test_share() -> None:
+def test_a_share_is_of_at_least_one_flag() -> None:
     assert share([True, False, False, True]) == 0.5
     with pytest.raises(ValueError, match="no answers"):
         share([])
@@ -267,11 +271,11 @@ WORKED = (
         ("no no " * 2000 + " ".join(map(str, range(3000))), False),
     ],
 )
-def test_repetition(text: str, expected: bool) -> None:
+def test_loops_at_the_end_are_repetition_and_worked_solutions_are_not(text: str, expected: bool) -> None:
     assert repeats_itself(text) is expected
 
 
-def test_loop_rule_against_a_plain_search() -> None:
+def test_the_loop_rule_agrees_with_a_plain_search() -> None:
     def ends_in_loop(text: str) -> bool:
         text = text.rstrip()
         for period in range(1, len(text) // 4 + 1):
@@ -310,13 +314,13 @@ def test_refreshes_are_where_their_count_grows() -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_figure_is_written(tmp_path: Path, ending: str) -> None:
+def test_the_figure_is_written(tmp_path: Path, ending: str) -> None:
     path = completion_length_figure(history(), tmp_path / "new" / f"length.{ending}")
     assert path.stat().st_size > 5_000
     assert path.read_bytes().startswith(b"\x89PNG") == (ending == "png")
 
 
-def test_figure_of_nothing_says_so(tmp_path: Path) -> None:
+def test_a_figure_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="None of the 1 log entries"):
         completion_length_figure([{"step": 1, "loss": 0.1}], tmp_path / "length.png")
 
@@ -333,7 +337,7 @@ def test_report_and_metrics_import_no_torch() -> None:
     ("text", "number"),
     [("so 12 and then 1,234.50.", 1234.5), ("it is -3", -3.0), ("none", None), ("", None), ("5 of 7%", 7.0)],
 )
-def test_last_number(text: str, number: float | None) -> None:
+def test_the_last_number_of_a_text_is_read(text: str, number: float | None) -> None:
     assert load_example("quickstart").last_number(text) == number
 
 
@@ -376,7 +380,7 @@ def test_the_layout_of_the_weights_changes_no_value() -> None:
         assert torch.equal(weight, weights[name])
 
 
-def test_quickstart_from_end_to_end(
+def test_the_quickstart_runs_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quickstart = load_example("quickstart")

@@ -24,7 +24,7 @@ RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "resume.json"
     ],
     ids=str,
 )
-def test_killed_anywhere(tmp_path, tuning, kind, point):
+def test_a_run_killed_anywhere_resumes_as_the_uninterrupted_one(tmp_path, tuning, kind, point):
     torch.set_num_threads(1)
     run_reference(tuning, kind, tmp_path / "reference")
     assert try_point(tuning, kind, point, tmp_path / "reference", tmp_path / "run") is None

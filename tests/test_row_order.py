@@ -27,7 +27,7 @@ def test_each_epoch_has_its_own_order_whatever_came_before():
     assert len(sampler) == 12
 
 
-def test_without_shuffling_it_is_the_datasets():
+def test_without_shuffling_the_order_is_the_datasets():
     assert order(0, shuffle=False) == order(5, shuffle=False) == list(range(12))
 
 

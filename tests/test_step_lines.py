@@ -1,9 +1,10 @@
 """What a run prints on a terminal."""
 
 import pytest
+from transformers import TrainerState
 
 from tests.helpers import make_trainer
-from trl_crisp.run.step_lines import format_duration, format_line
+from trl_crisp.run.step_lines import StepLines, format_duration, format_line
 
 
 @pytest.mark.parametrize(
@@ -29,15 +30,25 @@ from trl_crisp.run.step_lines import format_duration, format_line
     ],
     ids=["step", "skipped", "evaluation", "end"],
 )
-def test_a_line(logs, left_s, line):
+def test_a_line_shows_what_the_log_has(logs, left_s, line):
     assert format_line(3, 20, logs, left_s) == line
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.7, "1 min 0 s"), (3599.4, "59 min 59 s"), (7800, "2 h 10 min")]
 )
-def test_a_duration(seconds, text):
+def test_a_duration_has_two_units_at_most(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_the_time_left_follows_from_the_steps_of_this_run(monkeypatch, capsys):
+    """Of a run that resumed at step 4: six steps in 30 seconds."""
+    lines, state = StepLines(), TrainerState(global_step=4, max_steps=20)
+    monkeypatch.setattr("time.monotonic", iter([100.0, 130.0]).__next__)
+    lines.on_train_begin(None, state, None)
+    state.global_step = 10
+    lines.on_log(None, state, None, logs={"loss": 1.0})
+    assert capsys.readouterr().out == "step 10/20  loss 1  50 s left\n"
 
 
 def test_a_run_prints_a_line_a_step_and_no_dict(tmp_path, capsys):

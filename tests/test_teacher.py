@@ -330,7 +330,7 @@ def test_making_the_teacher_twice_is_idempotent(tmp_path):
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["periodic", "ema", "base", "live"])
-def test_state_round_trip(tmp_path, tuning, kind):
+def test_a_restored_teacher_answers_and_continues_the_same(tmp_path, tuning, kind):
     """Restored onto a fresh teacher it answers the same and goes on the same."""
     fields = KINDS[kind]
     first = lora_model() if tuning == "lora" else tiny_model()
@@ -341,6 +341,7 @@ def test_state_round_trip(tmp_path, tuning, kind):
     second = copy.deepcopy(first)
     restored = teacher_of(second, tmp_path, **fields)
     restored.load_state_dict(teacher.state_dict())
+    assert (restored.age_steps, restored.refreshes) == (teacher.age_steps, teacher.refreshes)
     for step in range(6, 9):
         for each in (teacher, restored):
             each.begin_step(step)

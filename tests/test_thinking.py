@@ -74,12 +74,12 @@ def test_a_tokenizer_without_the_tokens_has_no_ids():
         ("", False, 0),
     ],
 )
-def test_cases(text, starts_open, thinking):
+def test_thinking_tokens_of_texts_counted_by_hand(text, starts_open, thinking):
     assert count(text, starts_open) == thinking
 
 
 @pytest.mark.parametrize("starts_open", [True, False])
-def test_every_short_text_against_a_regular_expression(starts_open):
+def test_the_count_agrees_with_a_regular_expression_on_every_short_text(starts_open):
     for letters in itertools.chain.from_iterable(itertools.product("a()", repeat=n) for n in range(7)):
         text = "".join(letters)
         opened = text if not starts_open and not re.match(r"[^()]*\)", text) else f"<{text}"

@@ -264,7 +264,7 @@ def test_a_step_learns_from_tool_turns(model_that_calls, tmp_path):
     assert logged["grad_norm"] > 0
 
 
-def test_a_prompt_that_has_a_tools_turn_already(model_that_calls, tmp_path):
+def test_a_prompt_that_has_a_tools_turn_already_trains(model_that_calls, tmp_path):
     """As rows of an agent's later steps: arrow fills the fields that other messages have with None."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
     prompt = [

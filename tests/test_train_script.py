@@ -200,7 +200,7 @@ def test_flags_win_over_the_file_and_env_is_set(tmp_path, monkeypatch):
         (None, FileNotFoundError, ["config.yaml", "no such file"]),
     ],
 )
-def test_config_file_errors(tmp_path, content, error, phrases):
+def test_config_files_that_cannot_be_read_are_named(tmp_path, content, error, phrases):
     path = tmp_path / "config.yaml"
     if content is not None:
         path.write_text(content)
@@ -220,7 +220,7 @@ def test_config_file_errors(tmp_path, content, error, phrases):
         (["--config"], ["--config needs the path"]),
     ],
 )
-def test_flag_errors(argv, phrases):
+def test_flags_that_cannot_be_used_are_named(argv, phrases):
     with pytest.raises(ValueError, match=re.escape(phrases[0])) as caught:
         parse_args(argv)
     assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
@@ -236,7 +236,7 @@ def test_flag_errors(argv, phrases):
         ("owner/name", ConnectionError, ["'owner/name'", "HF_HUB_OFFLINE is set", "local directory"]),
     ],
 )
-def test_model_errors(tmp_path, name, error, phrases):
+def test_models_that_cannot_be_found_are_named(tmp_path, name, error, phrases):
     with pytest.raises(error) as caught:
         check_model(str(tmp_path) if name == "EMPTY" else name, "main", False)
     assert all(phrase in str(caught.value) for phrase in phrases), str(caught.value)
@@ -259,7 +259,7 @@ def test_a_torn_file_of_the_model_is_named(models, tmp_path, name, content):
         ("tokenizer.json", ValueError, "its tokenizer cannot be loaded"),
     ],
 )
-def test_a_model_that_lacks_a_file(models, tmp_path, name, error, phrase):
+def test_a_model_that_lacks_a_file_is_refused(models, tmp_path, name, error, phrase):
     model = shutil.copytree(models(), tmp_path / "model")
     (model / name).unlink()
     with pytest.raises(error, match=phrase):
@@ -314,7 +314,7 @@ def test_help_begins_with_what_crisp_adds(capsys):
     assert "--teacher_model_name_or_path" not in help_text
 
 
-def test_evaluation_on_the_held_out_rows(models, rows, tmp_path, caplog):
+def test_the_held_out_rows_are_evaluated(models, rows, tmp_path, caplog):
     flags = ["--dataset_train_fraction", "0.8", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
     with caplog.at_level("INFO", "trl_crisp"):
         main(*parse_args(small(models(), rows, tmp_path, *flags)))
@@ -324,26 +324,28 @@ def test_evaluation_on_the_held_out_rows(models, rows, tmp_path, caplog):
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [2]
 
 
-def test_streamed_rows(models, rows, tmp_path):
+def test_streamed_rows_train_and_save(models, rows, tmp_path):
     main(*parse_args(small(models(), rows, tmp_path, "--dataset_streaming", "--no_deduplicate_prompts")))
     assert (tmp_path / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("value", ["True", "true", "PATH"])
-def test_resume(models, rows, tmp_path, capsys, value):
+@pytest.mark.parametrize("value", ["true", "PATH"])
+def test_the_script_resumes_the_last_checkpoint_or_a_path(models, rows, tmp_path, capsys, value):
     flags = [*small(models(), rows, tmp_path), "--save_steps", "1"]
     main(*parse_args([*flags, "--resume_from_checkpoint", "True"]))
-    assert "no whole checkpoint yet, so training starts afresh" in capsys.readouterr().out
+    assert "no whole checkpoint of this run yet, so training starts afresh" in capsys.readouterr().out
 
     value = str(tmp_path / "checkpoint-1") if value == "PATH" else value
+    # A run that starts afresh would write it again
+    written = (tmp_path / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns
     main(*parse_args([*flags, "--max_steps", "3", "--resume_from_checkpoint", value]))
     assert logged(tmp_path / "checkpoint-3") == [1, 2, 3]
-    assert (
-        value == str(tmp_path / "checkpoint-1") or f"going on from {tmp_path}/checkpoint-2" in capsys.readouterr().out
-    )
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns == written
+    is_last = value != str(tmp_path / "checkpoint-1")
+    assert (f"resuming from {tmp_path}/checkpoint-2" in capsys.readouterr().out) is is_last
 
 
-def test_resume_in_yaml(tmp_path):
+def test_resuming_can_be_set_in_yaml(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"resume_from_checkpoint: true\nuse_cpu: true\noutput_dir: {tmp_path}/none\n")
     _, training_args, *_ = parse_args(["--config", str(path)])

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.helpers import config, made_up_rollouts, make_trainer, parameters_of,
 from tests.oracles import completion_logits, divergence_nats, entropy_nats, mean_loss
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPTrainer
+from trl_crisp.loss.divergence import sampled_diagnostics
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The global batch is", "ignore:teacher_sync_steps=", "ignore:The teacher follows the student"
@@ -91,9 +93,18 @@ def test_loss_and_gradients_equal_the_oracle(tmp_path, kind, tuning, beta, norma
         torch.testing.assert_close(gradient.double(), expected_gradients[name], rtol=1e-3, atol=1e-5 * largest)
 
 
-def test_logged_values_equal_the_oracle(tmp_path):
-    """reverse_kl, entropy and teacher_entropy of made-up rollouts, with a divergence that is not the reverse KL."""
-    trainer = make_trainer(tmp_path, beta=0.5)
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("sampled_tokens", [256, 2])
+def test_logged_values_equal_the_oracle(tmp_path, monkeypatch, beta, sampled_tokens):
+    """
+    reverse_kl, entropy and teacher_entropy of made-up rollouts, at the loss's temperature.
+
+    A sample of the tokens is the first and the last here. With beta 1 the loss knows the reverse KL of all tokens anyway.
+    """
+    monkeypatch.setattr(
+        "trl_crisp.trainer.sampled_diagnostics", partial(sampled_diagnostics, max_tokens=sampled_tokens)
+    )
+    trainer = make_trainer(tmp_path, beta=beta, loss_temperature=1.7)
     shifted_teacher(trainer)
     batch, plain = made_up_rollouts(trainer.model.config.vocab_size, [3, 2])
     trainer.model.train()
@@ -103,12 +114,17 @@ def test_logged_values_equal_the_oracle(tmp_path):
         for i, completion in enumerate(plain["completions"]):
             q = completion_logits(trainer.model, plain["students"][i], completion).tolist()
             p = completion_logits(teacher, plain["teachers"][i], completion).tolist()
-            kls += [divergence_nats(q_t, p_t, 1.0) for q_t, p_t in zip(q, p, strict=True)]
-            entropies += [entropy_nats(q_t) for q_t in q]
-            teacher_entropies += [entropy_nats(p_t) for p_t in p]
+            kls += [divergence_nats(q_t, p_t, 1.0, 1.7) for q_t, p_t in zip(q, p, strict=True)]
+            entropies += [entropy_nats(q_t, 1.7) for q_t in q]
+            teacher_entropies += [entropy_nats(p_t, 1.7) for p_t in p]
+    seen = slice(None) if sampled_tokens > 5 else slice(None, None, 4)
     metrics = trainer._metrics["train"]
-    for name, values in (("reverse_kl", kls), ("entropy", entropies), ("teacher_entropy", teacher_entropies)):
-        assert metrics[name] == [pytest.approx(sum(values) / 5, rel=1e-4)], name
+    for name, values in (
+        ("reverse_kl", kls if beta == 1.0 else kls[seen]),
+        ("entropy", entropies),
+        ("teacher_entropy", teacher_entropies[seen]),
+    ):
+        assert metrics[name] == [pytest.approx(sum(values) / len(values), rel=1e-4)], name
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -258,19 +274,35 @@ def test_relative_length_is_to_the_first_five_steps(tmp_path):
     assert relative[-3:] == [1.0, 0.25, 0.5]
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "deepseek", "llama"])
-def test_thinking_and_answer_tokens_are_logged_where_the_template_thinks(tmp_path, kind):
-    """Together they are the completion; a Llama template has none."""
-    trainer = make_trainer(tmp_path, kind, max_steps=1)
-    trainer.train()
-    log = trainer.state.log_history[0]
-    if kind == "llama":
-        assert "completions/mean_thinking_length" not in log
-        return
-    total = log["completions/mean_thinking_length"] + log["completions/mean_answer_length"]
-    assert total == pytest.approx(log["completions/mean_length"])
-    if kind == "deepseek":  # its generation prompt opens <think>, and the random model does not close it in 8 tokens
-        assert log["completions/mean_answer_length"] < 8
+@pytest.mark.parametrize(
+    ("kind", "thinking", "answer"),
+    # The generation prompt of DeepSeek-R1's template opens <think>, that of Qwen3's does not
+    [
+        ("qwen3", (0 + 3 + 2) / 3, (4 + 1 + 0) / 3),
+        ("deepseek", (4 + 3 + 2) / 3, (0 + 1 + 0) / 3),
+        ("llama", None, None),
+    ],
+)
+def test_thinking_and_answer_tokens_are_logged_where_the_template_thinks(tmp_path, kind, thinking, answer):
+    """Means over the rollouts, a tool's tokens left out; a Llama template has none."""
+    trainer = make_trainer(tmp_path, kind)
+    trainer.model.train()
+    metrics = trainer._metrics["train"]
+    metrics["completions/mean_length"].append(3.0)
+    opened, closed = trainer._think_ids or (0, 0)
+    prompt = trainer._tokenize_prompts([rows(1)[0]["prompt"]])[0][0]
+    trainer._record_rollouts(
+        {
+            "prompt_ids": torch.tensor([prompt] * 3),
+            # No thinking of its own; thinking and one token; thinking that a tool's two tokens interrupt
+            "completion_ids": torch.tensor([[65] * 4, [opened, 65, closed, 66], [opened, 65, 65, 65]]),
+            "completion_mask": torch.ones(3, 4, dtype=torch.long),
+            "tool_mask": torch.tensor([[1] * 4, [1] * 4, [1, 0, 0, 1]]),
+        }
+    )
+    found = [metrics.get(f"completions/mean_{name}_length") for name in ("thinking", "answer")]
+    expected = [None if mean is None else [pytest.approx(mean)] for mean in (thinking, answer)]
+    assert found == expected
 
 
 def test_teacher_prompt_column_wins(tmp_path):
@@ -342,11 +374,16 @@ def test_evaluation_gives_a_loss_and_leaves_the_teacher(tmp_path):
         eval_dataset={"held_out": held_out},
         processing_class=tiny_tokenizer(),
     )
-    assert len(trainer.eval_dataset["held_out"]) == 4
+    assert (
+        len(trainer.eval_dataset["held_out"]) == len(make_trainer(tmp_path, eval_dataset=held_out).eval_dataset) == 4
+    )
+    with pytest.raises(ValueError, match="the hard dataset has no row left"):
+        make_trainer(tmp_path, eval_dataset={"hard": Dataset.from_list([long])})
     trainer.train()
     evaluations = [log for log in trainer.state.log_history if "eval_held_out_loss" in log]
     assert len(evaluations) == 2
-    assert all(math.isfinite(log["eval_held_out_loss"]) for log in evaluations)
+    for name in ("held_out_loss", "reverse_kl", "teacher_entropy"):
+        assert all(math.isfinite(log[f"eval_{name}"]) for log in evaluations), name
     assert trainer.teacher.refreshes == 0
 
 
@@ -388,6 +425,16 @@ def test_the_teacher_that_went_uniform_stops_the_run(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("teachers", [[5.7, 3.0], [3.0, 5.7]])
+def test_a_teacher_that_is_uniform_in_one_micro_batch_is_no_fault(tmp_path, teachers):
+    """Only a whole step says that the weights are not there."""
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    assert math.log(trainer.model.config.vocab_size) < 5.7
+    for teacher_entropy_nats in teachers:
+        trainer._step_entropies_nats.append((3.0, teacher_entropy_nats))
+        trainer._check_teacher_is_not_uniform()
+
+
 def test_a_uniform_student_and_teacher_are_no_fault(tmp_path):
     """A model from scratch starts there."""
     model = tiny_model(scale=0.0)
@@ -399,7 +446,9 @@ def test_bf16_weights_at_the_papers_rate_are_refused_and_lora_at_it_warns(tmp_pa
     with pytest.raises(ValueError, match=r"learning_rate=1e-06 is too small for torch.bfloat16 weights: \d+%"):
         make_trainer(tmp_path, model=tiny_model().to(torch.bfloat16), learning_rate=1e-6)
     model = tiny_model().to(torch.bfloat16)
-    own = torch.optim.SGD(model.parameters(), lr=1e-2)
+    # Its largest rate counts
+    first, *rest = model.parameters()
+    own = torch.optim.SGD([{"params": rest, "lr": 1e-6}, {"params": [first], "lr": 1e-2}])
     CRISPTrainer(
         model=model,
         args=config(tmp_path, learning_rate=1e-6),
@@ -455,6 +504,8 @@ def test_a_resumed_run_has_the_teacher_of_the_uninterrupted_one(tmp_path, tuning
     last = [[log for log in t.state.log_history if "loss" in log][-1] for t in (whole, resumed)]
     for name in ("loss", "reverse_kl", "teacher/age_steps", "teacher/refreshes", "completions/relative_length"):
         assert last[0][name] == last[1][name], name
+    assert len(whole._baseline_lengths_tokens) == 5
+    assert resumed._baseline_lengths_tokens == whole._baseline_lengths_tokens
 
     (checkpoint / "teacher_state.json").unlink()
     with pytest.raises(ValueError, match=r"cannot be resumed: its teacher_state\.json is missing"):

@@ -56,7 +56,7 @@ SIGNATURES = [
 
 
 @pytest.mark.parametrize(("member", "parameters", "user"), SIGNATURES, ids=[row[0].__qualname__ for row in SIGNATURES])
-def test_signatures(member, parameters, user):
+def test_methods_that_we_call_or_override_have_the_known_parameters(member, parameters, user):
     now = list(inspect.signature(inspect.unwrap(member)).parameters)
     assert now == parameters.split(), f"{member.__qualname__} has other parameters now; {user}"
 
@@ -80,7 +80,7 @@ UPSTREAM = {
 
 
 @pytest.mark.parametrize("name", _upstream.__all__)
-def test_signatures_of_the_names_in_upstream(name):
+def test_names_in_upstream_have_the_known_parameters(name):
     assert name in UPSTREAM, f"_upstream.py hands on {name}; write down here what we rely on"
     parameters, user = UPSTREAM[name]
     member = getattr(_upstream, name)
@@ -287,7 +287,7 @@ def test_a_subclass_may_leave_the_teacher_out(tmp_path):
     assert trainer.teacher_model is None
 
 
-def test_the_keys_of_the_parents_inputs(tmp_path):
+def test_the_parents_inputs_have_the_known_keys(tmp_path):
     trainer = make_trainer(tmp_path)
     inputs = DistillationTrainer._generate_and_score_completions(trainer, list(rows(4)))
     assert set(inputs) == {
@@ -518,7 +518,7 @@ def test_the_scaling_of_a_lora_layer_is_keyed_by_adapter():
     assert not torch.allclose(logits_of(model), before, atol=1e-4)
 
 
-def test_the_names_of_an_adapters_parameters():
+def test_an_adapters_parameters_are_named_by_adapter():
     """teacher.py pairs the two adapters' parameters by the part of the name that is the adapter's."""
     names = [name for name, _ in two_adapters().named_parameters() if "lora_" in name]
     assert len(names) == 2 * 2 * 2 * 2  # layers, modules, A and B, adapters

@@ -1,4 +1,4 @@
-"""What each process of a launch in test_distributed.py runs: `-m tests.distributed.worker SETTING OUTPUT_DIRECTORY`."""
+"""What each process of a launch in test_distributed.py runs: `-m tests.distributed.worker LAUNCH OUTPUT_DIRECTORY`."""
 
 import os
 import sys
@@ -55,22 +55,32 @@ def zero3(directory: Path) -> Outcomes:
 
 
 def fsdp2_cases(directory: Path) -> Outcomes:
-    dist.init_process_group("gloo")
-    return {
-        name: {
-            "sharded": fsdp2.train(case, directory, sharded=True),
-            "whole": fsdp2.train(case, directory, sharded=False),
-        }
-        for name, case in fsdp2.CASES.items()
-    }
+    outcomes: Outcomes = {}
+    for name, case in fsdp2.CASES.items():
+        outcomes[name] = {"sharded": fsdp2.train(case, directory, sharded=True)}
+        if dist.get_rank() == 0:
+            outcomes[name]["whole"] = fsdp2.train(case, directory, sharded=False)
+    return outcomes
 
 
-SETTINGS: dict[str, Callable[[Path], Outcomes]] = {
-    "ddp": ddp,
-    "zero2": zero2,
-    "zero3": zero3,
-    "fsdp2": fsdp2_cases,
-}
+def torchrun(directory: Path) -> Outcomes:
+    # FSDP2's cases use the process group that the trainer has made
+    return {"ddp": ddp(_made(directory / "ddp")), "fsdp2": fsdp2_cases(_made(directory / "fsdp2"))}
+
+
+def zero(directory: Path) -> Outcomes:
+    # Launched with stage 2
+    outcomes = {"zero2": zero2(_made(directory / "zero2"))}
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
+    return outcomes | {"zero3": zero3(_made(directory / "zero3"))}
+
+
+LAUNCHES: dict[str, Callable[[Path], Outcomes]] = {"torchrun": torchrun, "zero": zero}
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(exist_ok=True)
+    return directory
 
 
 def _resume(run: Run, directory: Path):
@@ -90,10 +100,10 @@ def _forget_launch() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    setting, directory = sys.argv[1], Path(sys.argv[2])
-    outcomes = SETTINGS[setting](directory)
+    launch, directory = sys.argv[1], Path(sys.argv[2])
+    outcomes = LAUNCHES[launch](directory)
     if dist.get_rank() == 0:
-        torch.save(outcomes, directory / f"{setting}.pt")
+        torch.save(outcomes, directory / f"{launch}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
