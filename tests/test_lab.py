@@ -129,13 +129,8 @@ def test_the_interval_over_seeds_is_students_t():
 
 @pytest.fixture(scope="module")
 def runs():
-    """The settings on fewer rows, rollouts and test problems than the committed runs have."""
     names = ("stability-untrained", "short", "short-m1")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.lab.run.TRAIN_PROBLEMS", 512)
-        patch.setattr("benchmarks.lab.run.FINAL_PROBLEMS", 40)
-        patch.setitem(COMMON, "per_device_train_batch_size", 12)
-        return {name: run(name, 0) for name in names}
+    return {name: run(name, 0) for name in names}
 
 
 def test_crisp_compresses_at_the_bases_accuracy(runs):
