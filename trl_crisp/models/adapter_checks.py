@@ -14,7 +14,7 @@ from trl_crisp.config import CRISPConfig
 ADAPTER_NAME = "teacher"
 
 # Fields of a LoRA config that say which layers get an adapter, of which size, and how it starts. All are with the teacher's
-# as with the student's, so sharing is exact (tests/test_adapter_checks.py has each).
+# as with the student's, so sharing is exact (tests/models/test_adapter_checks.py has each).
 _SHAREABLE_FIELDS = {
     "alpha_pattern",
     "corda_config",

@@ -28,8 +28,8 @@ from trl_crisp import CRISPTrainer
 from trl_crisp.run.identity import last_own_checkpoint
 from trl_crisp.run.interruption import SaveOnInterrupt, ending_with_words
 
-TRAIN = str(Path(__file__).parent.parent / "examples" / "train.py")
-DDP = str(Path(__file__).parent.parent / "examples" / "accelerate" / "ddp-cpu.yaml")
+TRAIN = str(Path(__file__).parents[2] / "examples" / "train.py")
+DDP = str(Path(__file__).parents[2] / "examples" / "accelerate" / "ddp-cpu.yaml")
 GREEDY = {"generation_kwargs": {"do_sample": False}, "shuffle_dataset": False}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.resume import KINDS, TUNINGS, Point, all_points, run_reference, try_point
 
-RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "resume.json"
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "resume.json"
 
 
 @pytest.mark.parametrize(
