@@ -1,5 +1,9 @@
 """Trainers on tiny models, and batches of made-up rollouts."""
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -7,6 +11,19 @@ from datasets import Dataset
 
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from trl_crisp import CRISPConfig, CRISPTrainer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load_example(name: str) -> ModuleType:
+    """Return a program of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def rows(count: int = 8, opening: str = "") -> Dataset:

@@ -1,32 +1,18 @@
 """The quickstart's questions, its model directory, and what it makes of results."""
 
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
-from tests.helpers import make_trainer
+from tests.helpers import EXAMPLES, load_example, make_trainer
 from tests.tiny_models import save_tiny
 from trl_crisp.evaluation.evaluating import evaluate
 from trl_crisp.evaluation.settings import EvaluationSettings
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SPLITS = ("train", "tune", "test")
-
-
-def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

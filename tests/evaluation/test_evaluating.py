@@ -620,7 +620,7 @@ def test_a_problem_is_written_and_read_back():
 
 COMMITTED = [
     path
-    for path in sorted(Path("benchmarks/results").rglob("*.json"))
+    for path in sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("*.json"))
     if f'"schema": "{SCHEMA}"' in path.read_text()[:200]
 ]
 
