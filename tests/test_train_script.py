@@ -329,6 +329,38 @@ def test_streamed_rows_train_and_save(models, rows, tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_save_finishes_both(models, rows, tmp_path, monkeypatch):
+    """And the push: nothing is trained, the trained model is saved."""
+    flags = [*small(models(), rows, tmp_path), "--save_steps", "1"]
+    with monkeypatch.context() as killed:
+        killed.setattr("trl_crisp.trainer.CRISPTrainer.save_model", stop_the_last_save(tmp_path))
+        with pytest.raises(KeyboardInterrupt):
+            main(*parse_args(flags))
+    assert not (tmp_path / "model.safetensors").exists()
+    pushed = []
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr("trl_crisp.trainer.CRISPTrainer.push_to_hub", lambda self, **kwargs: pushed.append(True))
+    monkeypatch.setattr("trl_crisp.trainer.CRISPTrainer.training_step", None)
+    main(*parse_args([*flags, "--push_to_hub", "true", "--resume_from_checkpoint", "true"]))
+    assert pushed == [True]
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert (tmp_path / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
+
+
+def stop_the_last_save(output_dir):
+    from trl_crisp import CRISPTrainer
+
+    save_model = CRISPTrainer.save_model
+
+    def save_or_stop(self, path=None, _internal_call=False):
+        if Path(path) == output_dir:
+            raise KeyboardInterrupt
+        return save_model(self, path, _internal_call=_internal_call)
+
+    return save_or_stop
+
+
 @pytest.mark.parametrize("value", ["true", "PATH"])
 def test_the_script_resumes_the_last_checkpoint_or_a_path(models, rows, tmp_path, capsys, value):
     flags = [*small(models(), rows, tmp_path), "--save_steps", "1"]
