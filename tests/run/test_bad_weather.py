@@ -410,6 +410,9 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
     assert "then saving a checkpoint. Again to stop at once" in text, text
     assert "failed" not in text
     assert "Traceback" not in text
+    # What a user can do nothing about
+    assert "values were not passed" not in text
+    assert "deprecated and will be removed in v6" not in text
     (checkpoint,) = output_dir.glob("checkpoint-*")
     assert last_own_checkpoint(output_dir) == checkpoint
     step = int(checkpoint.name.removeprefix("checkpoint-"))
