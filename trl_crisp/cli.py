@@ -191,7 +191,9 @@ def evaluate(argv: list[str]) -> int:
 
     from trl_crisp.evaluation.evaluating import evaluate as run
     from trl_crisp.report.console import print_evaluation, print_start, progress
+    from trl_crisp.run.known_warnings import silence_known_warnings
 
+    silence_known_warnings()
     with progress() as on_progress:
         results = run(settings, args.output, on_progress, baseline, print_start)
     print_evaluation(results)

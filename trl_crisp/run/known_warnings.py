@@ -6,6 +6,8 @@ import warnings
 _KNOWN = [
     # TRL 1.16 uses transformers' old names for what v6 calls activation checkpointing; goes when TRL uses the new ones
     (r"`(is_)?gradient_checkpointing\w*` is deprecated and will be removed in v6", FutureWarning),
+    # The evaluation passes the cache by the name that transformers 5.17 knows; goes when 5.17 is no longer admitted
+    (r"`past_key_values` is deprecated and will be removed in version", FutureWarning),
 ]
 
 
