@@ -393,7 +393,7 @@ def test_a_signal_to_the_first_process_alone_saves_a_checkpoint(files, tmp_path,
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert last_own_checkpoint(tmp_path / "out") == checkpoint
     assert f"Stopped after step {checkpoint.name.removeprefix('checkpoint-')};" in text
-    assert "--resume_from_checkpoint true" in text.split("Go on with:\n")[1]
+    assert "--resume_from_checkpoint true" in text.split("Resume with:\n")[1]
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
     assert last_own_checkpoint(output_dir) == checkpoint
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert f"Stopped after step {step}" in text
-    printed = text.split("Go on with:\n")[1].splitlines()[0].strip()
+    printed = text.split("Resume with:\n")[1].splitlines()[0].strip()
     assert printed == shlex.join(["trl-crisp", "train", *arguments]) + " --resume_from_checkpoint true"
 
     # That two processes resume is seen in test_distributed.py
