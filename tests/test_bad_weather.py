@@ -407,7 +407,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
     arguments = [*launch, *flags(files, output_dir, "--max_steps", "500", "--save_strategy", "no")]
     got, text = stop([sys.executable, "-m", "trl_crisp.cli", "train", *arguments], signum, to_all)
     assert got == status, text
-    assert "then saving a checkpoint. Again to stop at once" in text, text
+    assert "then saving a checkpoint. Send it again to stop at once" in text, text
     assert "failed" not in text
     assert "Traceback" not in text
     (checkpoint,) = output_dir.glob("checkpoint-*")
