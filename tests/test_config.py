@@ -163,7 +163,7 @@ ERRORS = [
     ({"teacher_model_kind": "ema", "teacher_update_rate": 1.5}, ["teacher_update_rate=1.5", "above 0"]),
     (
         {"chat_template_kwargs": {"add_generation_prompt": False}},
-        ["add_generation_prompt", "no flag of a chat template"],
+        ["add_generation_prompt", "not a flag of a chat template"],
     ),
     ({"chat_template_kwargs": '{"tools": [], "messages": []}'}, ["messages, tools", "such as enable_thinking"]),
     ({"chat_template_kwargs": {"truncation": True, "enable_thinking": False}}, ["has truncation, which"]),

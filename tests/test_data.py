@@ -450,7 +450,7 @@ def prompts_of(args) -> list:
         ([*TEXTS, {"prompt": json.dumps(message("x"))}], ["holds messages as JSON", "rows before it text"]),
         ([*CHATS, {"prompt": "x"}], ["holds a string ('x')", "rows before it a list of messages"]),
         ([*CHATS, {"prompt": None}], ["prompt_column='prompt' holds nothing (null)"]),
-        ([*CHATS, {"prompt": []}], ["a list of no messages"]),
+        ([*CHATS, {"prompt": []}], ["a list without messages"]),
         ([*CHATS, {"prompt": ["x"]}], ["a list with a str ('x')"]),
         ([*CHATS, {"prompt": [{"content": "x"}]}], ["message 0 has no 'role'; its keys are content"]),
         ([*CHATS, {"prompt": [{"role": None, "content": "x"}]}], ["message 0 has no 'role'"]),
@@ -461,11 +461,11 @@ def prompts_of(args) -> list:
             ["message 1, of role 'assistant', has 'content' null", "'tool_calls'"],
         ),
         ([*CHATS, {"prompt": [{"role": "user", "content": 3}]}], ["neither a string nor a list of blocks ('3')"]),
-        ([*CHATS, {"prompt": message(" ")}], ["its last user message says nothing"]),
-        ([*CHATS, {"prompt": [*message("x"), *message("")]}], ["its last user message says nothing"]),
+        ([*CHATS, {"prompt": message(" ")}], ["its last user message is empty"]),
+        ([*CHATS, {"prompt": [*message("x"), *message("")]}], ["its last user message is empty"]),
         (
             [*CHATS, {"prompt": message([{"type": "text", "text": " "}])}],
-            ["its last user message says nothing"],
+            ["its last user message is empty"],
         ),
         (
             [{**row, "teacher_prompt": "x"} for row in TEXTS] + [{"prompt": "y", "teacher_prompt": " "}],

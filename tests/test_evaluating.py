@@ -262,7 +262,7 @@ def test_a_question_that_is_too_long_is_named(files, tmp_path):
     "field", ["add_generation_prompt", "tokenize", "return_dict", "messages", "conversation", "tools"]
 )
 def test_template_flags_that_are_not_the_templates_are_refused(files, field):
-    with pytest.raises(ValueError, match=rf"chat_template_kwargs has {field}, which is no flag of a chat template"):
+    with pytest.raises(ValueError, match=rf"chat_template_kwargs has {field}, which is not a flag of a chat template"):
         settings(files, chat_template_kwargs={"enable_thinking": False, field: True})
 
 
