@@ -155,9 +155,8 @@ def test_either_side_can_be_the_longer(student, teacher, fits):
 def test_the_report_counts_each_row_once():
     report = PromptReport(rows=10, dropped=1, replaced=2, given=3, longest_tokens=70)
     assert report.describe(64) == (
-        "9 of 10 rows kept; 1 dropped for a prompt of more than 64 tokens (the longest has 70). In 3 of them the teacher has a "
-        "prompt of its own. In 2 of them the teacher's instruction stands in the place of the student's own, in 5 beside the "
-        "prompt."
+        "9 of 10 rows kept; 1 dropped for a prompt of more than 64 tokens (the longest has 70). 3 of them have their own teacher "
+        "prompt. In 2 of them the teacher's instruction replaces the student's own, in 5 it is added to the prompt."
     )
 
 
