@@ -622,7 +622,7 @@ def test_a_failure_after_the_checkpoint_is_whole_says_so(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, push_to_hub=True, save_strategy="steps", save_steps=2)
     with pytest.raises(ConnectionError, match="no route") as raised:
         trainer.train()
-    assert f"{tmp_path}/checkpoint-2 is whole; what failed came after it" in raised.value.__notes__[0]
+    assert f"{tmp_path}/checkpoint-2 is whole; the error came after it" in raised.value.__notes__[0]
     assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 

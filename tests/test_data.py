@@ -141,7 +141,7 @@ def test_a_teacher_prompt_needs_no_name_and_leaves_the_prompt_alone(tmp_path):
     path = write_rows(tmp_path / "one.jsonl", [{"p": "1?", "n": 1}])
     with pytest.raises(ValueError, match=r"prompt_column='p': .*no such column; it has teacher_prompt, n"):
         load_prompts(arguments(path, prompt_column="p", teacher_prompt_column="p"))
-    with pytest.raises(ValueError, match=r"\{p\}, which is no column; the columns are teacher_prompt, n"):
+    with pytest.raises(ValueError, match=r"\{p\}, which is not a column; the columns are teacher_prompt, n"):
         load_prompts(arguments(path, prompt_template="{p}", teacher_prompt_column="p"))
 
 
@@ -280,7 +280,7 @@ ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
             "rows.jsonl",
             {"content": '{"p": "a"}\n{"p": null}\n', "prompt_template": "{p}"},
             ValueError,
-            ["row 1:", "nothing in its column 'p'"],
+            ["row 1:", "column 'p' is null"],
         ),
         (
             "rows.jsonl",
@@ -551,7 +551,7 @@ def test_a_row_without_a_teacher_prompt_keeps_none_beside_rows_that_have_one(tmp
     [
         ({"p": "", "n": 1}, "all columns of its placeholders are empty"),
         ({"p": message("x"), "n": 1}, "the column 'p' holds messages"),
-        ({"p": None, "n": 1}, "nothing in its column 'p'"),
+        ({"p": None, "n": 1}, "column 'p' is null"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

@@ -300,7 +300,7 @@ def test_a_torn_or_missing_shard_is_named(made, tmp_path):
 def test_a_directory_without_weights_is_refused(made, tmp_path):
     directory = copy_of(made, "model", tmp_path)
     (directory / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a config\.json and no weights"):
+    with pytest.raises(FileNotFoundError, match=r"a config\.json but no weights"):
         find_model(str(directory))
 
 

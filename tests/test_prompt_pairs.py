@@ -358,8 +358,8 @@ def test_a_stream_of_unknown_columns_passes():
         ({"prompt": ""}, r"row 5: column 'prompt' holds an empty prompt"),
         ({"prompt": None}, r"row 5: column 'prompt' holds nothing \(null\)"),
         ({"prompt": "a", "teacher_prompt": "\n"}, r"row 5: column 'teacher_prompt' holds an empty prompt"),
-        ({"prompt": "\u200b"}, r"row 5: column 'prompt' gives no token at all"),
-        ({"prompt": "a", "teacher_prompt": "\u200b"}, r"row 5: column 'teacher_prompt' gives no token at all"),
+        ({"prompt": "\u200b"}, r"row 5: the prompt in column 'prompt' has no tokens"),
+        ({"prompt": "a", "teacher_prompt": "\u200b"}, r"row 5: the prompt in column 'teacher_prompt' has no tokens"),
     ],
 )
 def test_a_row_that_asks_for_nothing_is_named(row, message, stream):
