@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct on MATH-500 and GSM8K: the base, the base told to be concise, and what the quickstart made of it.
+"""SmolLM2-135M-Instruct on MATH-500 and GSM8K: the base, the base told to be concise, and the model that the quickstart trained.
 
-Evaluates by `trl-crisp eval` and prints the table of benchmarks/README.md; `--table` prints it from the results that are there.
+Evaluates with `trl-crisp eval` and prints the table of benchmarks/README.md. `--table` prints it from the committed results.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from trl_crisp.evaluation.comparison import compare
 from trl_crisp.evaluation.results import load_results
 
 RESULTS = Path("benchmarks/results/smollm2")
-# Name in the table, problems, and the first so many of them
+# Benchmark -> name in the table, number of problems (the first ones)
 BENCHMARKS = {"math500": ("MATH-500", 50), "gsm8k": ("GSM8K", 100)}
 MODELS = {"base": "base", "concise": "base, told to be concise (v1)", "trained": "after the quickstart (seed 0)"}
-# The base loops in some of its answers, and 30,000 tokens of a loop tell no more than 1,024
+# Some answers of the base model are endless loops, and 30,000 tokens of a loop show no more than 1,024
 MAX_NEW_TOKENS, BUDGET = 1024, 512
 COLUMNS = (
     "problems",
@@ -69,7 +69,7 @@ def _cells(base: dict[str, Any], results: dict[str, Any], is_base: bool) -> tupl
 
 
 def main() -> None:
-    """Evaluate, unless the table alone is asked for, and print the table."""
+    """Evaluate, unless only the table is asked for, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.smollm2",
         description=__doc__,
@@ -78,15 +78,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--table", action="store_true", help="print the table of the committed results")
-    parser.add_argument("--model", help="SmolLM2's directory: python examples/get_smollm2.py DIRECTORY")
-    parser.add_argument("--trained", help="what the quickstart made")
+    parser.add_argument("--model", help="SmolLM2's directory, made by python examples/get_smollm2.py DIRECTORY")
+    parser.add_argument("--trained", help="directory of the model that the quickstart trained")
     parser.add_argument("--math500", help="jsonl with MATH-500's rows")
     parser.add_argument("--gsm8k", help="jsonl with GSM8K's rows")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/smollm2"))
     args = parser.parse_args()
     if not args.table:
         if missing := [name for name in ("model", "trained", "math500", "gsm8k") if getattr(args, name) is None]:
-            parser.error(f"--{missing[0]} is missing; or give --table")
+            parser.error(f"--{missing[0]} is missing. Give it, or --table to print the committed results")
         models = {"base": args.model, "concise": args.model, "trained": args.trained}
         evaluate(models, {"math500": args.math500, "gsm8k": args.gsm8k}, args.output_dir)
     print("\n".join(table_lines()))
