@@ -1,7 +1,7 @@
-"""How long grading takes, how many reference solutions it takes for right, and what an expression costs that never ends.
+"""Measures the time of grading, how many reference solutions are graded as right, and the cost of expressions that never end.
 
-The responses are the reference solutions of MATH-500 and of GSM8K's problems, which are right by definition, in turns until there
-are as many as asked for.
+The responses are the reference solutions of MATH-500 and GSM8K, which are right by definition. They are repeated in turn until the
+requested number is reached.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 from trl_crisp.evaluation.grading import TIMEOUT_S, Grader
 from trl_crisp.run.files import write_json
 
-# Each would take longer than anybody waits, or more memory than there is
+# Without a limit each of these would take hours, or more memory than a machine has
 BOMBS = {
     "a tower of powers": "Answer: $9^{9^{9^9}}$",
     "nested radicals": "Answer: $" + "\\sqrt{2+" * 150 + "1" + "}" * 150 + "$",
@@ -27,7 +27,7 @@ BOMBS = {
 
 
 def read_solutions(math500: Path, gsm8k: Path) -> list[tuple[str, str]]:
-    """Return reference solution and answer of each problem: MATH-500 in its box, GSM8K in its last line."""
+    """Return the reference solution and the answer of each problem: MATH-500's are in a box, GSM8K's in the last line."""
     pairs = [(row["solution"], row["answer"]) for row in _rows(math500)]
     for row in _rows(gsm8k):
         solution, _, answer = row["answer"].rpartition("####")
@@ -36,10 +36,10 @@ def read_solutions(math500: Path, gsm8k: Path) -> list[tuple[str, str]]:
 
 
 def measure(solutions: list[tuple[str, str]], responses: int, workers: int) -> dict[str, Any]:
-    """Grade so many responses, then each bomb beside ten of them, and return the times."""
+    """Grade `responses` responses, then each bomb together with ten responses, and return the times."""
     pairs = list(itertools.islice(itertools.cycle(solutions), responses))
     with Grader(workers=workers) as grader:
-        # The workers are there and have math-verify loaded
+        # This starts the workers and loads math-verify in them, before the time is measured
         grader.grade_all(pairs[:workers])
         start_s = time.perf_counter()
         grades = grader.grade_all(pairs)

@@ -1,12 +1,12 @@
-"""Kills a training anywhere, with SIGKILL, lets it resume, and compares it bit by bit with one that was left alone.
+"""Kills a training run at many points, resumes it, and compares it bit by bit with an uninterrupted run.
 
-A point is a place to kill a 12-step run at (M = 3, a checkpoint every 2 steps), by one of three ways:
+A point is a place at which a 12-step run (M = 3, a checkpoint every 2 steps) is killed. There are three kinds:
 
-- `step K`: in step K, between the optimizer's step and what follows it;
-- `save K at P%`: while the checkpoint of step K is saved, P percent of the way, counted in the interpreter's calls;
+- `step K`: in step K, right after the optimizer's step;
+- `save K at P%`: while the checkpoint of step K is saved, after P percent of the interpreter's calls;
 - `write K`: in the middle of writing a file of the checkpoint of step K (the kernel ends the process).
 
-The resumed run survives where its weights, its teacher's weights and every logged value (times aside) are the same bits.
+The resumed run survives if its weights, its teacher's weights and every logged value (except times) are the same bits.
 """
 
 import argparse
@@ -29,13 +29,13 @@ STEPS, SYNC_STEPS, SAVE_STEPS = 12, 3, 2
 SAVE_PERCENTS = (10, 50, 90)
 TUNINGS = ("full", "lora")
 KINDS = ("periodic", "base", "ema", "live")
-# No file that the weights are in is as small
+# Every file with weights is larger than this
 WRITE_LIMIT_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where to kill: `how` is "step", "save" or "write"; `percent` of the calls of a save."""
+    """Where to kill: `how` is "step", "save" or "write"; `percent` is the share of a save's calls before the kill."""
 
     how: str
     step: int
@@ -46,7 +46,7 @@ class Point:
 
 
 def all_points() -> list[Point]:
-    """Every step, three places in every save, and the middle of a write in every save."""
+    """Return every step, three places in every save, and the middle of a write in every save."""
     saves = range(SAVE_STEPS, STEPS + 1, SAVE_STEPS)
     return [
         *(Point("step", step) for step in range(1, STEPS + 1)),
@@ -63,17 +63,17 @@ def try_point(tuning: str, kind: str, point: Point, reference: Path, directory: 
         tuning: "full" or "lora".
         kind: The teacher's schedule.
         point: Where to kill.
-        reference: What [`run_reference`] left.
-        directory: For this run; removed where it survived.
+        reference: The directory that [`run_reference`] wrote.
+        directory: The run's directory; removed if the run survived.
 
     Returns:
-        `None` where the resumed run equals the reference, else what differs.
+        `None` if the resumed run equals the reference, else what differs.
     """
     calls = json.loads((reference / "calls.json").read_text())
     status = _in_a_process(_train, tuning, kind, directory, point, calls)
     expected = signal.SIGXFSZ if point.how == "write" else signal.SIGKILL
     if status != -expected:
-        return f"the process was to die by signal {expected} and ended with status {status}"
+        return f"signal {expected} should have killed the process, but it ended with status {status}"
     status = _in_a_process(_train, tuning, kind, directory, None, calls)
     if status:
         return f"the resumed run ended with status {status}"
@@ -84,13 +84,13 @@ def try_point(tuning: str, kind: str, point: Point, reference: Path, directory: 
 
 
 def run_reference(tuning: str, kind: str, directory: Path) -> None:
-    """Run without a kill; leaves the result, and how many calls each save takes, in `directory`."""
+    """Run without a kill, and write the result and the number of calls of each save to `directory`."""
     if status := _in_a_process(_train, tuning, kind, directory, None, None):
         raise RuntimeError(f"the reference run of {tuning}, {kind} ended with status {status}")
 
 
 def _in_a_process(target: Any, *args: Any) -> int:
-    # Forked, with the libraries imported: a process of its own in milliseconds
+    # A fork has the libraries imported already, so a new process starts in milliseconds
     process = multiprocessing.get_context("fork").Process(target=target, args=args)
     process.start()
     process.join()
@@ -173,7 +173,7 @@ def _kill_in_step(step: int) -> Any:
 
 
 def _watch_saves(trainer: Any, point: Point | None, calls: dict[str, int] | None) -> dict[str, int]:
-    """Count the calls of each save, or end the process in the one of the point."""
+    """Count the calls of each save, and kill the process in the save of `point`."""
     counts: dict[str, int] = {}
     save = trainer._save_checkpoint
 
@@ -181,7 +181,7 @@ def _watch_saves(trainer: Any, point: Point | None, calls: dict[str, int] | None
         step = trainer.state.global_step
         here = point is not None and point.step == step
         if here and point.how == "write":
-            # Python ignores the signal; by default it ends the process where the write stops
+            # Python ignores this signal. With the default handler it ends the process when the write reaches the limit
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (WRITE_LIMIT_BYTES, WRITE_LIMIT_BYTES))
         last = None
@@ -222,7 +222,7 @@ def _compare(reference: Path, resumed: Path) -> str | None:
 
 
 def checkpoint_sizes(directory: Path) -> dict[str, dict[str, int]]:
-    """Return the bytes of a refreshed run's checkpoint with and without its teacher."""
+    """Return the size of a checkpoint after a refresh, and the size of the teacher's files in it, in bytes."""
     sizes = {}
     for tuning in TUNINGS:
         run_reference(tuning, "periodic", directory / tuning)
@@ -233,7 +233,7 @@ def checkpoint_sizes(directory: Path) -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
-    """Try every point of every combination and write what happened."""
+    """Try every point of every combination and write the results."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
         epilog="Example: python -m benchmarks.resume --output benchmarks/results/resume.json",
@@ -248,7 +248,7 @@ def main() -> None:
     import torch
     from rich.progress import track
 
-    # Imported before the forks, which have them then
+    # Imported before the forks, which inherit them
     import tests.tiny_models  # noqa: F401
     import trl_crisp.trainer  # noqa: F401
 

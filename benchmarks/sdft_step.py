@@ -1,15 +1,15 @@
 """
-Step time and peak memory of CRISPTrainer against TRL's SDFTTrainer, set up to do the same.
+Compares step time and peak memory of CRISPTrainer with those of TRL's SDFTTrainer, both set up for the same training.
 
     python examples/get_smollm2.py smollm2
     python benchmarks/sdft_step.py --model smollm2
 
-`trl.experimental.sdft.SDFTTrainer` is what one would take without this package: distillation_mode="full_logits",
+`trl.experimental.sdft.SDFTTrainer` is the alternative without this package: distillation_mode="full_logits",
 distillation_alpha=1 (reverse KL), teacher_model_kind="ema" with teacher_update_rate=1.0 and teacher_sync_steps=50 (a copy
 every 50 steps), and the instruction v1 as the privileged context of every row, placed before the prompt. Both trainers get
-the same prompts, batch, completion length and optimizer, and normalise the same way: a mean over each completion's tokens,
-then over completions. Each trainer runs in a process of its own, in turns; the first step of each is a short warm-up that
-is not counted. Written: a JSON with the protocol and every measurement.
+the same prompts, batch, completion length and optimizer, and normalise in the same way: a mean over each completion's tokens,
+then over completions. The trainers run in turns, each in its own process. The first step of each process is a short warm-up
+and is not counted. The output is a JSON with the protocol and every measurement.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from typing import Any
 REPOSITORY = Path(__file__).parent.parent
 TRAINERS = ("crisp", "sdft")
 PHASES = ("generation", "loss_forward", "backward", "optimizer", "other")
-# Seconds of this process on all cores, which other processes on the machine disturb less than the wall's
+# CPU seconds of this process on all cores, which other processes on the machine affect less than the wall time
 CPU_TIMES = ("step_cpu", "generation_cpu", "loss_forward_cpu", "backward_cpu")
 PACKAGES = ("trl-crisp", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
 WARM_UP_TOKENS = 16
@@ -111,7 +111,7 @@ def measure(trainer_name: str, args: argparse.Namespace) -> dict[str, Any]:
             distillation_alpha=1.0,
             teacher_model_kind="ema",
             teacher_update_rate=1.0,
-            # The instruction first, as in CRISP's teacher prompt
+            # The instruction comes first, as in CRISP's teacher prompt
             teacher_prompt_template="{privileged_context}\n\n{prompt}",
             num_generations=1,
             **common,
@@ -205,7 +205,7 @@ def measure(trainer_name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_in_child(trainer_name: str, precision: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure in a new process, so that the peak memory is that trainer's alone."""
+    """Measure in a new process, so that the peak memory is that of this trainer only."""
     with tempfile.NamedTemporaryFile(suffix=".json") as result:
         command = [sys.executable, __file__, "--child", trainer_name, "--child_output", result.name]
         for name in ("model", "batch", "tokens", "steps", "seed", "device"):
@@ -220,7 +220,7 @@ def run_in_child(trainer_name: str, precision: str, args: argparse.Namespace) ->
 
 
 def summarise(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row a precision: quantiles of each trainer, and the ratios CRISP / SDFT."""
+    """Return one row per precision: quantiles of each trainer, and the ratios CRISP / SDFT."""
     table = []
     for precision in dict.fromkeys(m["precision"] for m in measurements):
         row: dict[str, Any] = {"precision": precision}
@@ -257,7 +257,7 @@ def summarise(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
-    """Print medians, and p20 to p80 of the whole step."""
+    """Print the medians, and p20 and p80 of the whole step."""
     columns = ("step", *PHASES, "step_cpu")
     print(f"{'':14}" + "".join(f"{name + ' s':>16}" for name in columns) + f"{'peak RSS MiB':>16}{'over start':>12}")
     for row in table:
@@ -274,7 +274,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
 
 
 def protocol(args: argparse.Namespace, measurements: list[dict[str, Any]]) -> dict[str, Any]:
-    """Say how the numbers came to be."""
+    """Return how the numbers were measured."""
     source = Path(args.model) / "source.json"
     git = ["git", "-C", str(REPOSITORY)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -331,14 +331,16 @@ def _cpu_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="directory of a model, such as examples/get_smollm2.py makes")
-    parser.add_argument("--batch", type=int, default=4, help="completions in a step (4)")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each completion (512)")
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of each process (2)")
-    parser.add_argument("--repetitions", type=int, default=2, help="processes of each trainer and precision (2)")
+    parser.add_argument(
+        "--model", required=True, help="directory of a model, for example from examples/get_smollm2.py"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="completions per step (4)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per completion (512)")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps per process (2)")
+    parser.add_argument("--repetitions", type=int, default=2, help="processes per trainer and precision (2)")
     parser.add_argument("--precisions", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch (its own choice)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch (0: torch's default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "sdft_step.json"))
     parser.add_argument("--precision", default="float32", help=argparse.SUPPRESS)
@@ -354,7 +356,7 @@ def main() -> None:
     measurements = []
     for precision in args.precisions:
         for repetition in range(args.repetitions):
-            # The other one first every second time
+            # The order of the trainers alternates
             for name in TRAINERS if repetition % 2 == 0 else TRAINERS[::-1]:
                 measurement = run_in_child(name, precision, args)
                 measurements.append(measurement)

@@ -1,8 +1,8 @@
-"""What to look at after examples/quickstart.sh: one table, two answers and a figure, from one run or from several seeds.
+"""Summarizes examples/quickstart.sh: one table, two answers and a figure, from one run or from several seeds.
 
-Each run is a directory with what the quickstart's commands left: base/, concise/ and after/ (`trl-crisp eval`) and model/
-(`trl-crisp train`). Several runs of different seeds are pooled: the answers to a question are averaged first, and intervals
-are over questions.
+Each run is a directory with the output of the quickstart's commands: base/, concise/ and after/ (`trl-crisp eval`) and model/
+(`trl-crisp train`). Runs of different seeds are pooled: the answers to a question are averaged first, and intervals are over
+questions.
 """
 
 import argparse
@@ -20,27 +20,27 @@ from trl_crisp.run.files import write_json
 ARMS = {"base": "base", "concise": "base, told to be concise", "after": "after CRISP"}
 QUESTIONS = Path(__file__).parent / "facts" / "test.jsonl"
 FLAGS = {"first_sentence": "correct", "anywhere": "anywhere_correct"}
-# What differs between the runs, or between before and after, by design
+# Fields of the protocol that may differ between the runs, or between before and after
 _NOT_COMMON = {"seed", "model", "model_revision", "weights_sha256", "instruction", "base_model"}
 README_START, README_END = "<!-- quickstart table -->", "<!-- /quickstart table -->"
 
 
 def main() -> None:
-    """Print the table, and write what was asked for."""
+    """Print the table, draw the figures, and write the files that the options name."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python examples/quickstart.py outputs/quickstart-seed0 outputs/quickstart-seed1 --json pooled.json",
     )
     parser.add_argument("runs", nargs="+", type=Path, help="directories of examples/quickstart.sh")
-    parser.add_argument("--json", type=Path, help="write every number, with the protocol")
-    parser.add_argument("--readme", type=Path, help="put the table between the markers of this file")
+    parser.add_argument("--json", type=Path, help="write all numbers and the protocol to this file")
+    parser.add_argument("--readme", type=Path, help="replace the text between the table's markers in this file")
     args = parser.parse_args()
     result = summarize(args.runs)
     print(render(result, args.json))
     for run in args.runs:
         history = json.loads((run / "model" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         figure = completion_length_figure(history, run / "length.png")
-        print(f"The length of the rollouts during training: {figure}")
+        print(f"Figure of the rollouts' length during training: {figure}")
     if args.json:
         write_json(args.json, result)
     if args.readme:
@@ -54,17 +54,17 @@ def main() -> None:
 
 def summarize(runs: list[Path]) -> dict[str, Any]:
     """
-    Pool runs.
+    Pool the results of several runs.
 
     Args:
-        runs: Directories of examples/quickstart.sh, of different seeds.
+        runs: Directories of examples/quickstart.sh, with different seeds.
 
     Returns:
-        The protocol, and for each arm and for its change from the base the estimate and 95% interval of the mean tokens
-        and of both accuracies; each run's own numbers; one question with its answers.
+        The protocol; for each arm, and for its change from the base, estimate and 95% interval of the mean tokens and of both
+        accuracies; each run's own numbers; one question with its answers.
 
     Raises:
-        ValueError: For runs of different questions or protocols.
+        ValueError: If the runs differ in their questions or protocols, or have the same seed.
     """
     results = [{arm: load_results(run / arm) for arm in ARMS} for run in runs]
     protocols = [
@@ -73,10 +73,12 @@ def summarize(runs: list[Path]) -> dict[str, Any]:
     if differing := sorted(
         {k for p in protocols for k in p.keys() | protocols[0].keys() if p.get(k) != protocols[0].get(k)}
     ):
-        raise ValueError(f"the runs differ in {', '.join(differing)}: pool runs of one protocol.")
+        raise ValueError(f"the runs differ in {', '.join(differing)}: pool only runs of the same protocol.")
     seeds = [r["base"]["protocol"]["seed"] for r in results]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"the runs have the seeds {seeds}: a seed that counts twice makes the intervals too narrow.")
+        raise ValueError(
+            f"the runs have the seeds {seeds}: a repeated seed makes the intervals too narrow. Give each once."
+        )
     measures = {arm: _measures([r[arm] for r in results]) for arm in ARMS}
     arms: dict[str, Any] = {}
     for arm, values in measures.items():
@@ -150,7 +152,7 @@ def _measures(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     columns: dict[str, list[list[float]]] = {name: [] for name in ("tokens", *FLAGS)}
     for result in results:
         if [problem["id"] for problem in result["problems"]] != ids:
-            raise ValueError("the runs have different questions: pool runs of the same file and limit.")
+            raise ValueError("the runs have different questions: pool only runs of the same file and limit.")
         for number in range(result["samples"]):
             samples = [problem["samples"][number] for problem in result["problems"]]
             columns["tokens"].append([sample["tokens"] for sample in samples])
@@ -183,7 +185,7 @@ def _training(run: Path) -> dict[str, Any]:
 
 
 def _example(run: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Return the question, right in both, whose shortening is the median of such questions."""
+    """Return an example: of the questions answered correctly before and after, the one with the median shortening."""
     texts = {arm: _texts(run / arm) for arm in ("base", "after")}
     budget = str(results["base"]["protocol"]["max_new_tokens"])
     first = {arm: {p["id"]: p["samples"][0] for p in results[arm]["problems"]} for arm in ("base", "after")}
@@ -211,7 +213,7 @@ def _question(identifier: str) -> str:
     for line in QUESTIONS.read_text(encoding="utf-8").splitlines():
         if (row := json.loads(line))["id"] == identifier:
             return row["question"]
-    raise ValueError(f"{QUESTIONS} has no question {identifier!r}: the results are of another file.")
+    raise ValueError(f"{QUESTIONS} has no question {identifier!r}: the results were measured on another file.")
 
 
 def _texts(directory: Path) -> dict[str, str]:

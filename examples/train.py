@@ -1,6 +1,6 @@
 """Train with CRISP: `accelerate launch examples/train.py --config examples/configs/qwen3-8b-v2.yaml`.
 
-Without arguments: SmolLM2-135M on a CPU, examples/configs/smollm2-cpu.yaml.
+Without arguments it trains SmolLM2-135M on a CPU, with examples/configs/smollm2-cpu.yaml.
 """
 
 import sys

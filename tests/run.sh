@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests on a fresh machine: makes a virtual environment, installs the package with what the tests need, and
-# calls pytest. TRL_CRISP_VENV names another environment; arguments go to pytest, as in `bash tests/run.sh -k teacher`.
+# Runs the tests on a fresh machine: creates a virtual environment, installs the package and the tests' requirements, and calls
+# pytest. TRL_CRISP_VENV sets another environment. Arguments are passed to pytest, as in `bash tests/run.sh -k teacher`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv="${TRL_CRISP_VENV:-.venv-test}"
@@ -13,8 +13,8 @@ python="${PYTHON:-python3}"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --editable ".[test]"
 
-# One thread for each of two workers: the models are too small for more, and threads that share a core only wait
+# One thread per worker: the models are too small to use more, and threads that share a core slow each other down
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-# In the order of the files: by the number of tests, the few long ones would come last, to one worker
+# Files are started in their own order: ordered by their number of tests, files with few but long tests would all come last
 exec "$venv/bin/python" -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
   --quiet --durations 10 "$@"

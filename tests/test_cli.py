@@ -109,9 +109,9 @@ def test_launch_configs_that_trl_ships_are_listed():
     [
         (["--accelerate_config", "zero4"], ["zero4: there is no such file", "fsdp2", "zero3"]),
         (["--accelerate_config"], ["needs a file or a name", "zero3"]),
-        (["--lr", "2"], ["--lr is an option neither", "Did you mean --learning_rate?"]),
-        (["--max_step", "2"], ["--max_step is an option neither", "--max_steps"]),
-        (["--num_proceses=2"], ["--num_proceses is an option neither", "--num_processes"]),
+        (["--lr", "2"], ["--lr is not an option of", "Did you mean --learning_rate?"]),
+        (["--max_step", "2"], ["--max_step is not an option of", "--max_steps"]),
+        (["--num_proceses=2"], ["--num_proceses is not an option of", "--num_processes"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
         (["--config", "UNKNOWN_KEY"], ["instructon. Did you mean instruction"]),
     ],

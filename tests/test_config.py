@@ -163,7 +163,7 @@ ERRORS = [
     ({"teacher_model_kind": "ema", "teacher_update_rate": 1.5}, ["teacher_update_rate=1.5", "above 0"]),
     (
         {"chat_template_kwargs": {"add_generation_prompt": False}},
-        ["add_generation_prompt", "no flag of a chat template"],
+        ["add_generation_prompt", "not a flag of a chat template"],
     ),
     ({"chat_template_kwargs": '{"tools": [], "messages": []}'}, ["messages, tools", "such as enable_thinking"]),
     ({"chat_template_kwargs": {"truncation": True, "enable_thinking": False}}, ["has truncation, which"]),
@@ -187,7 +187,7 @@ EMA_1 = {"teacher_model_kind": "ema", "teacher_sync_steps": 1}
 WARNINGS = [
     (
         {"per_device_train_batch_size": 1},
-        [["16 rollouts", "1 a device x 16 accumulation steps x 1", "the paper's is 32"]],
+        [["16 rollouts", "1 per device x 16 accumulation steps x 1", "the paper's is 32"]],
     ),
     ({"gradient_accumulation_steps": 32}, [["64 rollouts"]]),
     ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, []),

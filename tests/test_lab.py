@@ -307,13 +307,13 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "with --resume goes on" in said
+    assert "with --resume runs the rest" in said
     assert not any(child.is_running() for child in children)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["m2"], "'m2'"), (["--seeds", "0"], "0 is none: give 1 or more"), (["--workers", "-1"], "-1 is none")],
+    [(["m2"], "'m2'"), (["--seeds", "0"], "0 is less than 1: give 1 or more"), (["--workers", "-1"], "-1 is none")],
 )
 def test_wrong_arguments_are_named(lab, arguments, message):
     status, _, said = lab(*arguments)

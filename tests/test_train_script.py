@@ -193,8 +193,8 @@ def test_flags_win_over_the_file_and_env_is_set(tmp_path, monkeypatch):
             ValueError,
             ["instructon. Did you mean instruction", "\n  lr. Did you mean learning_rate?"],
         ),
-        ("num_processes: 2\n", ValueError, ["num_processes", "go on the command line"]),
-        ("a: [\n", ValueError, ["config.yaml", "no valid YAML"]),
+        ("num_processes: 2\n", ValueError, ["num_processes", "on the command line"]),
+        ("a: [\n", ValueError, ["config.yaml", "not valid YAML"]),
         ("- a\n", ValueError, ["config.yaml", "field: value"]),
         ("", ValueError, ["config.yaml", "field: value"]),
         (None, FileNotFoundError, ["config.yaml", "no such file"]),
@@ -292,7 +292,7 @@ def test_as_a_program_an_error_of_ours_is_one_message(models, tmp_path, capsys, 
     assert "Traceback" not in said
     with pytest.raises(SystemExit):
         run(small(models(), "./nowhere.jsonl", tmp_path, "--instruction", "v9"))
-    assert "'v9' is no name of the catalogue" in capsys.readouterr().err
+    assert "'v9' is not a name in the catalogue" in capsys.readouterr().err
 
     # By a function of the standard library: its place in the code says more than its message
     monkeypatch.setattr("trl_crisp.train.main", lambda *args: json.loads("{"))

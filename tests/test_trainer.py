@@ -470,7 +470,7 @@ def test_missing_and_visual_data_are_refused_before_the_model_is_loaded(tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             CRISPTrainer(model="no/such-model", args=config(tmp_path), train_dataset=dataset)
-    with pytest.raises(ValueError, match="'v9' is no name of the catalogue"):
+    with pytest.raises(ValueError, match="'v9' is not a name in the catalogue"):
         CRISPTrainer(model="no/such-model", args=config(tmp_path, instruction="v9"), train_dataset=rows())
 
 
@@ -594,8 +594,8 @@ def test_rows_that_are_no_math_get_a_word_about_general(tmp_path, instruction, w
     words = [str(one.message) for one in said if "speaks of a math problem" in str(one.message)]
     assert words == (
         [
-            "instruction='v1' speaks of a math problem, and 0% of the first 5 prompts look like one. Set instruction='general', or a "
-            "text of your own."
+            "instruction='v1' speaks of a math problem, but only 0% of the first 5 prompts look like one. Set instruction='general', "
+            "or your own text."
         ]
         if warns
         else []

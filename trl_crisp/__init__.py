@@ -23,7 +23,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved on first use, so that `import trl_crisp` costs no import of torch
+    # Resolved on first use, so that `import trl_crisp` does not import torch
     if name in _HOMES:
         from importlib import import_module
 

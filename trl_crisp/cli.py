@@ -1,4 +1,4 @@
-"""The command `trl-crisp`: arguments only. `trl-crisp train` is `accelerate launch -m trl_crisp.train`; `eval` measures."""
+"""The command line `trl-crisp`: `train` runs `accelerate launch -m trl_crisp.train`, and `eval` measures a model."""
 
 import argparse
 import contextlib
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    # A shell that runs a command in the background may let it ignore Ctrl-C; one that was sent to it is meant
+    # A shell may start a background command with SIGINT ignored. A SIGINT that is sent to this process is meant for it
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trl-crisp {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = "The answers that were finished are kept: the same command resumes with the rest."
+        kept = "The finished answers are kept: the same command resumes with the rest."
         print("\nInterrupted." + (f" {kept}" if args.command == "eval" else ""), file=sys.stderr)
         return 128 + signal.SIGINT
 
@@ -70,12 +70,12 @@ def train(argv: list[str]) -> int:
         argv: Options of training and of `accelerate launch`, in any order.
 
     Raises:
-        ValueError: For an option of neither, a launch config that there is not, or without a model or a dataset.
-        FileNotFoundError: Where there is no such `--config` file.
+        ValueError: If an option belongs to neither, the launch config does not exist, or the model or the dataset is missing.
+        FileNotFoundError: If the `--config` file does not exist.
     """
     from trl_crisp.train import EVERYDAY_FLAGS, check_config, check_required, did_you_mean, flag_name, make_parser
 
-    # Before the imports that take seconds; flags that are not known yet may be what a mistyped one meant
+    # Before the imports that take seconds. With an unknown flag the check has to wait: that flag may be a misspelt --dataset_name
     if all(flag_name(item) in EVERYDAY_FLAGS for item in argv if item.startswith("--")):
         check_required(argv)
 
@@ -100,33 +100,33 @@ def train(argv: list[str]) -> int:
     for flag in (item.split("=")[0] for item in launch_argv):
         if flag.startswith("--") and flag not in launch_parser._option_string_actions:
             raise ValueError(
-                f"{flag} is an option neither of training nor of accelerate launch.{did_you_mean(flag, options)}"
+                f"{flag} is not an option of training or of accelerate launch.{did_you_mean(flag, options)}"
             )
     check_required(training_argv)
-    # As a module: launched as a file it would put the package's directory on the import path
+    # Launched as a module, because a launched file puts the package's directory on the import path
     args = launch_parser.parse_args([*launch_argv, "-m", "trl_crisp.train", *training_argv])
     _fill_in_defaults(args)
     os.environ[COMMAND_VARIABLE] = shlex.join(["trl-crisp", "train", *typed])
-    # Ctrl-C and SIGTERM are the training's, which finishes its step and saves a checkpoint; torch's launcher would kill it half a
-    # minute later
+    # The training handles Ctrl-C and SIGTERM: it finishes its step and saves a checkpoint. If torch's launcher handled them too,
+    # it would kill the training after half a minute
     args.signals_to_handle = "SIGHUP,SIGQUIT"
     before = {signum: signal.signal(signum, _hand_on) for signum in SIGNALS}
     try:
         launch_command(args)
     except subprocess.CalledProcessError as failure:
-        # As a shell would: of a process that a signal ended, 128 and the signal
+        # As in a shell: 128 plus the signal if a signal ended the process
         return failure.returncode if failure.returncode > 0 else 128 - failure.returncode
     except ChildFailedError as failure:
         statuses = {process.exitcode for process in failure.failures.values()}
         if stopped := statuses.intersection(EXIT_CODES):
             return min(stopped)
-        # The launcher's traceback would stand after those of the processes, which say what happened
+        # The processes' own tracebacks say what happened; the launcher's would only follow them
         rank, first = failure.get_first_failure()
         print(
             f"trl-crisp train: process {rank} failed first (exit status {first.exitcode}); its error is above.",
             file=sys.stderr,
         )
-        # 2: what was given cannot be trained on
+        # 2: the training refused its input
         return 2 if first.exitcode == 2 else 1
     finally:
         for signum, handler in before.items():
@@ -135,10 +135,10 @@ def train(argv: list[str]) -> int:
 
 
 def _hand_on(signum: int, frame: FrameType | None) -> None:
-    """Send a signal to the processes launched from here; those that have it from the terminal already take it for the same one."""
+    """Pass a signal on to the launched processes. If the terminal sent it to them too, they treat both as one."""
     import psutil
 
-    # What it says of processes that end with the status of the signal reads like a failure
+    # Its messages about processes that end with the signal's status look like failures
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     children = psutil.Process().children()
     for child in children:
@@ -151,7 +151,7 @@ def _hand_on(signum: int, frame: FrameType | None) -> None:
 
 
 def _fill_in_defaults(args: argparse.Namespace) -> None:
-    """Give accelerate the values that it would take by itself and say so in five lines, if no launch config has others."""
+    """Set accelerate's own defaults if there is no launch config; otherwise accelerate prints five lines about them."""
     import torch
     from accelerate.commands.config.config_args import default_config_file
 
@@ -167,13 +167,13 @@ def _fill_in_defaults(args: argparse.Namespace) -> None:
 
 def evaluate(argv: list[str]) -> int:
     """
-    Measure accuracy and tokens, and print them; with --baseline, what changed.
+    Measure accuracy and tokens, and print them; with --baseline, also print the changes.
 
     Args:
         argv: See `trl-crisp eval --help`.
 
     Raises:
-        ValueError, FileNotFoundError, PermissionError, ConnectionError: If something cannot be measured.
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: If the model cannot be measured with these arguments.
     """
     parser = make_eval_parser()
     args = parser.parse_args(read_eval_config(parser, argv))
@@ -183,7 +183,7 @@ def evaluate(argv: list[str]) -> int:
     from trl_crisp.evaluation.results import load_results
     from trl_crisp.evaluation.settings import EvaluationSettings
 
-    # Before the imports that take seconds, and the sampling that may take hours
+    # Read before the imports, which take seconds, and the sampling, which may take hours
     baseline = load_results(args.baseline) if args.baseline else None
     fields = {name: value for name, value in vars(args).items() if name in EvaluationSettings.__dataclass_fields__}
     instruction = "" if args.instruction == "none" else args.instruction
@@ -220,9 +220,9 @@ def make_eval_parser() -> argparse.ArgumentParser:
         metavar="FILE.yaml",
         type=Path,
         default=argparse.SUPPRESS,
-        help="values for the options below; flags win over them",
+        help="values for the options below; flags override them",
     )
-    add("--model", required=True, help="Hub id or directory, of a model or of an adapter")
+    add("--model", required=True, help="Hub id or directory of a model or an adapter")
     add(
         "--benchmark",
         required=True,
@@ -232,7 +232,7 @@ def make_eval_parser() -> argparse.ArgumentParser:
     add(
         "--instruction",
         default="none",
-        help="none, or for the concise prompt a name from the catalogue (v1, v2, ...), a text or a .txt file",
+        help="none, or for a concise prompt: a name from the catalogue (v1, v2, ...), a text or a .txt file",
     )
     add(
         "--prompt-template",
@@ -293,7 +293,7 @@ def make_eval_parser() -> argparse.ArgumentParser:
 
 def read_eval_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     """
-    Return the arguments of `trl-crisp eval` with those of its `--config` file, if any, before them: the last one wins.
+    Return the arguments of `trl-crisp eval`, with those of its `--config` file, if any, in front. Later arguments override them.
 
     Args:
         parser: From [`make_eval_parser`].
@@ -379,10 +379,10 @@ def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[l
 
 def resolve_accelerate_config(launch_argv: list[str]) -> list[str]:
     """
-    Replace `--accelerate_config NAME|FILE` by accelerate's `--config_file FILE`.
+    Replace `--accelerate_config NAME|FILE` with accelerate's `--config_file FILE`.
 
     Raises:
-        ValueError: For a name that is neither a file nor a config that TRL carries.
+        ValueError: If the name is neither a file nor a config that TRL includes.
     """
     from trl_crisp.train import separate_value
 
@@ -397,13 +397,13 @@ def resolve_accelerate_config(launch_argv: list[str]) -> list[str]:
     path = Path(name)
     if not path.is_file():
         if name not in launch_config_names():
-            raise ValueError(f"--accelerate_config {name}: there is no such file, and the names are {names}.")
+            raise ValueError(f"--accelerate_config {name}: this file does not exist, and the names are {names}.")
         path = Path(str(importlib.resources.files("trl.accelerate_configs") / f"{name}.yaml"))
     return ["--config_file", str(path), *argv[:position], *argv[position + 2 :]]
 
 
 def launch_config_names() -> list[str]:
-    """Return the names of the launch configs that TRL carries, without FSDP 1, under which no teacher is refreshed."""
+    """Return the names of the launch configs that TRL includes, except FSDP 1, under which the teacher cannot be refreshed."""
     files = importlib.resources.files("trl.accelerate_configs").iterdir()
     return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml") and file.name != "fsdp1.yaml")
 

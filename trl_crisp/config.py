@@ -1,4 +1,4 @@
-"""The fields of a CRISP run, where each default comes from, and which combinations make sense."""
+"""The fields of a CRISP run, the source of each default, and the checks of their combinations."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ LossNormalization = Literal["sequence", "token"]
 PAPER_GLOBAL_BATCH_SIZE = 32
 PAPER_TEACHER_SYNC_STEPS = 50
 PAPER_LEARNING_RATE = 1e-6
-# Trackers and what has to be installed for them
+# Each tracker and the package that it needs
 _TRACKER_PACKAGES = {
     **{
         name: name
@@ -41,104 +41,108 @@ class CRISPConfig(DistillationConfig):
 
     What differs from `DistillationConfig`:
 
-    - `temperature` is the rollout's alone. TRL also divides the logits of the loss by it; here that is
-      `loss_temperature`.
-    - `teacher_model_init_kwargs` takes one key, `dtype`: the teacher is a copy of the student, not loaded.
+    - `temperature` applies to the rollouts only. TRL also divides the logits of the loss by it; here `loss_temperature` does
+      that.
+    - `teacher_model_init_kwargs` takes one key, `dtype`, because the teacher is a copy of the student and is not loaded.
       `teacher_model_name_or_path` and `teacher_model_revision` are refused.
 
-    Parameters with the paper's default (Table "Hyperparameters" unless told):
+    Parameters with the paper's default (Table "Hyperparameters", unless another source is named):
         learning_rate (`float`, defaults to `1e-6`):
-            For full fine-tuning. A LoRA adapter hardly moves at it and needs its own, about 10x to 100x as much.
+            For full fine-tuning. This rate hardly changes a LoRA adapter, which needs about 10x to 100x as much.
         lr_scheduler_type (`str`, defaults to `"constant"`), weight_decay (`float`, defaults to `0.01`), max_grad_norm
         (`float`, defaults to `1.0`), num_train_epochs (`float`, defaults to `1`):
             As in the paper.
         per_device_train_batch_size (`int`, defaults to `2`), gradient_accumulation_steps (`int`, defaults to `16`):
-            The paper's micro-batch and, on one process, its global batch of 32 rollouts. Another global batch warns.
+            The paper's micro-batch and, on one process, its global batch of 32 rollouts. Any other global batch gives a warning.
         temperature (`float`, defaults to `1.0`), top_p (`float`, defaults to `1.0`), max_completion_length (`int`,
         defaults to `8192`, in tokens):
-            Of the rollouts. Truncated rollouts stay in the loss (Sec. 4.5.5).
+            How rollouts are sampled. Truncated rollouts stay in the loss (Sec. 4.5.5).
         beta (`float`, defaults to `1.0`):
-            TRL's: 1 is the reverse KL (Eq. 1), 0 the forward KL, between them the generalized JSD.
+            TRL's field: 1 is the reverse KL (Eq. 1), 0 is the forward KL, and values between them give the generalized JSD.
 
     Parameters that CRISP adds:
         instruction (`str`, defaults to `"v2"`, the paper's default):
-            What the teacher is told. A name of the catalogue ([`~trl_crisp.INSTRUCTIONS`]: v1 to v5, general, or
-            percent:N, words:N), the text itself, or the path of a .txt file. `""` gives both sides the same prompt.
+            What the teacher is told: a name from the catalogue ([`~trl_crisp.INSTRUCTIONS`]: v1 to v5, general, or
+            percent:N, words:N), the text itself, or the path of a .txt file. `""` gives both models the same prompt.
         instruction_replaces (`str` or `None`, defaults to the opening sentence of DAPO-Math-17k's prompts, Figure 2):
-            The student's own instruction, taken out of the user's text where it starts with it. `None` or `""` takes
-            nothing out.
+            The student's own instruction. If the user's text starts with it, it is removed from the teacher's prompt. `None` or
+            `""` removes nothing.
         instruction_role (`str`, defaults to `"user"`, as in the paper):
             Where the instruction goes: the first `"user"` message, or the `"system"` message.
         teacher_model_kind (`str`, defaults to `"periodic"`, Eq. 2):
             Which weights the teacher has, in the words of TRL's SDFT: `"periodic"` (refreshed from the student every
-            `teacher_sync_steps`), `"base"` (the student's of step 0), `"ema"` (a moving average of the student's,
-            kept in float32), `"live"` (the student's own, always).
+            `teacher_sync_steps`), `"base"` (the student's weights at step 0), `"ema"` (a moving average of the student's
+            weights, kept in float32), `"live"` (the student's current weights).
         teacher_sync_steps (`int`, *optional*):
-            Optimizer steps between two updates of the teacher. Unset, 50 for `"periodic"` (the paper's M) and 1 for
-            `"ema"` (the paper's appendix). The update happens at the start of step k, counted from 1, when k is a
-            multiple of it (Algorithm 1).
+            Optimizer steps between two updates of the teacher. If unset: 50 for `"periodic"` (the paper's M), 1 for `"ema"` (the
+            paper's appendix). The teacher is updated at the start of step k, counted from 1, if k is a multiple of this value
+            (Algorithm 1).
         teacher_update_rate (`float`, *optional*):
-            Share of the student's weights that goes into the moving average at each update of `"ema"`. Unset, 0.005
-            (the paper's appendix: decay 0.99 to 0.999).
+            The student's share in the moving average at each update of `"ema"`. If unset: 0.005 (the paper's appendix: decay
+            0.99 to 0.999).
         loss_normalization (`str`, defaults to `"sequence"`, Algorithm 1):
-            `"sequence"`: the mean over each rollout's tokens, then over the global batch of rollouts. `"token"`: TRL's
-            one mean over all tokens of the global batch.
+            `"sequence"`: the mean over each rollout's tokens, then over the global batch of rollouts. `"token"`: one mean over
+            all tokens of the global batch, as in TRL.
         loss_temperature (`float`, defaults to `1.0`, as in the authors' code):
             Softmax temperature of both distributions in the divergence and in the logged entropies.
         max_prompt_length (`int` or `None`, defaults to `1024`, in tokens):
-            Rows whose student or teacher prompt is longer are dropped before training, counted and reported. Never
-            truncated. `None` keeps all.
-        resume_from_checkpoint (`str`, *optional*, TRL's):
-            For the training script: `"true"` goes on from the last whole checkpoint in `output_dir`, and starts afresh where
-            there is none; or a checkpoint's path.
-        allow_changed_resume (`bool`, defaults to `False`; ours, because a silent change trains toward something else):
-            Go on from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this one's.
+            Rows with a longer student or teacher prompt are dropped before training, counted and reported. Prompts are never
+            truncated. `None` keeps all rows.
+        resume_from_checkpoint (`str`, *optional*, TRL's field):
+            For the training script: a checkpoint's path, or `"true"` to resume from the run's last whole checkpoint in
+            `output_dir`. If there is no such checkpoint, `"true"` starts afresh.
+        allow_changed_resume (`bool`, defaults to `False`; ours, because a silent change trains toward another target):
+            Resume from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this run's.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
-        default="constant", metadata={"help": "The learning rate's schedule. The paper's is constant."}
+        default="constant", metadata={"help": "Schedule of the learning rate. The paper's is constant."}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW. The paper's is 0.01."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs. The paper's is 1."})
     per_device_train_batch_size: int = field(
-        default=2, metadata={"help": "Rollouts in a micro-batch on each process. The paper's is 2."}
+        default=2, metadata={"help": "Rollouts per micro-batch on each process. The paper's is 2."}
     )
     gradient_accumulation_steps: int = field(
         default=16,
-        metadata={"help": "Micro-batches in an optimizer step; 16 of 2 make the paper's 32 on one process."},
+        metadata={"help": "Micro-batches per optimizer step; 16 of 2 rollouts make the paper's 32 on one process."},
     )
     max_completion_length: int | None = field(
-        default=8192, metadata={"help": "Tokens that a rollout may have at most. The paper's is 8192."}
+        default=8192, metadata={"help": "Maximum length of a rollout in tokens. The paper's is 8192."}
     )
     temperature: float = field(
         default=1.0,
-        metadata={"help": "Of the rollouts alone; that of the loss is loss_temperature. The paper's is 1."},
+        metadata={"help": "Sampling temperature of the rollouts; the loss uses loss_temperature. The paper's is 1."},
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "true: go on from the last whole checkpoint in output_dir, if any; or a checkpoint's path."},
+        metadata={
+            "help": "true resumes from the run's last whole checkpoint in output_dir, if any; or give a checkpoint's path."
+        },
     )
     instruction: str = field(
         default="v2",
         metadata={
             "help": "What the teacher is told: v1, v2, v3, v4, v5, general, percent:N, words:N, the text itself, or the "
-            "path of a .txt file. '' gives both sides the same prompt."
+            "path of a .txt file. '' gives both models the same prompt."
         },
     )
     instruction_replaces: str | None = field(
         default=DAPO_OPENING_SENTENCE,
-        metadata={"help": "The student's own instruction, taken out of the user's text where it starts with it."},
+        metadata={
+            "help": "The student's own instruction; if the user's text starts with it, it is removed from the teacher's prompt."
+        },
     )
     instruction_role: str = field(
         default="user",
         metadata={
-            "help": "The message that the instruction goes into.",
+            "help": "Role of the message that gets the instruction.",
             "choices": list(get_args(InstructionRole)),
         },
     )
     teacher_model_kind: str = field(
         default="periodic",
-        metadata={"help": "Which weights the teacher has.", "choices": list(get_args(TeacherModelKind))},
+        metadata={"help": "Which weights the teacher uses.", "choices": list(get_args(TeacherModelKind))},
     )
     teacher_sync_steps: int | None = field(
         default=None,
@@ -146,12 +150,12 @@ class CRISPConfig(DistillationConfig):
     )
     teacher_update_rate: float | None = field(
         default=None,
-        metadata={"help": "Share of the student in the moving average at each update of ema: 0.005 if unset."},
+        metadata={"help": "The student's share in the moving average at each update of ema: 0.005 if unset."},
     )
     loss_normalization: str = field(
         default="sequence",
         metadata={
-            "help": "What the loss is averaged over: each rollout's tokens, then rollouts; or all tokens at once.",
+            "help": "sequence averages the loss over each rollout's tokens, then over rollouts; token over all tokens at once.",
             "choices": list(get_args(LossNormalization)),
         },
     )
@@ -164,7 +168,7 @@ class CRISPConfig(DistillationConfig):
     )
     allow_changed_resume: bool = field(
         default=False,
-        metadata={"help": "Go on from a checkpoint of a run with another instruction, schedule, adapter or model."},
+        metadata={"help": "Resume from a checkpoint of a run with another instruction, schedule, adapter or model."},
     )
 
     def __post_init__(self) -> None:
@@ -180,7 +184,7 @@ class CRISPConfig(DistillationConfig):
         self._warn_off_paper()
 
     def _check_device(self) -> None:
-        # bf16 is on where it is left open and fp16 is off
+        # If bf16 is unset and fp16 is off, bf16 is used
         wants_bf16 = bool(self.bf16 or self.bf16_full_eval) or (self.bf16 is None and not self.fp16)
         if wants_bf16 and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
             raise ValueError(
@@ -193,9 +197,9 @@ class CRISPConfig(DistillationConfig):
         for name in self.report_to or []:
             if name not in INTEGRATION_TO_CALLBACK:
                 raise ValueError(
-                    f"report_to={name!r} is no tracker that transformers knows; those are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+                    f"report_to={name!r} is not a tracker that transformers knows; it knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
                 )
-            # It looks for some of them in ways of its own
+            # transformers finds the other trackers in other ways, so only these are checked by package
             if name in _TRACKER_PACKAGES and name not in available:
                 package = _TRACKER_PACKAGES[name]
                 raise ValueError(
@@ -206,9 +210,9 @@ class CRISPConfig(DistillationConfig):
     def _check_training_loop(self) -> None:
         if self.auto_find_batch_size:
             raise ValueError(
-                "auto_find_batch_size=True is not supported: after a failed attempt the trainer would go on with that attempt's "
-                "completions and draw rows twice. Set per_device_train_batch_size lower and gradient_accumulation_steps higher by "
-                "hand, with the same product; the loss is the same."
+                "auto_find_batch_size=True is not supported: after a failed attempt the trainer would reuse that attempt's "
+                "completions and draw rows twice. Instead, set per_device_train_batch_size lower and gradient_accumulation_steps "
+                "higher, with the same product; the loss is the same."
             )
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if schedule == "constant":
@@ -224,7 +228,7 @@ class CRISPConfig(DistillationConfig):
                 )
         elif schedule == "constant_with_warmup" and self.lr_scheduler_kwargs:
             self._warn(f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} has no effect with {schedule!r}.")
-        # The loss is the divergence, and rows come in the order of `shuffle_dataset`
+        # The loss is a divergence, without labels, and `shuffle_dataset` sets the order of the rows
         for name, value in (("label_smoothing_factor", 0.0), ("train_sampling_strategy", "random")):
             if getattr(self, name, value) != value:
                 self._warn(
@@ -258,10 +262,10 @@ class CRISPConfig(DistillationConfig):
     def _check_instruction(self) -> None:
         if not isinstance(self.instruction, str):
             raise ValueError(
-                f"instruction={self.instruction!r} is no text. Give a name of the catalogue, the text itself or the path of "
-                "a .txt file; for the same prompt on both sides give ''."
+                f"instruction={self.instruction!r} is not a text. Give a name from the catalogue, the text itself or the path of "
+                "a .txt file. If both models should get the same prompt, give ''."
             )
-        # A YAML block ends in a line break, which no user text has after the sentence
+        # A YAML block ends in a line break, which does not follow the sentence in a user's text
         self.instruction_replaces = (self.instruction_replaces or "").strip() or None
         if not self.instruction.strip():
             if self.instruction_role != "user":
@@ -273,7 +277,7 @@ class CRISPConfig(DistillationConfig):
         for name in ("teacher_model_name_or_path", "teacher_model_revision"):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(
-                    f"{name}={value!r}: CRISP's teacher is the student itself under an instruction, so none is loaded. "
+                    f"{name}={value!r}: CRISP's teacher is the student itself with an instruction, so no teacher is loaded. "
                     "Leave it unset, or use trl.DistillationTrainer to learn from another model."
                 )
         init_kwargs: dict[str, Any] = self.teacher_model_init_kwargs or {}  # type: ignore[assignment]
@@ -285,8 +289,8 @@ class CRISPConfig(DistillationConfig):
         dtype = init_kwargs.get("dtype")
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(
-                f"teacher_model_init_kwargs has dtype={dtype!r}, which is no dtype of torch. Give 'bfloat16', 'float16', "
-                "'float32', or 'auto' for the student's."
+                f"teacher_model_init_kwargs has dtype={dtype!r}, which is not a dtype of torch. Give 'bfloat16', 'float16', "
+                "'float32', or 'auto' for the student's dtype."
             )
         if init_kwargs and self.teacher_model_kind == "live":
             self._warn("teacher_model_init_kwargs has no effect with teacher_model_kind='live': no copy is made.")
@@ -319,9 +323,9 @@ class CRISPConfig(DistillationConfig):
         global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if global_batch_size != PAPER_GLOBAL_BATCH_SIZE:
             self._warn(
-                f"The global batch is {global_batch_size} rollouts ({self.per_device_train_batch_size} a device x "
+                f"The global batch is {global_batch_size} rollouts ({self.per_device_train_batch_size} per device x "
                 f"{self.gradient_accumulation_steps} accumulation steps x {self.world_size} processes); the paper's is "
-                f"{PAPER_GLOBAL_BATCH_SIZE}, and its learning rate and teacher_sync_steps belong to that."
+                f"{PAPER_GLOBAL_BATCH_SIZE}, and its learning rate and teacher_sync_steps were chosen for that."
             )
         kind, sync_steps = self.teacher_model_kind, self.teacher_sync_steps
         if kind == "live" or (kind == "periodic" and sync_steps == 1):
@@ -337,5 +341,5 @@ class CRISPConfig(DistillationConfig):
 
     def _warn(self, message: str) -> None:
         if self.process_index == 0:
-            # The caller of the dataclass's __init__
+            # stacklevel 5 points at the caller of the dataclass's __init__
             warnings.warn(message, UserWarning, stacklevel=5)

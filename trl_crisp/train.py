@@ -1,6 +1,6 @@
 """The training script: `accelerate launch -m trl_crisp.train --config CONFIG.yaml`, or `trl-crisp train`.
 
-Like TRL's own scripts: every field is a flag, a YAML file gives them new defaults, flags win over the file.
+As in TRL's own scripts, every field is a flag, a YAML file gives new defaults, and flags override the file.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trl_crisp.rows.arguments import CRISPScriptArguments
     from trl_crisp.trainer import CRISPTrainer
 
-# Rows of which the shortest prompt is the one that the closing hint asks
+# The closing hint asks the shortest prompt among this many rows
 _HINTED_ROWS = 20
 
 EXAMPLE = """\
@@ -37,19 +37,19 @@ example:
   {prog} --config config.yaml --learning_rate 2e-6
 """
 
-# What a run cannot do without, and what to give
+# The fields that every run needs, and what to set them to
 REQUIRED = {
     "model_name_or_path": "a model on the Hub, such as Qwen/Qwen3-0.6B, or a local directory",
     "dataset_name": "a dataset on the Hub, a local .jsonl, .json, .parquet or .csv file, or reasoning-gym:TASK",
 }
-# With these alone there is nothing that could be a misspelt field, so that what is missing can be said before the fields are known
+# If a command has only these flags, none of them is misspelt, so a missing field can be reported before the heavy imports
 EVERYDAY_FLAGS = {
     *REQUIRED,
     *("output_dir", "instruction", "prompt_template", "prompt_column", "learning_rate", "max_steps", "use_peft"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
     *("use_cpu", "bf16", "report_to", "lora_target_modules", "save_steps", "logging_steps", "num_processes"),
 }
-# What other tools call a field
+# Names that other tools use -> our fields
 _OTHER_NAMES = {
     "lr": "learning_rate",
     "bs": "per_device_train_batch_size",
@@ -109,19 +109,19 @@ def make_parser(prog: str | None = None) -> "TrlParser":
         description="Train a model to reason in fewer tokens; the teacher is the model itself, told to be concise.",
         epilog=EXAMPLE.format(prog=prog or "python -m trl_crisp.train"),
         formatter_class=_HelpFormatter,
-        # An abbreviated flag would be taken from the launcher (`trl-crisp train --num_processes 2`) without a word
+        # With abbreviations allowed, this parser would take flags that are meant for the launcher (`trl-crisp train --num_processes 2`)
         allow_abbrev=False,
     )
-    # For the help, and to tell it from unknown flags: TrlParser takes it out before it parses
+    # TrlParser removes --config before it parses. It is added here so that the help lists it and it is not an unknown flag
     parser.add_argument(
-        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="Values for the fields; flags win over them."
+        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="Values for the fields; flags override them."
     )
     _arrange_help(parser)
     return parser
 
 
 def _arrange_help(parser: argparse.ArgumentParser) -> None:
-    """Put what CRISP adds before the several hundred lines of what it takes over."""
+    """Put CRISP's own fields before the several hundred lines of inherited ones."""
     from trl import DistillationConfig, ScriptArguments
 
     from trl_crisp.config import CRISPConfig
@@ -133,7 +133,7 @@ def _arrange_help(parser: argparse.ArgumentParser) -> None:
     own |= set(BenchmarkArguments.__dataclass_fields__)
     first = {"config", "model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint"}
     positionals, options = parser._positionals, parser._optionals
-    for title, names in (("where from and where to", first), ("CRISP", own)):
+    for title, names in (("input and output", first), ("CRISP", own)):
         group = parser.add_argument_group(title)
         group._group_actions += [action for action in options._group_actions if action.dest in names]
     taken = first | own
@@ -141,7 +141,7 @@ def _arrange_help(parser: argparse.ArgumentParser) -> None:
     options.title = "TRL and transformers"
     parser._action_groups[:] = [positionals, *parser._action_groups[2:], options]
     for action in parser._actions:
-        # Refused by the config: the teacher is the student
+        # The config refuses these fields, because the teacher is the student
         if action.dest in ("teacher_model_name_or_path", "teacher_model_revision"):
             action.help = argparse.SUPPRESS
 
@@ -153,16 +153,16 @@ def parse_args(
     Parse the script's arguments.
 
     Args:
-        argv: Flags, with `--config FILE.yaml` among them or not; those of the process if `None`.
+        argv: Flags, optionally with `--config FILE.yaml`. If `None`, the flags of the process.
         prog: The program's name in the help.
 
     Raises:
-        ValueError: For a key of the file or a flag that is no field.
-        FileNotFoundError: Where there is no such file.
+        ValueError: If a key of the file or a flag is not a field.
+        FileNotFoundError: If the file does not exist.
     """
     parser = make_parser(prog)
     argv = check_config(parser, sys.argv[1:] if argv is None else argv)
-    # Before the fields' values are looked at, for one that is unset may be what a mistyped flag meant
+    # Before the values are checked, because a misspelt flag may be the reason that a required field is unset
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = next((item for item in unknown if item.startswith("-")), unknown[0])
@@ -176,8 +176,8 @@ def check_config(parser: "TrlParser", argv: list[str]) -> list[str]:
     Check the YAML file that `--config` names, and return the arguments with `--config FILE` as two items.
 
     Raises:
-        ValueError: For a file that is no mapping, or keys that are no fields.
-        FileNotFoundError: Where there is no such file.
+        ValueError: If the file is not a mapping, or has keys that are not fields.
+        FileNotFoundError: If the file does not exist.
     """
     argv = separate_value(argv, "--config")
     if "--config" not in argv:
@@ -187,13 +187,13 @@ def check_config(parser: "TrlParser", argv: list[str]) -> list[str]:
         raise ValueError("--config needs the path of a YAML file after it.")
     path = Path(argv[position])
     config = read_config(path)
-    # `env`, a mapping of environment variables, is TrlParser's own
+    # TrlParser itself reads `env`, a mapping of environment variables
     fields = {action.dest for action in parser._actions} - {"help", "config"} | {"env"}
     if unknown := [key for key in config if key not in fields]:
         hints = "".join(f"\n  {key}.{did_you_mean(str(key), fields)}" for key in unknown)
         raise ValueError(
-            f"--config {path} has keys that are no fields of this script:{hints}\nOptions of `accelerate launch`, "
-            "such as num_processes, go on the command line."
+            f"--config {path} has keys that are not fields of this script:{hints}\nGive options of `accelerate launch`, "
+            "such as num_processes, on the command line."
         )
     return argv
 
@@ -203,17 +203,17 @@ def read_config(path: Path) -> dict[Any, Any]:
     Return the fields of a YAML file that `--config` names.
 
     Raises:
-        ValueError: For a file that is no mapping.
-        FileNotFoundError: Where there is no such file.
+        ValueError: If the file is not a mapping.
+        FileNotFoundError: If the file does not exist.
     """
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: there is no such file (looked for {path.absolute()}).")
+        raise FileNotFoundError(f"--config {path}: the file does not exist (looked for {path.absolute()}).")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is no valid YAML: {error}") from error
+        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"--config {path} must hold `field: value` lines; it holds {type(config).__name__}.")
     return config
@@ -225,7 +225,7 @@ def separate_value(argv: list[str], option: str) -> list[str]:
 
 
 def did_you_mean(name: str, known: Any) -> str:
-    """Return a sentence with the known names that `name` most likely means, or nothing."""
+    """Return a sentence that suggests the known names closest to `name`, or an empty string."""
     known = list(known)
     dashes = "--" if name.startswith("--") else ""
     other = dashes + _OTHER_NAMES.get(flag_name(name), "")
@@ -234,16 +234,16 @@ def did_you_mean(name: str, known: Any) -> str:
 
 
 def flag_name(flag: str) -> str:
-    """Return the field that a flag such as `--output-dir=X` is of."""
+    """Return the name of the field that a flag such as `--output-dir=X` sets."""
     return flag.split("=")[0].removeprefix("--").replace("-", "_")
 
 
 def check_required(argv: list[str]) -> None:
     """
-    Check that the flags, or the file that `--config` names, give a model and a dataset. Needs nothing heavy.
+    Check that the flags, or the file that `--config` names, give a model and a dataset. This needs no heavy import.
 
     Raises:
-        ValueError: With what is missing.
+        ValueError: If one is missing; the message names it.
     """
     if {"-h", "--help"} & set(argv):
         return
@@ -255,7 +255,7 @@ def check_required(argv: list[str]) -> None:
         try:
             config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8"))
             given |= {key for key, value in config.items() if value is not None}
-        # Whatever is wrong with the file has its own message
+        # `check_config` reports what is wrong with the file
         except (OSError, IndexError, ValueError, AttributeError, yaml.YAMLError):
             return
     if missing := [name for name in REQUIRED if name not in given]:
@@ -270,12 +270,12 @@ def main(
     benchmark_args: "BenchmarkArguments | None" = None,
 ) -> None:
     """
-    Train, measure where asked to, save, and push where asked to.
+    Train and save; measure and push if asked to.
 
     Raises:
-        ValueError: For arguments that do not fit each other or the rows.
-        FileNotFoundError, PermissionError, ConnectionError: Where the model, the rows or the checkpoint cannot be had.
-        SystemExit: After Ctrl-C (status 130) and SIGTERM (143), and where the Hub refused the finished model (status 1).
+        ValueError: If arguments do not fit each other or the rows.
+        FileNotFoundError, PermissionError, ConnectionError: If the model, the rows or the checkpoint cannot be loaded.
+        SystemExit: After Ctrl-C (status 130) and SIGTERM (143), and if the push of the finished model failed (status 1).
     """
     from trl import get_peft_config, get_quantization_config
 
@@ -287,13 +287,13 @@ def main(
     from trl_crisp.run.interruption import SaveOnInterrupt, ignore_signals, resume_command
     from trl_crisp.trainer import CRISPTrainer
 
-    # The first process alone says what happens to the rows
+    # Only the first process reports what happens to the rows
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_crisp").setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
 
     if training_args.process_index == 0:
         warn_of_no_effect(script_args, model_args, benchmark_args)
-    # Before the dataset, which may take minutes to prepare
+    # These checks come before the dataset, which may take minutes to prepare
     resolve_instruction(training_args.instruction)
     model = check_model(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
     check_tokenizer(model, training_args.trust_remote_code)
@@ -303,7 +303,7 @@ def main(
         training_args.resume_from_checkpoint, output_dir, training_args.allow_changed_resume
     )
 
-    # The quantization goes to the trainer by itself: it refuses one in model_init_kwargs
+    # The quantization is passed to the trainer separately, because the trainer refuses it in model_init_kwargs
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -316,7 +316,7 @@ def main(
         train_dataset, eval_dataset = load_prompts(script_args, evaluation=training_args.eval_strategy != "no")
 
     interrupt = SaveOnInterrupt()
-    # A stream reads its rows along the training
+    # A stream reads its rows during training
     rows_file = Path(script_args.dataset_name or "").expanduser()
     with unreadable_rows_named(rows_file):
         trainer = CRISPTrainer(
@@ -336,19 +336,19 @@ def main(
         interrupt.restore()
     accelerator = trainer.accelerator
     if interrupt.stopped_at_step is not None:
-        # A launcher ends the others once one has ended
+        # When one process ends, a launcher signals the others
         ignore_signals()
         accelerator.print(
-            f"Stopped after step {interrupt.stopped_at_step}; its checkpoint is in {output_dir}. Go on with:\n  "
+            f"Stopped after step {interrupt.stopped_at_step}; its checkpoint is in {output_dir}. Resume with:\n  "
             + resume_command()
         )
         accelerator.wait_for_everyone()
         del trainer, benchmark
         _end(accelerator)
         sys.exit(interrupt.exit_code)
-    # By a user's call it would push too, which has its own place below
+    # Without _internal_call, save_model would also push to the Hub, which happens below
     trainer.save_model(str(output_dir), _internal_call=True)
-    # The log of the run, beside the model
+    # Writes the run's log next to the model
     trainer.save_state()
     if benchmark is not None:
         trainer.accelerator.print(benchmark.describe_best(trainer.state))
@@ -356,15 +356,15 @@ def main(
     trainer.accelerator.print(next_steps(output_dir, model_args.use_peft, prompts))
 
     if training_args.push_to_hub:
-        # The model card links a dataset only where the Hub has it
+        # The model card links a dataset only if it is on the Hub
         dataset_name = script_args.dataset_name if is_hub_id(script_args.dataset_name) else None
         try:
             trainer.push_to_hub(dataset_name=dataset_name)
-        # Whatever the reason, what was trained is on the disk
+        # Any failure is reported in the same way, because the trained model is on disk
         except Exception as error:
             print(describe_failed_push(error, trainer.hub_model_id, output_dir), file=sys.stderr)
             sys.exit(1)
-        trainer.accelerator.print(f"It is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
+        trainer.accelerator.print(f"The model is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
     del trainer, benchmark
     _end(accelerator)
@@ -372,10 +372,10 @@ def main(
 
 def _end(accelerator: "Accelerator") -> None:
     """
-    Finish the trackers and end the process group, once the trainer is gone.
+    Finish the trackers and end the process group. The caller deletes the trainer first.
 
-    The wrapped model and the optimizer hold the group too: if its threads lived until the interpreter shuts down, they would now
-    and then abort a process that has done all its work (pytorch/pytorch#190489). DeepSpeed's need the group to go.
+    The wrapped model and the optimizer hold the group too. If its threads lived until the interpreter shuts down, they would
+    sometimes abort a process that has done all its work (pytorch/pytorch#190489). DeepSpeed's threads end only with the group.
     """
     accelerator.free_memory()
     gc.collect()
@@ -385,7 +385,7 @@ def _end(accelerator: "Accelerator") -> None:
 def warn_of_no_effect(
     script_args: "CRISPScriptArguments", model_args: "ModelConfig", benchmark_args: "BenchmarkArguments | None" = None
 ) -> None:
-    """Warn for arguments that were set and mean nothing beside the others."""
+    """Warn of arguments that were set but have no effect because of the other arguments."""
 
     def changed(arguments: Any, prefix: str) -> list[str]:
         fields = (field for field in dataclasses.fields(arguments) if field.name.startswith(prefix))
@@ -440,7 +440,7 @@ def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments")
 
 
 def describe_failed_push(error: Exception, repository: str | None, output_dir: Path) -> str:
-    """Return what the Hub said, where the model is, and the command that pushes it."""
+    """Return the Hub's error, the location of the model, and the command that pushes it."""
     return (
         f"The push to {repository} failed: {error}\nNothing is lost: the trained model is in {output_dir}. Push it again "
         f"with:\n  hf upload {repository} {shlex.quote(str(output_dir))} . --exclude 'checkpoint-*'"
@@ -449,12 +449,12 @@ def describe_failed_push(error: Exception, repository: str | None, output_dir: P
 
 def next_steps(output_dir: Path, is_adapter: bool, prompts: "Sequence[Prompt]") -> str:
     """
-    Return where the model is, and a command that lets it answer one of the user's own prompts.
+    Return the location of the model, and a command that asks it one of the user's own prompts.
 
     Args:
         output_dir: Where the model was saved.
         is_adapter: Whether an adapter was trained.
-        prompts: Some of the rows' prompts; the shortest is asked.
+        prompts: Some of the rows' prompts; the command asks the shortest.
     """
     what = "LoRA adapter" if is_adapter else "model"
     prompt = min(prompts, key=lambda one: len(str(one)))
@@ -463,18 +463,18 @@ def next_steps(output_dir: Path, is_adapter: bool, prompts: "Sequence[Prompt]") 
         "from transformers import pipeline; "
         f"print(pipeline('text-generation', {str(output_dir)!r})({prompt!r}, max_new_tokens=1024){answer})"
     )
-    return f"The {what} is in {output_dir}. Next, hear it answer:\n  python -c {shlex.quote(program)}"
+    return f"The {what} is in {output_dir}. See it answer one of your prompts:\n  python -c {shlex.quote(program)}"
 
 
 def run(argv: list[str] | None = None) -> None:
     """
-    Parse and train, as a program: what this package found wrong with the input is one message, without a traceback.
+    Parse the arguments and train. An error that this package raises about the input is printed without a traceback.
 
     Args:
         argv: As in [`parse_args`].
 
     Raises:
-        SystemExit: With status 2 after such a message, and as in [`main`].
+        SystemExit: With status 2 after such an error, and as in [`main`].
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

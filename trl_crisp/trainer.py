@@ -1,4 +1,4 @@
-"""CRISPTrainer: rollouts -> teacher's inputs -> loss. What is not here is TRL's `DistillationTrainer`."""
+"""CRISPTrainer: rollouts -> teacher's inputs -> loss. TRL's `DistillationTrainer` does the rest."""
 
 import math
 import textwrap
@@ -38,10 +38,10 @@ from trl_crisp.run.precision import check_step_size
 from trl_crisp.run.resumable import ResumableTrainer
 from trl_crisp.teacher import Teacher, make_teacher
 
-# Steps whose mean completion length is the baseline of `completions/relative_length`. Ours: 5 steps are 160 rollouts at
-# the paper's batch, enough for a mean and early enough for a model that has hardly moved.
+# The mean completion length of the first 5 steps is the baseline of `completions/relative_length`. Our choice: at the paper's
+# batch these are 160 rollouts, which is enough for a mean, and the model has hardly changed by then.
 BASELINE_STEPS = 5
-# Prompts that are looked at to tell a task. Ours: enough for a share, and read in a moment.
+# Number of prompts that decide whether the rows look like math. Our choice: enough to estimate a share, and quick to read.
 SAMPLED_PROMPTS = 100
 
 DatasetLike: TypeAlias = Dataset | IterableDataset
@@ -56,25 +56,26 @@ class CRISPTrainer(ResumableTrainer):
     - The teacher is the model itself with the instruction in its prompt ([`~trl_crisp.teacher.Teacher`]), its weights
       refreshed from the student every `teacher_sync_steps`. With LoRA both share one base model.
     - Student and teacher see the same completion token ids after different prompts, so each has its own inputs.
-    - The loss is averaged over each rollout's tokens and then over rollouts (`loss_normalization`), and its softmax has a
-      temperature of its own (`loss_temperature`).
+    - The loss is averaged over each rollout's tokens and then over rollouts (`loss_normalization`), and its softmax has its
+      own temperature (`loss_temperature`).
 
-    Logged beside the parent's: `reverse_kl` and `teacher_entropy` (nats a token; at `loss_temperature`, like `entropy`),
-    `teacher/age_steps`, `teacher/refreshes`, `completions/relative_length` (to the mean of the first 5 steps), and
-    `completions/mean_thinking_length`, `completions/mean_answer_length` (tokens) where the chat template thinks.
+    In addition to the parent's metrics it logs `reverse_kl` and `teacher_entropy` (nats per token, at `loss_temperature`, like
+    `entropy`), `teacher/age_steps`, `teacher/refreshes`, `skipped_steps`, `completions/relative_length` (relative to the mean of
+    the first 5 steps), and, if the chat template has thinking tokens, `completions/mean_thinking_length` and
+    `completions/mean_answer_length` (tokens).
 
     Args:
         model: A model, a PEFT model with a LoRA adapter, or the id or path of a model.
-        args: A [`CRISPConfig`]; one with the defaults if `None`.
-        train_dataset: Rows with `prompt`, a string or a list of messages. A column `teacher_prompt` of the same type, where
-            a row has one, wins over the instruction.
-        eval_dataset: Rows for the evaluation loss; one dataset or a dict of them.
-        processing_class: The tokenizer; the model's own if `None`.
+        args: A [`CRISPConfig`]. If `None`, one with the defaults.
+        train_dataset: Rows with `prompt`, a string or a list of messages. If a row has a `teacher_prompt` of the same type, the
+            teacher gets that prompt instead of the instruction.
+        eval_dataset: Rows for the evaluation loss: one dataset, or a dict of datasets.
+        processing_class: The tokenizer. If `None`, the model's own.
         callbacks, optimizers, quantization_config, peft_config, tools: As in the parent.
 
     Raises:
-        ValueError: For rows, models, adapters, precisions or inputs (vision) that would train something else than what was
-            asked for; each message says what to do.
+        ValueError: If the rows, the model, the adapter, the precision or the inputs (vision) would train something other than
+            what was asked for. Each message says what to do.
 
     Example:
 
@@ -167,13 +168,13 @@ class CRISPTrainer(ResumableTrainer):
         revision = cached_commit(self.model.config._name_or_path, init_kwargs.get("revision"))
         self.run_description = describe_run(self.model, args, instruction, revision)
         self.teacher = make_teacher(self.model, args, self.accelerator)
-        # Whether padded rows come with position ids; student and teacher are of one architecture
+        # Whether padded rows need position ids. One answer serves both models, because they have the same architecture
         self._passes_positions = self._check_model()
 
         self._baseline_lengths_tokens: list[float] = []
         # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
         self._step_entropies_nats: list[tuple[float, float]] = []
-        # Filled inside the wrapped forward, where no collective may run, and read after it
+        # Filled inside the wrapped forward, which must not run a collective operation; compute_loss reads it afterwards
         self._diagnostics: dict[str, Diagnostic] | None = None
         self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
 
@@ -186,7 +187,7 @@ class CRISPTrainer(ResumableTrainer):
             check_step_size(self.model, rate)
         if is_peft_model(self.model) and 0 < rate <= PAPER_LEARNING_RATE:
             warnings.warn(
-                f"learning_rate={rate} is the paper's for full fine-tuning; a LoRA adapter hardly moves at it. Set one for "
+                f"learning_rate={rate} is the paper's value for full fine-tuning; a LoRA adapter hardly moves at it. Set one for "
                 "LoRA, such as 1e-5 to 1e-4.",
                 stacklevel=3,
             )
@@ -222,12 +223,12 @@ class CRISPTrainer(ResumableTrainer):
         teacher_prompt, _ = self.prompt_pairs.teacher_prompt(first)
         (student_ids, teacher_ids), *_ = self._tokenize_prompts([first["prompt"], teacher_prompt])
         self.accelerator.print(
-            "The first row as the two models read it.\n"
+            "The first row, as each model reads it.\n"
             f"--- student ---\n{self._tokenizer.decode(student_ids)}\n"
             f"--- teacher ---\n{self._tokenizer.decode(teacher_ids)}\n---"
         )
         self._warn_of_other_tasks()
-        # The default is for DAPO's rows; only a text that the user gave is expected somewhere
+        # The default text is for DAPO's rows, and other rows rarely have it. A text that the user set should occur
         is_users = args.instruction_replaces not in (None, CRISPConfig.instruction_replaces)
         if report.rows and is_users and self.prompt_pairs.instruction and not report.replaced:
             warnings.warn(
@@ -242,8 +243,8 @@ class CRISPTrainer(ResumableTrainer):
         share = sum(map(looks_like_math, prompts)) / len(prompts)
         if share < 0.5:
             warnings.warn(
-                f"instruction={self.args.instruction!r} speaks of a math problem, and {share:.0%} of the first {len(prompts)} prompts "
-                "look like one. Set instruction='general', or a text of your own.",
+                f"instruction={self.args.instruction!r} speaks of a math problem, but only {share:.0%} of the first {len(prompts)} "
+                "prompts look like one. Set instruction='general', or your own text.",
                 stacklevel=4,
             )
 
@@ -265,11 +266,11 @@ class CRISPTrainer(ResumableTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # type: ignore[assignment]
-        if "teacher_prompt_ids" not in columns:  # remove_unused_columns would drop it
+        if "teacher_prompt_ids" not in columns:  # otherwise remove_unused_columns drops it
             columns.append("teacher_prompt_ids")
 
     def get_eval_dataloader(self, eval_dataset: "str | DatasetLike | None" = None) -> DataLoader:
-        # Rows that are given to `evaluate` have no teacher's prompts yet
+        # Rows that the user passes to `evaluate` have no teacher prompts yet
         is_raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if is_raw and "teacher_prompt_ids" not in (eval_dataset.column_names or []):
             check_columns(eval_dataset, "eval")
@@ -277,7 +278,7 @@ class CRISPTrainer(ResumableTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Trackio's run ends with the training, and TRL writes to it in the midst of every evaluation
+        # Trackio ends its run when training ends, but TRL writes to that run during every evaluation
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TrackioCallback) and not callback._initialized:
                 callback.setup(self.args, self.state, self.model)
@@ -285,7 +286,7 @@ class CRISPTrainer(ResumableTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
-            # Before the rollout: Algorithm 1 refreshes at the start of a step
+            # Before the rollout, because Algorithm 1 refreshes at the start of a step
             self.teacher.begin_step(self.state.global_step + 1)
             self._step_entropies_nats.clear()
         return super()._prepare_inputs(generation_batch)
@@ -308,12 +309,12 @@ class CRISPTrainer(ResumableTrainer):
 
     def get_loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         """
-        Return which tokens of the completions are in the loss, [B, T]: 1 or 0. A subclass may leave others out.
+        Return the loss mask of the completions, [B, T]: 1 for a token in the loss, else 0. A subclass may leave out more tokens.
 
         Args:
-            inputs: The rollouts, `completion_ids` and `completion_mask` [B, T] among them.
+            inputs: The rollouts, including `completion_ids` and `completion_mask`, both [B, T].
         """
-        # Tokens that a tool wrote are context for both models and in the loss of none
+        # Tokens that a tool wrote are context for both models, but are not in the loss
         mask = inputs["completion_mask"]
         return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
@@ -364,13 +365,13 @@ class CRISPTrainer(ResumableTrainer):
 
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep):
         hidden_BTH = last_hidden_state(unwrapped_model, input_ids, attention_mask, self._passes_positions)
-        # The last position predicts a token after the completion
+        # The last position is dropped: it predicts a token after the completion
         return hidden_BTH[:, :-1][:, -logits_to_keep:]
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         args = self.args
         loss_mask_BT = self.get_loss_mask(inputs)
-        # The forward redirection steps around the autocast that accelerate puts on the model's own forward
+        # The forward redirection bypasses the autocast that accelerate adds to the model's own forward
         with self.accelerator.autocast():
             student_hidden_BTH = self._get_last_hidden_state(unwrapped_student, *_model_inputs(inputs, "prompt"))
             student_head = output_head(unwrapped_student, student_hidden_BTH.dtype)
@@ -384,7 +385,7 @@ class CRISPTrainer(ResumableTrainer):
                     )
                 teacher_head = output_head(teacher, teacher_hidden_BTH.dtype)
 
-            # With a model split across devices, the backbone can end on another one than the head
+            # If a model is split across devices, its backbone may end on a different device than its head
             device = student_head.weight_VH.device
             sides = (student_hidden_BTH.to(device), student_head, teacher_hidden_BTH.to(device), teacher_head)
             loss_mask_BT = loss_mask_BT.to(device)
@@ -393,7 +394,7 @@ class CRISPTrainer(ResumableTrainer):
 
         num_tokens = (loss_mask_BT != 0).sum()
         if args.beta == 1.0:
-            # The loss's own divergence is the reverse KL, of all tokens
+            # The divergence of the loss is the reverse KL over all tokens, which is exact; the diagnostic samples tokens
             self._diagnostics["reverse_kl"] = Diagnostic(divergence_BT.detach().sum(), num_tokens)
         if num_items_in_batch is None:
             num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
@@ -411,20 +412,20 @@ class CRISPTrainer(ResumableTrainer):
         Train, from the start or from a checkpoint; see [`~trl_crisp.run.resumable.ResumableTrainer.train`].
 
         Raises:
-            ValueError: Also for fewer rows than a step needs.
+            ValueError: As in the parent, and if there are fewer rows than a step needs.
         """
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.state.global_step == 0 < self.state.max_steps:
             raise ValueError(
                 f"the rows ended before the first step: of {self._report.rows} rows read, {self._report.dropped} were dropped "
-                f"for a prompt of more than max_prompt_length={self.args.max_prompt_length} tokens, and a step needs "
-                f"{self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes}. "
+                f"because a prompt has more than max_prompt_length={self.args.max_prompt_length} tokens, and a step needs "
+                f"{self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes} rows. "
                 "Give more rows, a smaller batch, or a larger max_prompt_length."
             )
         return output
 
-    # The teacher is state of a run as the optimizer's is: it goes into every checkpoint that can be resumed, and comes
-    # back after the student's weights
+    # The teacher is part of a run's state, like the optimizer: every checkpoint that can be resumed contains it. It is loaded
+    # after the student's weights
 
     def save_own_state(self, directory: str) -> dict[str, Any]:
         self.teacher.save(directory, write=self.args.should_save)
@@ -446,8 +447,8 @@ class CRISPTrainer(ResumableTrainer):
             raise RuntimeError(
                 f"the teacher's entropy was within 1% of that of a uniform distribution (ln V = {uniform_nats:.2f} nats) for "
                 f"the whole of step {self.state.global_step + 1}, and the student's was not: the teacher's weights were not "
-                "loaded, or were moved away. Nothing can be learned from it. Check what else handles the model's weights "
-                "(sleep mode, offload), and start again from the last checkpoint."
+                "loaded, or were moved away. The student cannot learn from it. Check what else handles the model's weights "
+                "(sleep mode, offload), and resume from the last checkpoint."
             )
 
 

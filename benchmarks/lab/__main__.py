@@ -1,4 +1,4 @@
-"""Runs named settings of the lab through CRISPTrainer and makes the table."""
+"""Runs settings of the lab with CRISPTrainer and prints the table."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ RESULTS = Path("benchmarks/results/lab")
 
 
 def main() -> None:
-    """Run what is asked for, side by side on the cores there are."""
+    """Run the requested settings in parallel on the machine's cores."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.lab",
         description=__doc__,
@@ -29,11 +29,13 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=_at_least_one, default=3, help="run each setting with the seeds 0 to N-1 (default: 3)"
     )
-    parser.add_argument("--resume", action="store_true", help="skip runs whose JSON is there")
+    parser.add_argument("--resume", action="store_true", help="skip runs whose JSON exists")
     parser.add_argument(
-        "--workers", type=_at_least_one, default=os.cpu_count() or 1, help="runs side by side (default: the cores)"
+        "--workers", type=_at_least_one, default=os.cpu_count() or 1, help="parallel runs (default: number of cores)"
     )
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help=f"where the JSONs go (default: {RESULTS})")
+    parser.add_argument(
+        "--output_dir", type=Path, default=RESULTS, help=f"directory of the JSONs (default: {RESULTS})"
+    )
     args = parser.parse_args()
     if unknown := [name for name in args.settings if name not in SETTINGS]:
         parser.error(f"unknown setting {unknown[0]!r}; the settings are {', '.join(SETTINGS)}")
@@ -43,7 +45,7 @@ def main() -> None:
 
     names = list(dict.fromkeys(args.settings)) or list(SETTINGS)
     runs = [(name, seed) for seed in range(args.seeds) for name in names]
-    # A result of another protocol is found now, not in the table hours later
+    # A result of another protocol is reported now, not hours later when the table is made
     for path in sorted(args.output_dir.glob("*-seed*.json")):
         if args.resume or path not in [path_of(*run) for run in runs]:
             try:
@@ -53,12 +55,12 @@ def main() -> None:
     if args.resume:
         runs = [run for run in runs if not path_of(*run).exists()]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    # A shell that runs this in the background may let it ignore Ctrl-C; one that was sent to it is meant
+    # A shell may start a background command with SIGINT ignored. A SIGINT that is sent to this process is meant for it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         failed = run_side_by_side(runs, args.workers, path_of)
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The runs that ended are kept; the same command with --resume goes on.")
+        sys.exit("\nStopped. The finished runs are kept; the same command with --resume runs the rest.")
     print_table(args.output_dir, args.settings or None)
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(f'{name} (seed {seed})' for name, seed in failed)}")
@@ -67,7 +69,7 @@ def main() -> None:
 def _at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is none: give 1 or more")
+        raise argparse.ArgumentTypeError(f"{number} is less than 1: give 1 or more")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Trains the lab's base model on both writers' solutions, half and half."""
+"""Trains the lab's base model on solutions of both writers, half from each."""
 
 import argparse
 import json
@@ -13,8 +13,8 @@ from benchmarks.lab.protocol import sha256_of
 from benchmarks.lab.task import DIFFICULTIES, FORMS, INSTRUCTION, Form, draw_problem, lab_tokenizer, prompt, solve
 from trl_crisp.prompts.instructions import build_teacher_prompt
 
-# Both bases begin with solutions that repeat themselves most, which teaches them to look numbers up, and go on with those of
-# their own form. Each stage has a learning rate that falls to zero.
+# Both base models are first trained on the solutions with the most repetition, which teaches them to look numbers up, and then on
+# solutions of their own form. In each stage the learning rate falls to zero.
 WARM_UP = Form((0.9, 0.6), (0.9, 0.6), 4, 0.12)
 WARM_UP_STEPS = 450
 STEPS = {"tradeoff": 350, "stability": 200}
@@ -47,7 +47,7 @@ def train_stage(model: LlamaForCausalLM, form: Form, seed: int, steps: int) -> N
     Args:
         model: The model.
         form: How the solutions are written.
-        seed: Of the problems and how they are solved.
+        seed: Seed of the problems and their solutions.
         steps: Optimizer steps of 48 solutions.
     """
     rng = random.Random(seed)
@@ -74,15 +74,15 @@ def train_stage(model: LlamaForCausalLM, form: Form, seed: int, steps: int) -> N
         schedule.step()
         if (step + 1) % 50 == 0:
             left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1}/{steps}: loss {total_nats:.4f} nats a token, {left:.0f} s left", flush=True)
+            print(f"step {step + 1}/{steps}: loss {total_nats:.4f} nats per token, {left:.0f} s left", flush=True)
 
 
 def _draw_batches(form: Form, tokenizer, rng: random.Random) -> list[list[tuple[list[int], list[int]]]]:
-    """Draw the rows of a step, token ids (prompt, solution), in micro-batches of like length, which need little padding."""
+    """Draw the rows of a step, token ids (prompt, solution). Micro-batches have rows of similar length, to need little padding."""
     rows = []
     for _ in range(BATCH_SIZE):
         problem, concise = draw_problem(rng, rng.choice(DIFFICULTIES)), rng.random() < 0.5
-        # As the trainer puts the instruction in
+        # The instruction is added as the trainer adds it
         messages, _ = build_teacher_prompt(prompt(problem), INSTRUCTION if concise else "", None)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         solution = f"{solve(problem, form, concise, rng)} {tokenizer.eos_token}"
@@ -95,8 +95,8 @@ def main() -> None:
     """Train one base model and save it."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.lab.base --form tradeoff. The result belongs in "
-        "benchmarks/lab/fixtures, but every committed result rests on what is there.",
+        epilog="Example: OMP_NUM_THREADS=1 python -m benchmarks.lab.base --form tradeoff. The model's place is "
+        "benchmarks/lab/fixtures, but the committed results were made with the models that are there.",
     )
     parser.add_argument("--form", choices=sorted(FORMS), default="tradeoff")
     parser.add_argument("--seed", type=int, default=0)

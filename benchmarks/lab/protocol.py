@@ -1,4 +1,4 @@
-"""What a run of the lab is made of and measured by: kept in its result, and compared before a result is used."""
+"""The protocol of a lab run: its settings and its measurement. It is kept in the result, and compared before the result is used."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ from benchmarks.lab.settings import COMMON, SETTINGS
 from benchmarks.lab.task import DIFFICULTIES, MAX_SOLUTION_TOKENS
 
 FIXTURES = Path(__file__).parent / "fixtures"
-# Test problems a difficulty: at the end, and for the curves along a run
+# Test problems per difficulty: at the end of a run, and for the curves during a run
 FINAL_PROBLEMS = 100
 CURVE_PROBLEMS = 20
 
@@ -19,7 +19,7 @@ def sha256_of(directory: Path) -> str:
 
 
 def protocol_of(name: str, seed: int) -> dict[str, Any]:
-    """Return what determines the result of a setting and a seed, but for the machine and the versions of packages."""
+    """Return all that determines the result of a setting and a seed, except the machine and the package versions."""
     setting = SETTINGS[name]
     return {
         "form": setting.form,
@@ -40,24 +40,24 @@ def protocol_of(name: str, seed: int) -> dict[str, Any]:
 
 def check_protocol(path: Path, result: dict[str, Any]) -> None:
     """
-    Refuse a result that another protocol made, as one of an earlier form of a setting.
+    Check that a result was made with the current protocol of its setting.
 
     Args:
-        path: Its file.
-        result: What it holds.
+        path: The result's file.
+        result: The file's content.
 
     Raises:
-        ValueError: If it is of an unknown setting, or anything of its protocol differs from the setting's.
+        ValueError: If the setting is unknown, or the result's protocol differs from the setting's.
     """
     name, seed = result["setting"], result["seed"]
     if name not in SETTINGS:
         raise ValueError(
-            f"{path} is of the setting {name!r}, which is none of {', '.join(SETTINGS)}: remove the file."
+            f"{path} is of the setting {name!r}, which is not one of {', '.join(SETTINGS)}: remove the file."
         )
     for key, value in protocol_of(name, seed).items():
         found = result["protocol"].get(key)
         if found != value:
             raise ValueError(
                 f"{path} was made with {key} = {found!r}, and {name} with seed {seed} now has {value!r}: remove the "
-                "file, and the setting is run anew."
+                "file to run the setting again."
             )

@@ -1,4 +1,4 @@
-"""One run of the lab: a setting and a seed through CRISPTrainer, measured with and without the instruction."""
+"""One run of the lab: trains one setting with one seed, and measures it with and without the instruction."""
 
 import argparse
 import importlib.metadata
@@ -37,7 +37,7 @@ _TRAIN_SEED, _TEST_SEED = 10_000, 20_000
 
 
 class MaskTruncated(CRISPTrainer):
-    """Leaves rollouts that did not end out of the loss, for the ablation; the method keeps them."""
+    """Leaves truncated rollouts out of the loss, for the ablation. The method keeps them in."""
 
     def get_loss_mask(self, inputs):
         lengths = inputs["completion_mask"].sum(dim=1, keepdim=True)
@@ -47,7 +47,7 @@ class MaskTruncated(CRISPTrainer):
 
 
 class Curve(TrainerCallback):
-    """Accuracy and length along the run, for all problems and by difficulty."""
+    """Measures accuracy and length during the run, for all problems and by difficulty."""
 
     def __init__(self, every_steps: int, seed: int) -> None:
         self.every_steps, self.seed = every_steps, seed
@@ -61,13 +61,13 @@ class Curve(TrainerCallback):
 
 def evaluate(model: PreTrainedModel, problems: int, concise: bool, seed: int) -> dict[str, dict[str, float]]:
     """
-    Sample one solution a problem at temperature 1 and grade it.
+    Sample one solution per problem at temperature 1 and grade it.
 
     Args:
         model: The student.
-        problems: How many a difficulty; the same ones for every model that is asked as many.
-        concise: With the instruction in the prompt.
-        seed: Of the sampling.
+        problems: Number of problems per difficulty. For the same number, every model gets the same problems.
+        concise: Whether the prompt has the instruction.
+        seed: Seed of the sampling.
 
     Returns:
         By difficulty (`"2"` to `"7"`) and for `"all"`: accuracy, mean_tokens and truncated (a share).
@@ -102,7 +102,7 @@ def evaluate(model: PreTrainedModel, problems: int, concise: bool, seed: int) ->
 
 
 def training_rows() -> Dataset:
-    """Return the prompts that every run trains on; each run shuffles them by its seed."""
+    """Return the prompts that every run trains on. Each run shuffles them with its seed."""
     rng = random.Random(_TRAIN_SEED)
     return Dataset.from_list(
         [{"prompt": prompt(draw_problem(rng, rng.choice(DIFFICULTIES)))} for _ in range(TRAIN_PROBLEMS)]
@@ -110,7 +110,7 @@ def training_rows() -> Dataset:
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
-    """Train and measure one setting with one seed, and return its result with the whole protocol."""
+    """Train and measure one setting with one seed, and return the result with the whole protocol."""
     setting, protocol = SETTINGS[name], protocol_of(name, seed)
     start, wall_start = time.process_time(), time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(FIXTURES / setting.form, dtype=torch.float32)
@@ -142,17 +142,17 @@ def train(
     model: PreTrainedModel, setting: Setting, fields: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[dict[str, float]], list[dict[str, Any]]]:
     """
-    Train a base model through `CRISPTrainer`.
+    Train a base model with `CRISPTrainer`.
 
     Args:
-        model: The base; trained in place, unless with LoRA.
-        setting: What is special about the run.
-        fields: Of `CRISPConfig`.
+        model: The base model. It is trained in place, except with LoRA.
+        setting: The run's setting.
+        fields: Fields of `CRISPConfig`.
 
     Returns:
         The student, the trainer's log and the points of the curve.
     """
-    # Of deprecations within the libraries, and of what this trainer leaves out on purpose
+    # The ignored warnings are of deprecations inside the libraries, and of settings that the lab chose on purpose
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=__name__)
     with tempfile.TemporaryDirectory() as output_dir:
@@ -191,7 +191,7 @@ def main() -> None:
     )
     parser.add_argument("setting", choices=list(SETTINGS))
     parser.add_argument("seed", type=int)
-    parser.add_argument("output", type=Path, help="the JSON that is written when all is measured")
+    parser.add_argument("output", type=Path, help="the JSON, which is written at the end")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, run(args.setting, args.seed))

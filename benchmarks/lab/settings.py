@@ -1,11 +1,11 @@
-"""The lab's named settings: what each changes against the lab's common values, and which finding it is about."""
+"""The lab's settings: what each changes in the lab's common values, and which finding it tests."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.lab.task import INSTRUCTION
 
-# Common to all runs. Ours, because 100 steps then take three to five minutes on one core.
+# Common to all runs. Our choice: with these values 100 steps take three to five minutes on one core.
 COMMON: dict[str, Any] = {
     "instruction": INSTRUCTION,
     "per_device_train_batch_size": 24,
@@ -28,9 +28,9 @@ class Setting:
         lora_rank: Train a LoRA adapter of this rank instead of the whole model.
         mask_truncated: Leave truncated rollouts out of the loss.
         form: The form of the task.
-        curve: Measure accuracy and length along the run too, which takes a third of its time.
-        paper: What the paper has for it: the change of the mean tokens and the accuracy on MATH-500, Qwen3-8B at step 99, where
-            the base has 4,884 tokens and 95.7, unless told.
+        curve: Also measure accuracy and length during the run, which takes a third of its time.
+        paper: The paper's result: the change of the mean tokens and the accuracy on MATH-500, for Qwen3-8B at step 99, unless
+            the text names another quantity. The base model has 4,884 tokens and 95.7.
     """
 
     about: str
@@ -58,7 +58,8 @@ SETTINGS: dict[str, Setting] = {
     "m10": Setting("M = 10", _periodic(10), paper="-64%; AIME 2024: 49.6 instead of 76.2"),
     "m5": Setting("M = 5", _periodic(5), curve=True),
     "m1": Setting("M = 1", _periodic(1), curve=True, paper="grows, 60.8: collapse"),
-    # Ours: on average as old as the weights of M = 50; with the product's 0.005 a run of 100 steps is next to frozen
+    # Our rate: the average is about as old as the teacher's weights at M = 50. With the package's default of 0.005 the teacher would
+    # hardly change in 100 steps
     "ema": Setting(
         "an average instead of refreshes, 2% of the student a step",
         {"teacher_model_kind": "ema", "teacher_sync_steps": None, "teacher_update_rate": 0.02},

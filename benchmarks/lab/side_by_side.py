@@ -1,4 +1,4 @@
-"""Runs of the lab side by side, each in a process of its own with one thread."""
+"""Runs of the lab in parallel, each in its own process with one thread."""
 
 import os
 import subprocess
@@ -14,15 +14,15 @@ def run_side_by_side(
     runs: list[tuple[str, int]], workers: int, path_of: Callable[[str, int], Path]
 ) -> list[tuple[str, int]]:
     """
-    Run settings, with a bar that shows the time left. However it ends, no process is left behind.
+    Run settings, with a bar that shows the time left. No process is left running, even after an error.
 
     Args:
-        runs: Setting and seed of each.
-        workers: How many at once.
-        path_of: The file that a run's result goes to, by setting and seed.
+        runs: Setting and seed of each run.
+        workers: How many runs at once.
+        path_of: Returns the file of a run's result, from its setting and seed.
 
     Returns:
-        Those that failed; what each said last is printed.
+        The runs that failed. The end of each one's error output is printed.
     """
     from rich.progress import (
         BarColumn,

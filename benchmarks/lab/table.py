@@ -28,16 +28,16 @@ COLUMNS = (
     "refreshes",
     "paper: tokens, accuracy",
 )
-# Of the base's two rows, which are one setting
+# The paper's results for the base model, which has two rows for one setting
 BASE_PAPER = {"plain": "4,884 tokens, 95.7", "concise": "-39%, 95.6 (v1); -22%, 94.2 (v2)"}
-# Under it a setting has no place in the figure of accuracy against length. Ours: the runs that broke are far under it, the
-# others above.
+# Settings with a lower accuracy are left out of the figure of accuracy against length. Our choice: the broken runs are far below
+# it, all others are above.
 BROKEN_ACCURACY = 0.7
 DIFFICULTY_COLUMNS = ("setting", "change of", *(f"k = {k}" for k in DIFFICULTIES))
 
 
 def load(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of each setting, in the order of the settings; a ValueError where one is of another protocol."""
+    """Return the runs of each setting, in the order of the settings; raise ValueError if one has another protocol."""
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(directory.glob("*-seed*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
 
 
 def base_of(runs: dict[str, list[dict[str, Any]]], form: str) -> dict[int, dict[str, Any]]:
-    """Return the untrained model's result by seed; empty where it was not measured."""
+    """Return the untrained model's result by seed; empty if it was not measured."""
     return {
         result["seed"]: result
         for results in runs.values()
@@ -69,8 +69,9 @@ def table_rows(runs: dict[str, list[dict[str, Any]]], names: list[str] | None = 
     Return the cells of the table.
 
     Args:
-        runs: Of each setting. Changes are against the untrained base of the same form and seed; without it there are none.
-        names: The settings that get a row; all if not given.
+        runs: The runs of each setting. Changes are against the untrained base of the same form and seed; if that is missing, the
+            cell is empty.
+        names: The settings that get a row. If `None`, all.
     """
     rows = []
     for name, results in runs.items():
@@ -101,7 +102,7 @@ def table_rows(runs: dict[str, list[dict[str, Any]]], names: list[str] | None = 
             cells += [
                 _cell([100 * r[side][group]["accuracy"] for r in results], "{:.1f}") for group in ("all", "2", "7")
             ]
-            # An average has none, though it is updated at every step
+            # A moving average is updated at every step and has no refreshes
             steps = () if name == "ema" else {r["log"][-1]["teacher/refreshes"] for r in results if r["log"]}
             cells.append(" ".join(f"{count:.0f}" for count in sorted(steps)))
             cells.append(BASE_PAPER[side] if name == "untrained" else SETTINGS[name].paper)
@@ -110,7 +111,7 @@ def table_rows(runs: dict[str, list[dict[str, Any]]], names: list[str] | None = 
 
 
 def difficulty_rows(runs: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
-    """Return the change of the mean tokens, and of the accuracy in points, at each difficulty."""
+    """Return the change of the mean tokens and of the accuracy (in points) at each difficulty."""
     rows = []
     for name in ("frozen", "m50", "m20", "stability-frozen", "stability-m20"):
         results, base = runs.get(name, []), base_of(runs, SETTINGS[name].form)
@@ -150,7 +151,7 @@ def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def tables(runs: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """Return the tables of benchmarks/README.md by the names of their marks."""
+    """Return the tables of benchmarks/README.md by the names of their markers."""
     seconds = sum(result["cpu_seconds"] for results in runs.values() for result in results)
     count = sum(map(len, runs.values()))
     return {
@@ -161,7 +162,7 @@ def tables(runs: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
 
 
 def with_tables(text: str, runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Return a text with the tables between their marks, `<!-- lab:NAME -->` and `<!-- /lab:NAME -->`."""
+    """Return a text with the tables between their markers, `<!-- lab:NAME -->` and `<!-- /lab:NAME -->`."""
     for name, table in tables(runs).items():
         opening, closing = f"<!-- lab:{name} -->", f"<!-- /lab:{name} -->"
         before, _, rest = text.partition(opening)
@@ -172,7 +173,7 @@ def with_tables(text: str, runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def print_table(directory: Path, names: list[str] | None = None) -> None:
-    """Print what a terminal has room for of the table of a directory's runs."""
+    """Print the table of a directory's runs, with the columns that fit on a terminal."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -187,7 +188,7 @@ def print_table(directory: Path, names: list[str] | None = None) -> None:
 
 
 def draw(directory: Path, output: Path) -> None:
-    """Draw accuracy against length and difficulty, and length, accuracy and entropy along runs; lines are means over seeds."""
+    """Draw accuracy against length and difficulty, and length, accuracy and entropy during runs. Lines are means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,9 +226,9 @@ def draw(directory: Path, output: Path) -> None:
             spot.annotate(str(step), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         spot.invert_xaxis()
     curve_problems = CURVE_PROBLEMS * len(DIFFICULTIES)
-    length.set(xlabel="step", ylabel="mean tokens", title="Length along the run (dotted: a refresh)")
-    accuracy.set(xlabel="step", ylabel="accuracy", title=f"Accuracy along the run ({curve_problems} problems)")
-    entropy.set(xlabel="step", ylabel="nats a token", title="Student's entropy on its rollouts")
+    length.set(xlabel="step", ylabel="mean tokens", title="Length during the run (dotted: a refresh)")
+    accuracy.set(xlabel="step", ylabel="accuracy", title=f"Accuracy during the run ({curve_problems} problems)")
+    entropy.set(xlabel="step", ylabel="nats per token", title="Student's entropy on its rollouts")
     tokens_by_k.set(xlabel="difficulty k", ylabel="mean tokens", title="Length by difficulty")
     accuracy_by_k.set(xlabel="difficulty k", ylabel="accuracy", ylim=(0, 1), title="Accuracy by difficulty")
     along.set(xlabel="step", ylabel="accuracy", ylim=(0, 1), title=f"long-m20 ({CURVE_PROBLEMS} problems each)")
@@ -239,7 +240,7 @@ def draw(directory: Path, output: Path) -> None:
 
 
 def _draw_plane(axis: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw each setting as a point; those that broke the model are named in the title, since they would hide the others."""
+    """Draw each setting as a point. Settings that broke the model are only named in the title, since they would hide the others."""
     broken, markers = [], "osD^v<>P"
     for i, (name, results) in enumerate(runs.items()):
         for side in ("plain", "concise") if not results[0]["log"] else ("plain",):
@@ -260,7 +261,7 @@ def _draw_plane(axis: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _mean_curve(results: list[dict[str, Any]], key: str, difficulty: str | None = None) -> tuple[list[int], Any]:
-    """Return the steps of a setting's curves and their mean over seeds."""
+    """Return the steps of a setting's curves and the mean of the curves over seeds."""
     curves = [
         [(point["by_difficulty"][difficulty] if difficulty else point)[key] for point in r["curve"]] for r in results
     ]
@@ -274,7 +275,7 @@ def main() -> None:
     )
     parser.add_argument("--directory", type=Path, default=Path("benchmarks/results/lab"))
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--readme", type=Path, help="put the tables between the marks of this file")
+    parser.add_argument("--readme", type=Path, help="replace the text between the tables' markers in this file")
     args = parser.parse_args()
     runs = load(args.directory)
     if args.readme:

@@ -1,21 +1,21 @@
-"""The lab's task: problems with a difficulty, how a verbose or a concise writer solves them, and a verifier.
+"""The lab's task: problems with a difficulty, solutions of a verbose and a concise writer, and a verifier.
 
 A problem is to add k one-digit numbers; k, from 2 to 7, is its difficulty. A solution adds one number at a time, and may check
-a step, several times over:
+each step several times:
 
     add : a 3 b 8 c 2
     b 3 + 8 = 1 0 ; check b 3 + 8 = 1 1 no ; check b 3 + 8 = 1 1 ok ; c 1 1 + 2 = 1 3 ; so answer 1 3
 
-Numbers are written digit by digit, so that the model learns to carry instead of a table of sums; each has a letter, so that
-it keeps its place after many checks.
+Numbers are written digit by digit, so that the model learns to carry instead of a table of sums. Each number has a letter, so that
+the model keeps its place after many checks.
 
-How often a step is checked is what the instruction changes: both writers check, so the two modes overlap (the
-reverse KL has next to no gradient toward what the student never does). Where a sum passes 9, the first result is wrong now
-and then, and only the first check mends it. The forms differ in what a check is worth:
+The instruction changes how often a step is checked. Both writers check, so the two modes overlap (the reverse KL has almost no
+gradient toward what the student never does). If a sum passes 9, the first result is sometimes wrong, and only the first check
+corrects it. The forms differ in the value of a check:
 
-- "stability": steps are always right, and every check is waste.
-- "tradeoff": slips are many; the instruction drops the later checks, which are waste, and few of the first ones. So brevity
-  is nearly free at first and dear beyond it, on long problems first.
+- "stability": steps are always right, so every check is useless.
+- "tradeoff": wrong results are frequent. The instruction drops the later checks, which are useless, and few of the first checks. So
+  shortening costs almost no accuracy at first, and much accuracy beyond that, on long problems first.
 """
 
 import random
@@ -42,13 +42,13 @@ _CHAT_TEMPLATE = (
 @dataclass(frozen=True)
 class Form:
     """
-    How the two writers write.
+    How the two writers write their solutions.
 
     Attributes:
-        first_check_probability: Of a check after a step, without the instruction and with it.
-        next_check_probability: Of one more check after a check, without the instruction and with it.
-        max_checks: After one step.
-        slip_probability: Of a first result that is wrong, where a sum passes 9.
+        first_check_probability: Probability of a check after a step, without and with the instruction.
+        next_check_probability: Probability of one more check after a check, without and with the instruction.
+        max_checks: Maximum number of checks after one step.
+        slip_probability: Probability that the first result is wrong if a sum passes 9.
     """
 
     first_check_probability: tuple[float, float]
@@ -64,7 +64,7 @@ FORMS = {
 
 
 def lab_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the word-level tokenizer, one token for a digit, with its chat template."""
+    """Return the word-level tokenizer, with one token per digit, and its chat template."""
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*_SPECIAL, *_WORDS, *map(str, range(10))])}))
     backend.pre_tokenizer = WhitespaceSplit()
     backend.add_special_tokens(_SPECIAL)
@@ -93,7 +93,7 @@ def prompt(problem: list[int]) -> list[dict[str, str]]:
 
 
 def solve(problem: list[int], form: Form, concise: bool, rng: random.Random) -> str:
-    """Write one solution, as the writer of a mode would; it can be wrong where a slip was not checked."""
+    """Write one solution in the style of one writer. It is wrong if a wrong first result was not checked."""
     words, total = [], problem[0]
     for letter, number in zip(_letters(problem)[1:], problem[1:], strict=True):
         right = total + number
@@ -112,7 +112,7 @@ def solve(problem: list[int], form: Form, concise: bool, rng: random.Random) -> 
 
 
 def is_correct(problem: list[int], solution: str) -> bool:
-    """Whether a solution, as the model wrote it, ends in the right answer."""
+    """Return whether a model's solution ends in the right answer."""
     return f" {solution}".endswith(f" so answer {_digits(sum(problem))}")
 
 

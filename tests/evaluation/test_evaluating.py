@@ -145,7 +145,7 @@ def stopped(files, tmp_path_factory):
 def test_ctrl_c_says_how_to_resume(stopped):
     _, (status, said), _ = stopped
     assert status == 130
-    assert "The answers that were finished are kept: the same command resumes with the rest." in said
+    assert "The finished answers are kept: the same command resumes with the rest." in said
     assert "Traceback" not in said
 
 
@@ -262,7 +262,7 @@ def test_a_question_that_is_too_long_is_named(files, tmp_path):
     "field", ["add_generation_prompt", "tokenize", "return_dict", "messages", "conversation", "tools"]
 )
 def test_template_flags_that_are_not_the_templates_are_refused(files, field):
-    with pytest.raises(ValueError, match=rf"chat_template_kwargs has {field}, which is no flag of a chat template"):
+    with pytest.raises(ValueError, match=rf"chat_template_kwargs has {field}, which is not a flag of a chat template"):
         settings(files, chat_template_kwargs={"enable_thinking": False, field: True})
 
 
@@ -300,7 +300,7 @@ def test_the_command_evaluates_a_file_of_questions(files, tmp_path, capsys):
         ("chat_template_kwargs: 1\n", "chat_template_kwargs is 1; give a mapping"),
         ("temperature: .nan\n", "temperature=nan has to be a finite number"),
         ("- model\n", "must hold `field: value` lines; it holds list"),
-        ("a: [\n", "is no valid YAML"),
+        ("a: [\n", "is not valid YAML"),
         ("samples: 2.5\n", "argument --samples: invalid int value: '2.5'"),
     ],
 )

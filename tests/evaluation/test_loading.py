@@ -293,14 +293,14 @@ def test_a_torn_or_missing_shard_is_named(made, tmp_path):
     other.write_text('{"weight_map": {"a": "pytorch_model-00001.bin"}}')
     find_model(str(tmp_path))
     shards[1].unlink()
-    with pytest.raises(FileNotFoundError, match=rf"names {shards[1].name}, and there is no such file"):
+    with pytest.raises(FileNotFoundError, match=rf"names {shards[1].name}, which does not exist"):
         find_model(str(tmp_path))
 
 
 def test_a_directory_without_weights_is_refused(made, tmp_path):
     directory = copy_of(made, "model", tmp_path)
     (directory / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a config\.json and no weights"):
+    with pytest.raises(FileNotFoundError, match=r"a config\.json but no weights"):
         find_model(str(directory))
 
 

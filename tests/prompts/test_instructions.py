@@ -103,7 +103,7 @@ def test_targets_out_of_range_are_refused(target):
 
 @pytest.mark.parametrize("name", ["v6", "V2", "v2.", "concise", "percent", "words=20"])
 def test_unknown_names_list_the_names(name):
-    with pytest.raises(ValueError, match="is no name of the catalogue") as error:
+    with pytest.raises(ValueError, match="is not a name in the catalogue") as error:
         resolve_instruction(name)
     message = str(error.value)
     assert repr(name) in message

@@ -155,9 +155,8 @@ def test_either_side_can_be_the_longer(student, teacher, fits):
 def test_the_report_counts_each_row_once():
     report = PromptReport(rows=10, dropped=1, replaced=2, given=3, longest_tokens=70)
     assert report.describe(64) == (
-        "9 of 10 rows kept; 1 dropped for a prompt of more than 64 tokens (the longest has 70). In 3 of them the teacher has a "
-        "prompt of its own. In 2 of them the teacher's instruction stands in the place of the student's own, in 5 beside the "
-        "prompt."
+        "9 of 10 rows kept; 1 dropped for a prompt of more than 64 tokens (the longest has 70). 3 of them have their own teacher "
+        "prompt. In 2 of them the teacher's instruction replaces the student's own, in 5 it is added to the prompt."
     )
 
 
@@ -359,8 +358,8 @@ def test_a_stream_of_unknown_columns_passes():
         ({"prompt": ""}, r"row 5: column 'prompt' holds an empty prompt"),
         ({"prompt": None}, r"row 5: column 'prompt' holds nothing \(null\)"),
         ({"prompt": "a", "teacher_prompt": "\n"}, r"row 5: column 'teacher_prompt' holds an empty prompt"),
-        ({"prompt": "\u200b"}, r"row 5: column 'prompt' gives no token at all"),
-        ({"prompt": "a", "teacher_prompt": "\u200b"}, r"row 5: column 'teacher_prompt' gives no token at all"),
+        ({"prompt": "\u200b"}, r"row 5: the prompt in column 'prompt' has no tokens"),
+        ({"prompt": "a", "teacher_prompt": "\u200b"}, r"row 5: the prompt in column 'teacher_prompt' has no tokens"),
     ],
 )
 def test_a_row_that_asks_for_nothing_is_named(row, message, stream):

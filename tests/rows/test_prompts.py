@@ -141,7 +141,7 @@ def test_a_teacher_prompt_needs_no_name_and_leaves_the_prompt_alone(tmp_path):
     path = write_rows(tmp_path / "one.jsonl", [{"p": "1?", "n": 1}])
     with pytest.raises(ValueError, match=r"prompt_column='p': .*no such column; it has teacher_prompt, n"):
         load_prompts(arguments(path, prompt_column="p", teacher_prompt_column="p"))
-    with pytest.raises(ValueError, match=r"\{p\}, which is no column; the columns are teacher_prompt, n"):
+    with pytest.raises(ValueError, match=r"\{p\}, which is not a column; the columns are teacher_prompt, n"):
         load_prompts(arguments(path, prompt_template="{p}", teacher_prompt_column="p"))
 
 
@@ -264,10 +264,10 @@ ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
             "rows.jsonl",
             {"prompt_template": "{question}?"},
             ValueError,
-            ["{question}", "no column", "problem, answer", "{{ and }}"],
+            ["{question}", "not a column", "problem, answer", "{{ or }}"],
         ),
-        ("rows.jsonl", {"prompt_template": "{problem} in \\boxed{}"}, ValueError, ["no column", "{{ and }}"]),
-        ("rows.jsonl", {"prompt_template": "{problem} in {"}, ValueError, ["no template", "{{ and }}"]),
+        ("rows.jsonl", {"prompt_template": "{problem} in \\boxed{}"}, ValueError, ["not a column", "{{ or }}"]),
+        ("rows.jsonl", {"prompt_template": "{problem} in {"}, ValueError, ["not a valid template", "{{ or }}"]),
         ("rows.jsonl", {"prompt_template": "1+1?"}, ValueError, ["no {column} placeholder", "problem, answer"]),
         (
             "rows.jsonl",
@@ -280,7 +280,7 @@ ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
             "rows.jsonl",
             {"content": '{"p": "a"}\n{"p": null}\n', "prompt_template": "{p}"},
             ValueError,
-            ["row 1:", "nothing in its column 'p'"],
+            ["row 1:", "column 'p' is null"],
         ),
         (
             "rows.jsonl",
@@ -406,7 +406,7 @@ def raised(error, cause=None):
             False,
             "model",
             ConnectionError,
-            ["was not reached", "Connect to the network", "HTTPS_PROXY", "hf download o/n", "local directory"],
+            ["cannot be reached", "Connect to the network", "HTTPS_PROXY", "hf download o/n", "local directory"],
         ),
         (OfflineModeIsEnabled("offline"), True, "dataset", ConnectionError, ["HF_HUB_OFFLINE is set", "Unset it"]),
         (
@@ -414,7 +414,7 @@ def raised(error, cause=None):
             False,
             "dataset",
             ConnectionError,
-            ["was not reached", "hf download --repo-type dataset o/n"],
+            ["cannot be reached", "hf download --repo-type dataset o/n"],
         ),
         (http_error(HfHubHTTPError, "503 Server Error"), False, "model", HfHubHTTPError, ["503"]),
         (KeyError("elsewhere"), False, "model", KeyError, ["elsewhere"]),
@@ -447,10 +447,10 @@ def prompts_of(args) -> list:
         ([*TEXTS, {"n": 1}], ["prompt_column='prompt' holds nothing (null)"]),
         ([*TEXTS, {"prompt": 3}], ["prompt_column='prompt' holds a int ('3')"]),
         ([*TEXTS, {"prompt": message("x")}], ["holds a list of messages", "rows before it a string"]),
-        ([*TEXTS, {"prompt": json.dumps(message("x"))}], ["holds messages as JSON", "rows before it text"]),
+        ([*TEXTS, {"prompt": json.dumps(message("x"))}], ["holds messages as JSON", "rows before it hold text"]),
         ([*CHATS, {"prompt": "x"}], ["holds a string ('x')", "rows before it a list of messages"]),
         ([*CHATS, {"prompt": None}], ["prompt_column='prompt' holds nothing (null)"]),
-        ([*CHATS, {"prompt": []}], ["a list of no messages"]),
+        ([*CHATS, {"prompt": []}], ["a list without messages"]),
         ([*CHATS, {"prompt": ["x"]}], ["a list with a str ('x')"]),
         ([*CHATS, {"prompt": [{"content": "x"}]}], ["message 0 has no 'role'; its keys are content"]),
         ([*CHATS, {"prompt": [{"role": None, "content": "x"}]}], ["message 0 has no 'role'"]),
@@ -461,11 +461,11 @@ def prompts_of(args) -> list:
             ["message 1, of role 'assistant', has 'content' null", "'tool_calls'"],
         ),
         ([*CHATS, {"prompt": [{"role": "user", "content": 3}]}], ["neither a string nor a list of blocks ('3')"]),
-        ([*CHATS, {"prompt": message(" ")}], ["its last user message says nothing"]),
-        ([*CHATS, {"prompt": [*message("x"), *message("")]}], ["its last user message says nothing"]),
+        ([*CHATS, {"prompt": message(" ")}], ["its last user message is empty"]),
+        ([*CHATS, {"prompt": [*message("x"), *message("")]}], ["its last user message is empty"]),
         (
             [*CHATS, {"prompt": message([{"type": "text", "text": " "}])}],
-            ["its last user message says nothing"],
+            ["its last user message is empty"],
         ),
         (
             [{**row, "teacher_prompt": "x"} for row in TEXTS] + [{"prompt": "y", "teacher_prompt": " "}],
@@ -549,9 +549,9 @@ def test_a_row_without_a_teacher_prompt_keeps_none_beside_rows_that_have_one(tmp
 @pytest.mark.parametrize(
     ("row", "phrase"),
     [
-        ({"p": "", "n": 1}, "all columns that it names are empty"),
+        ({"p": "", "n": 1}, "all columns of its placeholders are empty"),
         ({"p": message("x"), "n": 1}, "the column 'p' holds messages"),
-        ({"p": None, "n": 1}, "nothing in its column 'p'"),
+        ({"p": None, "n": 1}, "column 'p' is null"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

@@ -393,7 +393,7 @@ def test_a_signal_to_the_first_process_alone_saves_a_checkpoint(files, tmp_path,
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert last_own_checkpoint(tmp_path / "out") == checkpoint
     assert f"Stopped after step {checkpoint.name.removeprefix('checkpoint-')};" in text
-    assert "--resume_from_checkpoint true" in text.split("Go on with:\n")[1]
+    assert "--resume_from_checkpoint true" in text.split("Resume with:\n")[1]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
     arguments = [*launch, *flags(files, output_dir, "--max_steps", "500", "--save_strategy", "no")]
     got, text = stop([sys.executable, "-m", "trl_crisp.cli", "train", *arguments], signum, to_all)
     assert got == status, text
-    assert "then saving a checkpoint. Again to stop at once" in text, text
+    assert "then saving a checkpoint. Send it again to stop at once" in text, text
     assert "failed" not in text
     assert "Traceback" not in text
     # What a user can do nothing about
@@ -417,7 +417,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(files, tmp_path, launch
     assert last_own_checkpoint(output_dir) == checkpoint
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert f"Stopped after step {step}" in text
-    printed = text.split("Go on with:\n")[1].splitlines()[0].strip()
+    printed = text.split("Resume with:\n")[1].splitlines()[0].strip()
     assert printed == shlex.join(["trl-crisp", "train", *arguments]) + " --resume_from_checkpoint true"
 
     # That two processes resume is seen in test_distributed.py
@@ -625,7 +625,7 @@ def test_a_failure_after_the_checkpoint_is_whole_says_so(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, push_to_hub=True, save_strategy="steps", save_steps=2)
     with pytest.raises(ConnectionError, match="no route") as raised:
         trainer.train()
-    assert f"{tmp_path}/checkpoint-2 is whole; what failed came after it" in raised.value.__notes__[0]
+    assert f"{tmp_path}/checkpoint-2 is whole; the error came after it" in raised.value.__notes__[0]
     assert last_own_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 

@@ -93,11 +93,11 @@ def test_a_given_path_is_resumed_if_it_is_whole(tmp_path):
     cut(torn / "model.safetensors")
     assert resolve_checkpoint(str(whole), tmp_path / "elsewhere") == str(whole)
     with pytest.raises(
-        ValueError, match=r"(?s)checkpoint-6' cannot be resumed.*6 bytes.*last whole one .*checkpoint-4"
+        ValueError, match=r"(?s)checkpoint-6' cannot be resumed.*6 bytes.*last whole checkpoint .*checkpoint-4"
     ):
         resolve_checkpoint(str(torn), tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"(?s)'nowhere'.*no such directory.*checkpoint-4.*true for the last one"
+        FileNotFoundError, match=r"(?s)'nowhere'.*no such directory.*checkpoint-4.*true for the last checkpoint"
     ):
         resolve_checkpoint("nowhere", tmp_path)
 
@@ -166,7 +166,7 @@ def test_fields_that_differ_from_the_checkpoint_are_listed(tmp_path, capsys):
     assert "teacher_model_kind" not in str(e.value)
     assert "allow_changed_resume=True" in str(e.value)
     check_same_run(checkpoint, other, allowed=True)
-    assert "going on with other settings" in capsys.readouterr().out
+    assert "resuming with other settings" in capsys.readouterr().out
 
 
 def test_another_model_or_adapter_is_refused_on_resuming(tmp_path):

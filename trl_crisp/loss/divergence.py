@@ -1,4 +1,4 @@
-"""Divergences between student and teacher: hidden states and output heads in, one number per token out.
+"""Divergences between student and teacher, one number per token, from hidden states and output heads.
 
 Shape suffixes: B rollouts of a micro-batch, T completion positions, N tokens in the loss, H hidden width, V vocabulary.
 """
@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor
 
 from trl_crisp._upstream import ChunkedDivergenceFunction
 
-# Tokens that the kernel gets at once on a CPU, where it makes several [tokens, 32768] float32 temporaries. Ours: its time
-# is the same down to here, its memory is not.
+# Tokens per call of the kernel on a CPU, where it allocates several [tokens, 32768] float32 temporaries. Our choice: down to
+# this number the kernel is not slower, and fewer tokens need less memory.
 CPU_SLICE_TOKENS = 256
-# A token whose logit is below it has no probability in float32, so it carries no divergence. Ours: no model's logits get
-# there, and masks (-1e4 and below, such as finfo.min or -inf) do.
+# A token with a logit below this has probability 0 in float32, so it adds no divergence. Our choice: masks (-1e4 and below,
+# such as finfo.min or -inf) are below it, and a model's unmasked logits are not.
 MASKED_LOGIT = -9e3
-# What the kernel gets for anything lower. -inf would make it NaN (0 * inf), and finfo.min at a temperature below 1 too.
+# Lower biases are raised to this for the kernel, because -inf gives NaN (0 * inf), and so does finfo.min at a temperature below 1.
 _LOWEST_BIAS = -1e30
 
 
@@ -30,7 +30,7 @@ class OutputHead(NamedTuple):
 
 
 class Diagnostic(NamedTuple):
-    """A sum over tokens of a micro-batch and how many tokens it is over; both are summed over processes before dividing."""
+    """A sum over tokens of a micro-batch and the number of tokens. Both are summed over processes before dividing."""
 
     total_nats: torch.Tensor
     num_tokens: torch.Tensor
@@ -38,11 +38,11 @@ class Diagnostic(NamedTuple):
 
 def output_head(model: torch.nn.Module, dtype: torch.dtype) -> OutputHead:
     """
-    Read a causal language model's output head, with the logit scale and soft-capping of its config as TRL reads them.
+    Return a causal language model's output head, with the logit scale and soft-capping of its config, which TRL also reads.
 
     Args:
         model: An unwrapped transformers model, or a PEFT model without an adapter on the head.
-        dtype: Dtype of the hidden states. A head sharded by FSDP2 is gathered once and cast to it.
+        dtype: Dtype of the hidden states. A head that FSDP2 shards is gathered once and cast to this dtype.
 
     Returns:
         The head. Under ZeRO-3 its tensors may be empty: the kernel gathers them.
@@ -57,18 +57,18 @@ def output_head(model: torch.nn.Module, dtype: torch.dtype) -> OutputHead:
 
 
 def _logit_scale(config) -> float:
-    # Cohere; Muse Glimmer; Falcon-H1: the models that multiply, each under its own name
+    # The names of a factor in the configs of Cohere, Muse Glimmer and Falcon-H1
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if (scale := getattr(config, name, None)) is not None:
             return scale
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
-        # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
+        # Granite and MiniCPM3 divide by this value, HyperCLOVA X multiplies by it
         return scaling if config.model_type == "hyperclovax" else 1 / scaling
     return 1.0
 
 
 def logits_of(hidden_BTH: torch.Tensor, head: OutputHead) -> torch.Tensor:
-    """Return a head's logits, [B, T, V] in float32, as the loss computes them. For a few positions: it is one tensor."""
+    """Return a head's logits, [B, T, V] in float32, as the loss computes them. Use it for few positions: it is one tensor."""
     logits_BTV = (hidden_BTH.to(head.weight_VH.dtype) @ head.weight_VH.T).float()
     if head.bias_V is not None:
         logits_BTV = logits_BTV + head.bias_V.float()
@@ -86,28 +86,27 @@ def per_token_divergence(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Full-vocabulary divergence at each token, and the student's entropy there.
+    Return the full-vocabulary divergence and the student's entropy at each token.
 
     TRL's chunked kernel projects the tokens in tiles, so no [tokens, vocabulary] tensor of the whole batch exists.
-    Gradients flow to the student's hidden states and head only.
+    Gradients flow to the student's hidden states and head only. A token that the biases of both heads mask with -inf has no
+    probability and adds no divergence.
 
     Args:
         student_hidden_BTH, teacher_hidden_BTH: Last hidden states that predict the completion's tokens. Both models see
             the same completion, so the positions align although the prompts differ.
         student_head, teacher_head: See [`output_head`].
         loss_mask_BT: 1 where a token is in the loss, else 0.
-        beta: 1 for the reverse KL(student || teacher), 0 for the forward KL(teacher || student), between them the
+        beta: 1 for the reverse KL(student || teacher), 0 for the forward KL(teacher || student), in between the
             generalized JSD with mixture (1 - beta) * student + beta * teacher.
         temperature: Softmax temperature of both distributions.
-
-    A token that both heads' biases mask with -inf has no probability and carries no divergence.
 
     Returns:
         The divergence and the student's entropy, both [B, T] in nats, float32, zero where the mask is zero.
 
     Raises:
-        ValueError: If the divergence is infinite: for beta 1 the teacher's bias masks a token that the student can give,
-            for beta 0 the student's masks one of the teacher's.
+        ValueError: If the divergence is infinite: with beta 1 if the teacher's bias masks a token that the student can generate,
+            with beta 0 if the student's bias masks a token that the teacher can generate.
     """
     if beta in (0.0, 1.0):
         sides = [("student", student_head), ("teacher", teacher_head)]
@@ -115,7 +114,7 @@ def per_token_divergence(
         if len(tokens := _only_masked_by(masker_head, giver_head).nonzero()):
             raise ValueError(
                 f"the divergence is infinite: the bias of the {masker}'s output head is -inf for {len(tokens)} tokens, such "
-                f"as id {tokens[0].item()}, that the {giver} can give. Mask the same tokens in both, or set beta between 0 "
+                f"as id {tokens[0].item()}, that the {giver} can generate. Mask the same tokens in both, or set beta between 0 "
                 "and 1."
             )
     in_loss_BT = loss_mask_BT != 0
@@ -138,16 +137,16 @@ def sampled_diagnostics(
     max_tokens: int = 256,
 ) -> dict[str, Diagnostic]:
     """
-    Teacher's entropy and reverse KL over at most `max_tokens` tokens of the loss, evenly spaced.
+    Return the teacher's entropy and the reverse KL over at most `max_tokens` tokens of the loss, evenly spaced.
 
     Args:
         student_hidden_BTH, student_head, teacher_hidden_BTH, teacher_head, loss_mask_BT, temperature: As in
             [`per_token_divergence`].
-        max_tokens: Ours, because two [256, V] tiles cost little beside the pass itself and bound the error of the mean.
+        max_tokens: Our choice, because two [256, V] tiles cost little compared with the pass and bound the error of the mean.
 
     Returns:
         `teacher_entropy` and `reverse_kl`, float32. The reverse KL is infinite if the teacher masks a token that the student
-        can give.
+        can generate.
     """
     tokens_N = (loss_mask_BT != 0).flatten().nonzero().squeeze(1)
     if len(tokens_N) > max_tokens:
@@ -201,7 +200,7 @@ def _divergence(
 
 
 def _finite(bias_V: torch.Tensor | None) -> torch.Tensor | None:
-    # ZeRO-3's is gathered by the kernel, and refused at the start if it masks
+    # Under ZeRO-3 the kernel gathers the bias. A bias that masks tokens was refused at the start
     if bias_V is None or hasattr(bias_V, "ds_id"):
         return bias_V
     return bias_V.float().clamp(min=_LOWEST_BIAS)
@@ -209,7 +208,7 @@ def _finite(bias_V: torch.Tensor | None) -> torch.Tensor | None:
 
 def _only_masked_by(head: OutputHead, other: OutputHead) -> torch.Tensor:
     if head.bias_V is None or hasattr(head.bias_V, "ds_id") or head.softcap is not None:
-        # Soft-capping lifts a masked logit to -softcap
+        # Soft-capping raises a masked logit to -softcap, so the token keeps a probability
         return torch.zeros(1, dtype=torch.bool, device=head.weight_VH.device)
     masked_V = torch.isneginf(head.bias_V)
     return masked_V if other.bias_V is None else masked_V & (other.bias_V > MASKED_LOGIT)

@@ -1,1 +1,1 @@
-"""Which model: can it be had, are its files whole, can this package train it. Imports no trainer."""
+"""Checks of the model: can it be loaded, are its files whole, can this package train it. Does not import trl_crisp.trainer."""

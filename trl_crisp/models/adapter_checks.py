@@ -1,4 +1,4 @@
-"""Which adapters student and teacher can share one base model with."""
+"""Checks whether student and teacher can share one base model with an adapter."""
 
 import dataclasses
 import warnings
@@ -13,8 +13,8 @@ from trl_crisp.config import CRISPConfig
 
 ADAPTER_NAME = "teacher"
 
-# Fields of a LoRA config that say which layers get an adapter, of which size, and how it starts. All are with the teacher's
-# as with the student's, so sharing is exact (tests/models/test_adapter_checks.py has each).
+# Fields of a LoRA config for the adapted layers, the adapter's size and its initial values. They have the same effect on the
+# teacher's adapter as on the student's, so sharing is exact (tests/models/test_adapter_checks.py tests each field).
 _SHAREABLE_FIELDS = {
     "alpha_pattern",
     "corda_config",
@@ -41,16 +41,16 @@ _SHAREABLE_FIELDS = {
     "use_rslora",
     "velora_config",
 }
-# Fields that change no number: what the config is, and where it comes from
+# Fields that only describe the config and its origin, without an effect on numbers
 _DESCRIPTIVE_FIELDS = {field.name for field in dataclasses.fields(PeftConfig)} | {"megatron_core"}
 _WHY_NOT_SHAREABLE = {
-    "alora_invocation_tokens": "activates the adapter by a pass of PEFT's own, which the loss steps around: no gradient",
-    "arrow_config": "routes between several adapters, and one is trained here",
+    "alora_invocation_tokens": "activates the adapter in PEFT's own forward, which the loss bypasses, so it would get no gradient",
+    "arrow_config": "routes between several adapters, but only one adapter is trained here",
     "bias": "trains biases of the base model, so the teacher would change with the student",
-    "ensure_weight_tying": "ties an adapter of the embedding to one of the output head, whose own weight the loss reads",
-    "kasa_config": "truncates the base model's weights for each adapter, so the teacher's would do it a second time",
-    "layer_replication": "copies layers for each adapter, so the teacher's would do it a second time",
-    "megatron_config": "is for Megatron's layers, which the loss does not know",
+    "ensure_weight_tying": "ties an adapter of the embedding to one of the output head, but the loss reads the head's own weight",
+    "kasa_config": "truncates the base model's weights for each adapter, so the teacher's adapter would truncate them again",
+    "layer_replication": "copies layers for each adapter, so the teacher's adapter would copy them again",
+    "megatron_config": "is for Megatron's layers, which the loss does not support",
     "modules_to_save": "trains whole modules, so the teacher would change with the student",
     "monteclora_config": "samples weights and needs a loss term of its own, which is not added here",
     "trainable_token_indices": "trains rows of the embedding, so the teacher would change with the student",
@@ -59,14 +59,14 @@ _WHY_NOT_SHAREABLE = {
 
 def check_adapter_config(config: PeftConfig, name: str = "default") -> None:
     """
-    Check that an adapter of this config can be shared, before a model gets one.
+    Check that an adapter with this config can be shared, before it is added to a model.
 
     Args:
         config: The adapter's config.
-        name: The adapter's name, for the error.
+        name: The adapter's name, for the error message.
 
     Raises:
-        ValueError: If it is no LoRA config, or has a field with which sharing would not be exact.
+        ValueError: If it is not a LoRA config, or has a field with which sharing would not be exact.
     """
     if not isinstance(config, LoraConfig) or getattr(config.peft_type, "value", config.peft_type) != "LORA":
         raise ValueError(
@@ -77,7 +77,9 @@ def check_adapter_config(config: PeftConfig, name: str = "default") -> None:
         value = getattr(config, field.name)
         if field.name in _SHAREABLE_FIELDS | _DESCRIPTIVE_FIELDS or not value or value == _default(field):
             continue
-        why = _WHY_NOT_SHAREABLE.get(field.name, "is not known to be shared rightly by student and teacher")
+        why = _WHY_NOT_SHAREABLE.get(
+            field.name, "is not known to work with a base model that student and teacher share"
+        )
         raise ValueError(
             f"the LoRA config's {field.name}={value!r} {why}. Remove {field.name}, or train the full model."
         )
@@ -85,10 +87,10 @@ def check_adapter_config(config: PeftConfig, name: str = "default") -> None:
 
 def check_adapters_of(model: Any, config: PeftConfig | None) -> None:
     """
-    Check the adapters that a model (or the id or path of one) has, or is to get, by their configs.
+    Check the configs of a model's active adapters, or the config of the adapter that it will get.
 
     Raises:
-        ValueError: As [`check_adapter_config`].
+        ValueError: See [`check_adapter_config`].
     """
     if isinstance(config, PeftConfig):
         check_adapter_config(config)
@@ -112,19 +114,19 @@ def check_adapter(model: Any, args: CRISPConfig, accelerator: Accelerator) -> No
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         raise ValueError(
-            "LoRA with a shared teacher does not work under DeepSpeed ZeRO-3: the teacher's pass over the same modules "
+            "LoRA with a shared base model does not work under DeepSpeed ZeRO-3: the teacher's pass over the same modules "
             "breaks its parameter trace. Use ZeRO-2 or FSDP2 (examples/accelerate/zero2.yaml, fsdp2.yaml)."
         )
     active = model.active_adapters
     if len(active) != 1:
         raise ValueError(
-            f"the model has {len(active)} active adapters ({', '.join(active)}); one is trained and shared with the "
-            "teacher. Activate one with `model.set_adapter(name)`."
+            f"the model has {len(active)} active adapters ({', '.join(active)}), but exactly one can be trained. Activate one "
+            "with `model.set_adapter(name)`."
         )
     name = active[0]
     if name == ADAPTER_NAME:
         raise ValueError(
-            f"the student's adapter is called {ADAPTER_NAME!r}, which is the name of the teacher's. Load it under another "
+            f"the student's adapter is called {ADAPTER_NAME!r}, which is the name of the teacher's adapter. Load it under another "
             "name, such as 'default'."
         )
     check_adapter_config(model.peft_config[name], name)
@@ -137,9 +139,8 @@ def check_adapter(model: Any, args: CRISPConfig, accelerator: Accelerator) -> No
     dtype = model.get_input_embeddings().weight.dtype
     if args.use_vllm and dtype in (torch.bfloat16, torch.float16):
         warnings.warn(
-            f"TRL merges the adapter into the {dtype} base model and takes it out again for each update of vLLM, which "
-            "rounds: the base model drifts, and with it the teacher (huggingface/trl#6688). Load the model in float32, or "
-            "train the full model.",
+            f"for each update of vLLM, TRL merges the adapter into the {dtype} base model and unmerges it, which rounds. The base "
+            "model drifts, and the teacher with it (huggingface/trl#6688). Load the model in float32, or train the full model.",
             stacklevel=5,
         )
 
@@ -153,7 +154,7 @@ def _check_trained_parameters(model: Any, name: str) -> None:
         )
     if others := [n for n in trained if "lora_" not in n]:
         raise ValueError(
-            f"{len(others)} parameters of the base model are trainable beside the adapter, such as {others[0]}. Student and "
+            f"{len(others)} parameters of the base model are trainable in addition to the adapter, such as {others[0]}. Student and "
             "teacher share them, so the teacher would change with the student. Freeze them with requires_grad_(False), or "
             "train the full model."
         )

@@ -1,4 +1,4 @@
-"""Whether the loss is right on a model: checked at the start on the model itself, by a few short forward passes."""
+"""Checks at the start, by a few short forward passes, that the loss is correct for a model."""
 
 import warnings
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from trl_crisp.models.hidden_states import (
     tolerance_of,
 )
 
-# Ours: enough tokens for a median, and enough padding for a shift of the positions to show
+# Our choice: enough tokens for a median, and enough padding to detect shifted positions
 _TOKENS = 8
 _PADDING_TOKENS = 16
 
@@ -32,10 +32,10 @@ class _UnfitModel(ValueError):
 
 def check_config(model: nn.Module) -> None:
     """
-    Check what needs no forward pass.
+    Check what can be checked without a forward pass.
 
     Raises:
-        ValueError: If no parameter is trained, or the config asks for a loss of its own.
+        ValueError: If no parameter is trainable, or the config adds another loss.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
@@ -50,7 +50,7 @@ def check_config(model: nn.Module) -> None:
     if getattr(config, "output_router_logits", False):
         raise ValueError(
             "the model's config has output_router_logits=True, which adds a load-balancing loss to the model's own loss. "
-            "The divergence is trained alone, so it would have no effect. Set model.config.output_router_logits = False."
+            "CRISP trains the divergence only, so it would have no effect. Set model.config.output_router_logits = False."
         )
 
 
@@ -62,22 +62,22 @@ def needs_positions(
     accelerator: Accelerator,
 ) -> bool:
     """
-    Check that the loss reads a model right, and return whether its padded rows have to come with position ids.
+    Check that the loss is correct for a model, and return whether its padded rows need position ids.
 
-    A short row is passed with and without padding on its left, and the head's logits are compared with the model's own.
-    The model, its modes, its gradients and the random numbers stay as they are.
+    A short row is passed with and without padding on its left, and the head's logits are compared with the model's own logits.
+    The model, its modes, its gradients and the random states do not change.
 
     Args:
         model: The teacher's module, or the student's if the teacher is a part of it.
-        wrapped: The same as the distributed backend wrapped it; all processes run it. `None` if it is not wrapped yet, and
-            its weights may be in the first process only, whose answer is then everyone's.
+        wrapped: The same module as the distributed backend wrapped it; all processes run it. `None` if it is not wrapped yet. Then
+            its weights may be in the first process only, so the result of that process is used by all.
         redirect: TRL's `_ForwardRedirection`.
         pad_token_id: The id under the padding.
         accelerator: The run's accelerator.
 
     Raises:
-        ValueError: If padding changes the hidden states whatever the positions, if the model is not causal, or if its
-            logits are not those of its output head.
+        ValueError: If padding changes the hidden states even with position ids, if the model is not causal, or if its logits are
+            not those of its output head.
     """
     if wrapped is not None:
 
@@ -87,7 +87,7 @@ def needs_positions(
 
         found = _probe(run_wrapped, model, is_ready=True)
     else:
-        # Under DeepSpeed and FSDP it is not where it will be trained, and has kernels that run there only
+        # Under DeepSpeed and FSDP the model is not on its device yet, and some kernels run only there
         is_ready = model.get_input_embeddings().weight.device.type == accelerator.device.type  # type: ignore[operator]
         result = [None]
         if accelerator.is_main_process:
@@ -97,8 +97,8 @@ def needs_positions(
         raise ValueError(str(found)) from found.__cause__
     if found is None:
         warnings.warn(
-            "whether padding changes the model's hidden states could not be checked before it is on its device, so no "
-            "position ids are passed. That is right for models with rotary or other relative positions.",
+            "it could not be checked whether padding changes the model's hidden states, because the model is not on its device "
+            "yet. No position ids are passed, which is correct for models with rotary or other relative positions.",
             stacklevel=3,
         )
     return bool(found)
@@ -124,21 +124,21 @@ def _probe(run: Callable[[], bool], model: nn.Module, is_ready: bool) -> Any:
 
 @torch.no_grad()
 def probe_model(model: nn.Module, pad_token_id: int) -> bool:
-    """Do what [`needs_positions`] describes, in one process on parameters that are there."""
+    """Run the check of [`needs_positions`] in one process, which must have all parameters."""
     vocab_size = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    # Spread over the vocabulary; twice the tokens that are compared, so that later ones can show in earlier ones
+    # The ids are spread over the vocabulary. The row has twice the compared tokens, to detect an effect of later tokens
     ids = [(i + 1) * vocab_size // (2 * _TOKENS + 1) for i in range(2 * _TOKENS)]
     row = torch.tensor([[i if i != pad_token_id else (i + 1) % vocab_size for i in ids]], device=device)
     ones = torch.ones_like(row)
     padding = torch.full((1, _PADDING_TOKENS), pad_token_id, device=device)
-    # Beside it a row that is padded on its right, as in a batch
+    # The second row is padded on its right, so both kinds of padding are in one batch
     padded = torch.cat([torch.cat([padding, row[:, :_TOKENS]], 1), torch.cat([row, padding[:, _TOKENS:]], 1)])
     mask = torch.ones_like(padded)
     mask[0, :_PADDING_TOKENS] = 0
     mask[1, 2 * _TOKENS :] = 0
 
-    # Some kernels draw random numbers even where none are used
+    # Some kernels draw random numbers even if they do not use them
     with evaluation_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         hidden = last_hidden_state(model, row, ones, pass_positions=False)
         if not torch.isfinite(hidden).all():
@@ -152,26 +152,26 @@ def probe_model(model: nn.Module, pad_token_id: int) -> bool:
         if difference(first_half, alone) > tolerance:
             raise _UnfitModel(
                 f"{_name(model)} is not causal: later tokens change the hidden states of earlier ones, so rollouts and loss "
-                "would be of different distributions. Set is_decoder=True in its config if it has that field, or train "
+                "would have different distributions. Set is_decoder=True in its config if it has that field, or train "
                 "another model."
             )
-        # generate passes positions only to a model whose own forward names them
+        # generate passes position ids only if the model's own forward has that argument
         takes_positions = takes(causal_model(model), "position_ids") and takes(backbone(model), "position_ids")
         for pass_positions in (False, True) if takes_positions else (False,):
             hidden = last_hidden_state(model, padded, mask, pass_positions)[0, _PADDING_TOKENS:]
             if difference(hidden, alone) <= tolerance:
                 return pass_positions
     raise _UnfitModel(
-        f"{_name(model)} gives other hidden states when a row is padded on its left, and position ids do not mend it: it "
-        "ignores the attention mask, or counts positions from the padding on. The rows of a batch differ in length, so "
-        "rollouts and loss would be wrong. Train another model."
+        f"{_name(model)} gives other hidden states when a row is padded on its left, even with position ids: it ignores the "
+        "attention mask, or counts the padding in the positions. The rows of a batch differ in length, so rollouts and loss "
+        "would be wrong. Train another model."
     )
 
 
 def _check_head(
     model: nn.Module, hidden_BTH: torch.Tensor, ids_BT: torch.Tensor, mask_BT: torch.Tensor, tolerance: float
 ) -> None:
-    advice = "The loss reads the head's weight and bias, so it would be of another distribution. Train another model."
+    advice = "The loss reads the head's weight and bias, so it would use another distribution. Train another model."
     own_BTV = causal_model(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
     head = output_head(model, hidden_BTH.dtype)
     hidden_BTH = hidden_BTH.to(head.weight_VH.device)
@@ -195,8 +195,8 @@ def _check_head(
     same_mask = torch.equal(own_BTV < MASKED_LOGIT, read_BTV < MASKED_LOGIT)
     if not same_mask or difference(read_BTV[0], own_BTV[0]) > tolerance:
         raise _UnfitModel(
-            f"{_name(model)} gives other logits than its output head (get_output_embeddings) gives of its last hidden "
-            f"states: it transforms them in a way that is not known here. {advice}"
+            f"{_name(model)} gives other logits than its output head (get_output_embeddings) computes from its last hidden "
+            f"states: it transforms them in an unknown way. {advice}"
         )
 
 

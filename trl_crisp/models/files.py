@@ -1,11 +1,11 @@
-"""Whether the files of a model in a local directory are whole."""
+"""Checks that the files of a model in a local directory are whole."""
 
 import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
-# What transformers and PEFT read; other files in the directory are not theirs
+# The JSON files that transformers and PEFT read; other files are not checked
 _JSON_FILES = (
     "config.json",
     "generation_config.json",
@@ -26,12 +26,12 @@ def check_model_files(directory: Path, subject: str) -> None:
     Check that the files of a model or an adapter can be read, without loading the weights.
 
     Args:
-        directory: What `save_pretrained` wrote.
-        subject: What the user calls it, for the messages.
+        directory: A directory that `save_pretrained` wrote.
+        subject: The user's name for it, for error messages.
 
     Raises:
-        ValueError: For a file that is torn; it is named.
-        FileNotFoundError: Where weights are missing.
+        ValueError: If a file is torn; the message names it.
+        FileNotFoundError: If weights are missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -54,18 +54,18 @@ def check_model_files(directory: Path, subject: str) -> None:
         if name.endswith(".index.json"):
             if not isinstance(content.get("weight_map"), dict):
                 raise torn(path, "it has no weight_map")
-            # Of torch's own format only where there is nothing else: the index alone often comes along
+            # The index of torch's format is used only without safetensors files, because it is often present without its shards
             if name.startswith("model.") or not (shards or any(directory.glob("*.safetensors"))):
                 shards = set(map(str, content["weight_map"].values()))
     if missing := sorted(name for name in shards if not (directory / name).is_file()):
         raise FileNotFoundError(
-            f"{subject}: the index of the weights names {', '.join(missing)}, and there is no such file. Copy or download the rest "
-            "of the model."
+            f"{subject}: the index of the weights names {', '.join(missing)}, which does not exist. Copy or download the rest of "
+            "the model."
         )
     patterns = ("*.safetensors", "*.bin")
     if (directory / "config.json").is_file() and not any(any(directory.glob(pattern)) for pattern in patterns):
         raise FileNotFoundError(
-            f"{subject}: the directory has a config.json and no weights (*.safetensors). Give the directory that save_pretrained "
+            f"{subject}: the directory has a config.json but no weights (*.safetensors). Give the directory that save_pretrained "
             "wrote."
         )
     for name in (*_WEIGHTS_FILES, *sorted(shards)):
@@ -73,14 +73,14 @@ def check_model_files(directory: Path, subject: str) -> None:
         if not path.is_file():
             continue
         if path.suffix == ".bin":
-            # A zip archive, whose table of contents is at its end; those of old versions of torch are none
+            # A zip archive has its table of contents at its end. Files of old versions of torch are not zip archives
             with path.open("rb") as file:
                 is_archive = file.read(4) == b"PK\x03\x04"
             if path.stat().st_size == 0 or (is_archive and not zipfile.is_zipfile(path)):
                 raise torn(path, "it was cut off")
             continue
         try:
-            # Reads the header, and compares it with the file's size
+            # safe_open reads the header and compares it with the file's size
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:

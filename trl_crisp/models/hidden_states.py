@@ -1,4 +1,4 @@
-"""How a model is run: its body without the head, the positions of padded rows; and whether two passes of it agree."""
+"""Runs a model's body without its head, with the positions of padded rows, and compares the outputs of two passes."""
 
 import inspect
 import math
@@ -9,26 +9,26 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
-# Ours: of passes in float32. Rounding stays a hundred times below it; the weakest effect of positions that was found on
-# transformers' models is above it.
+# Tolerance for passes in float32. Our choice: rounding stays a hundred times below it, and the weakest effect of positions that
+# we found in transformers' models is above it.
 _FLOAT32_TOLERANCE = 1e-4
 _LOWEST_COMPARED = -9e3
 
 
 def causal_model(model: nn.Module) -> nn.Module:
-    """Return the transformers model within a PEFT model, or the model itself."""
+    """Return the transformers model inside a PEFT model, or the model itself."""
     return model.base_model.model if is_peft_model(model) else model  # type: ignore[union-attr, return-value]
 
 
 def backbone(model: nn.Module) -> nn.Module:
     """
-    Return the part of a causal language model that ends in its last hidden states.
+    Return the part of a causal language model that computes its last hidden states.
 
     Raises:
-        ValueError: If the model names no such part.
+        ValueError: If the model has no such part.
     """
     model = causal_model(model)
-    # Llama 4's text model names its body otherwise than its class says
+    # Llama 4's text model has its body as `model`, although its class declares another name
     body = model.base_model if model.base_model is not model else getattr(model, "model", None)
     if not isinstance(body, nn.Module):
         raise ValueError(
@@ -44,7 +44,7 @@ def positions_of(attention_mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def takes(module: nn.Module, argument: str) -> bool:
-    """Return whether a module's forward names an argument."""
+    """Return whether a module's forward has an argument of this name."""
     return argument in inspect.signature(module.forward).parameters
 
 
@@ -58,8 +58,8 @@ def last_hidden_state(
         model: An unwrapped transformers model, or a PEFT model.
         input_ids_BT: Token ids.
         attention_mask_BT: 1 for a token, 0 for padding on either side.
-        pass_positions: Pass the positions of [`positions_of`]. A model that learned an embedding for each position needs
-            them; one with relative positions gives the same without.
+        pass_positions: Pass the positions of [`positions_of`]. A model with a learned embedding for each position needs them; a
+            model with relative positions gives the same output without them.
     """
     positions = {"position_ids": positions_of(attention_mask_BT)} if pass_positions else {}
     output = backbone(model)(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **positions)
@@ -68,7 +68,7 @@ def last_hidden_state(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own on leaving."""
+    """Put a model into evaluation mode, and restore the mode of each of its modules on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -80,17 +80,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def difference(output_TH: torch.Tensor, expected_TH: torch.Tensor) -> float:
     """
-    Return how far the median row of a pass is from that of another, relative to its norm; infinite for NaN. Logits that mask a
-    token (-inf, finfo.min) are left out.
+    Return the median over rows of the relative distance between two outputs; infinite for NaN. Logits that mask a token (-inf,
+    finfo.min) are left out.
     """
     output_TH, expected_TH = (x.float().masked_fill(x < _LOWEST_COMPARED, 0) for x in (output_TH, expected_TH))
-    # Of the median row: rounding can send a token to another expert, while padding changes all of them
+    # The median, because rounding can route single tokens to another expert, while padding changes all tokens
     errors_T = (output_TH - expected_TH).norm(dim=-1) / expected_TH.norm(dim=-1).clamp(min=1e-30)
     return errors_T.median().nan_to_num(math.inf).item()
 
 
 def tolerance_of(model: nn.Module, output: torch.Tensor) -> float:
-    """Return the [`difference`] that rounding explains, for the coarsest of the model's dtypes."""
+    """Return the largest [`difference`] that rounding explains, for the coarsest of the model's dtypes."""
     dtypes = {output.dtype, *(parameter.dtype for parameter in model.parameters())}
     # Quantized weights (integers) are multiplied in bfloat16, and matrices on a GPU may be in TF32, as coarse as float16
     floats = {dtype if dtype.is_floating_point else torch.bfloat16 for dtype in dtypes}

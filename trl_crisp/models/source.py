@@ -1,4 +1,4 @@
-"""Whether the model that the user names can be had, before anything heavy begins."""
+"""Checks early that the model that the user names can be loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +12,17 @@ def check_model(
     name: str | None, revision: str, trust_remote_code: bool, field_name: str = "model_name_or_path"
 ) -> str:
     """
-    Check that the model can be had, by reading its config and, of a local one, its files, and return its name.
+    Check that the model can be loaded, by its config and, if it is local, its files, and return its name.
 
     Args:
         name: A Hub id, or a directory.
-        revision: Of the Hub id.
-        trust_remote_code: As transformers' own.
-        field_name: What the user calls it, for the messages.
+        revision: The revision of the Hub id.
+        trust_remote_code: As in transformers.
+        field_name: The user's name for the argument, for error messages.
 
     Raises:
-        ValueError: Where no model is named, and for a local one whose files are torn.
-        FileNotFoundError: Where there is no such directory, model or revision.
+        ValueError: If no model is named, or a local model has torn files.
+        FileNotFoundError: If the directory, the model or the revision does not exist.
         PermissionError, ConnectionError: See [`~trl_crisp.rows.hub.raise_for_hub`].
     """
     from transformers import AutoConfig
@@ -54,7 +54,7 @@ def check_tokenizer(name: str, trust_remote_code: bool) -> None:
     Check that the tokenizer of a local model can be loaded.
 
     Raises:
-        ValueError: If it cannot, with the reason.
+        ValueError: If it cannot be loaded; the message gives the reason.
     """
     from transformers import AutoTokenizer
 
@@ -66,17 +66,17 @@ def check_tokenizer(name: str, trust_remote_code: bool) -> None:
 @contextmanager
 def loading_errors_named(name: str, what: str, field_name: str = "model") -> Iterator[None]:
     """
-    Let what loads a part of a model inside this context raise an error that names the model.
+    Turn errors of loading a part of a model inside this context into errors that name the model.
 
     Args:
         name: A Hub id, or a directory.
-        what: Is loaded, for the messages.
-        field_name: What the user calls the model.
+        what: The part that is loaded, for error messages.
+        field_name: The user's name for the model.
 
     Raises:
-        ValueError: For what transformers, PEFT and the readers of files raise.
+        ValueError: For errors of transformers, PEFT and the file readers.
         FileNotFoundError, PermissionError, ConnectionError: See [`~trl_crisp.rows.hub.raise_for_hub`].
-        ImportError: Where a package is missing that the model needs.
+        ImportError: If a package that the model needs is missing.
     """
     try:
         yield
@@ -93,6 +93,6 @@ def loading_errors_named(name: str, what: str, field_name: str = "model") -> Ite
                     raise
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         if isinstance(error, KeyError) and str(error).startswith("'base_model."):
-            # PEFT's, of a module that was trained whole
+            # PEFT raises this if the weights of a fully trained module are missing
             reason = f"the files have no {error}"
         raise ValueError(f"{field_name}={name!r}: {what} cannot be loaded: {reason}") from error

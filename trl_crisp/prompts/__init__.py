@@ -1,1 +1,1 @@
-"""Both prompts of a row: the instructions, the teacher's prompt, and what is thinking in a completion. Imports no trainer."""
+"""Student and teacher prompts, the instructions, and the count of thinking tokens. Does not import trl_crisp.trainer."""

@@ -1,4 +1,4 @@
-"""Which keys of `chat_template_kwargs` are flags of a chat template, and which steer how it is applied."""
+"""Which keys of `chat_template_kwargs` a user may set: flags of the template, but not arguments of its application."""
 
 import inspect
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 
 def check_chat_template_kwargs(flags: Any, field_name: str = "chat_template_kwargs") -> None:
     """
-    Check that what goes into a chat template beside the messages are flags of the template.
+    Check that all keys of `chat_template_kwargs` are flags of the chat template.
 
     Args:
         flags: A mapping, or `None`.
-        field_name: What the user calls it, for the messages.
+        field_name: The user's name for it, for error messages.
 
     Raises:
-        ValueError: For what is no mapping, and for keys that we or the tokenizer set: with them the prompts would end otherwise,
-            be cut, or not be the rows'.
+        ValueError: If `flags` is not a mapping, or has a key that the trainer or the tokenizer sets. Such a key could change the
+            prompts' end, cut them, or replace them.
     """
     if flags is None:
         return
@@ -25,10 +25,10 @@ def check_chat_template_kwargs(flags: Any, field_name: str = "chat_template_kwar
     from transformers import PreTrainedTokenizerBase
 
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    # Documents are content that some templates take; `messages` is what templates call the conversation
+    # `documents` is allowed, because some templates take documents as content. Templates call the conversation `messages`
     reserved = ({*parameters, "messages"}) - {"self", "kwargs", "documents"}
     if taken := sorted(reserved & flags.keys()):
         raise ValueError(
-            f"{field_name} has {', '.join(taken)}, which is no flag of a chat template: it says how the template is applied, which is "
-            "not for the user to set. Remove it, and keep the template's own flags, such as enable_thinking."
+            f"{field_name} has {', '.join(taken)}, which is not a flag of a chat template: it sets how the template is applied, and "
+            "only the trainer sets that. Remove it, and keep the template's own flags, such as enable_thinking."
         )

@@ -1,11 +1,11 @@
-"""Whether a prompt can be asked at all: a text, or a list of messages, that says something."""
+"""Checks that a prompt is a non-empty text or a valid list of messages."""
 
 from typing import Any, Literal
 
 PromptKind = Literal["text", "messages"]
 
 _FORM = "a prompt is a string or a list of messages with 'role' and 'content'"
-_WAY_OUT = "Mend or remove such rows."
+_WAY_OUT = "Correct or remove such rows."
 _KIND_NAMES = {"text": "a string", "messages": "a list of messages"}
 
 
@@ -14,16 +14,15 @@ def check_prompt(prompt: Any, where: str, kind: PromptKind | None = None) -> Pro
     Check a prompt's form and that it is not empty.
 
     Args:
-        prompt: What a row holds.
-        where: The place, for the message: the row and the column.
-        kind: What the prompts before it are; any if `None`.
+        prompt: A row's value.
+        where: The row and the column, for the error message.
+        kind: The kind of the prompts before it. If `None`, any kind is accepted.
 
     Returns:
-        What this one is.
+        The kind of this prompt.
 
     Raises:
-        ValueError: With `where`, for a prompt that is null, empty or of another kind, and for a message without a role or
-            content.
+        ValueError: If the prompt is null, empty or of another kind, or a message has no role or content. The message has `where`.
     """
     if prompt is None:
         raise ValueError(f"{where} holds nothing (null), and {_FORM}. {_WAY_OUT}")
@@ -39,14 +38,14 @@ def check_prompt(prompt: Any, where: str, kind: PromptKind | None = None) -> Pro
     if kind is not None and found != kind:
         raise ValueError(
             f"{where} holds {_KIND_NAMES[found]} ({str(prompt)[:80]!r}), and the rows before it {_KIND_NAMES[kind]}: a chat "
-            "template applies to messages alone, so all have to be of one type. Mend or remove such rows."
+            f"template applies to messages only, so all prompts must be of one type. {_WAY_OUT}"
         )
     return found
 
 
 def _check_messages(messages: list[Any], where: str) -> None:
     if not messages:
-        raise ValueError(f"{where} holds an empty prompt, a list of no messages. {_WAY_OUT}")
+        raise ValueError(f"{where} holds an empty prompt, a list without messages. {_WAY_OUT}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(
@@ -58,14 +57,14 @@ def _check_messages(messages: list[Any], where: str) -> None:
                 f"{where}: message {i} has no 'role'; its keys are {', '.join(map(str, message)) or 'none'}, and {_FORM}. "
                 f"{_WAY_OUT}"
             )
-        # The call is what such a message says
+        # A message with tool calls needs no other content
         if content is None and role != "user" and message.get("tool_calls"):
             continue
         if content is None:
             has = "'content' null" if "content" in message else "no 'content'"
             raise ValueError(
-                f"{where}: message {i}, of role {role!r}, has {has}; only an assistant's message with 'tool_calls' can do "
-                f"without. {_WAY_OUT}"
+                f"{where}: message {i}, of role {role!r}, has {has}; only an assistant's message with 'tool_calls' may lack "
+                f"it. {_WAY_OUT}"
             )
         if not isinstance(content, str) and not (
             isinstance(content, list) and all(isinstance(block, dict) for block in content)
@@ -76,7 +75,7 @@ def _check_messages(messages: list[Any], where: str) -> None:
             )
     users = [message["content"] for message in messages if message["role"] == "user"]
     if users and _says_nothing(users[-1]):
-        raise ValueError(f"{where} holds an empty prompt: its last user message says nothing. {_WAY_OUT}")
+        raise ValueError(f"{where} holds an empty prompt: its last user message is empty. {_WAY_OUT}")
 
 
 def _says_nothing(content: str | list[dict[str, Any]]) -> bool:

@@ -1,6 +1,6 @@
-"""The conciseness instructions, and how a student's prompt becomes the teacher's.
+"""The conciseness instructions, and how the teacher's prompt is built from the student's.
 
-A prompt is what TRL calls one: a string (standard format) or a list of messages (conversational format).
+As in TRL, a prompt is a string (standard format) or a list of messages (conversational format).
 """
 
 import copy
@@ -14,9 +14,9 @@ Prompt = str | list[dict[str, Any]]
 # (paper, Figure 2).
 DAPO_OPENING_SENTENCE = "Solve the following math problem step by step."
 
-# v1 and v2 are the paper's, word for word (Sec. 3, Appendix "Prompts"; in v1 the paper prints a colon after "Be direct"
-# where the authors' code has a dash). The paper prints v3, v4 and v5 in abridged form only: the wording here is ours.
-# "general" is ours: for prompts that are not math problems.
+# v1 and v2 are the paper's, word for word (Sec. 3, Appendix "Prompts"; in v1 the paper prints a colon after "Be direct",
+# the authors' code a dash). The paper prints v3, v4 and v5 only in abridged form, so their wording here is our own. We added
+# "general" for prompts that are not math problems.
 INSTRUCTIONS: dict[str, str] = {
     "v1": (
         "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary elaboration, redundant "
@@ -49,7 +49,7 @@ INSTRUCTIONS: dict[str, str] = {
     ),
 }
 
-# Explicit targets, for ablation (authors' code); the paper finds that qualitative instructions beat them.
+# Explicit targets for ablations (authors' code). The paper finds that qualitative instructions work better.
 _PERCENT_TEMPLATE = (
     "Solve the following math problem correctly using {percent}% fewer tokens than you normally would. Be more concise -- "
     "cut unnecessary elaboration, redundant steps, and verbose explanations while preserving correctness."
@@ -60,14 +60,14 @@ _WORDS_TEMPLATE = (
 )
 
 
-# What a math problem has: a digit, LaTeX, or a word of its own
+# Signs of a math problem: a digit, LaTeX, or a word of mathematics
 _MATH = re.compile(
     r"\d|\\[a-zA-Z(\[]|\$|\b(?:equation|integer|prove|polynomial|triangle|probability|sum|solve)\b", re.IGNORECASE
 )
 
 
 def speaks_of_math(instruction: str) -> bool:
-    """Return whether an instruction calls what follows a math problem."""
+    """Return whether an instruction speaks of a math problem."""
     return "math problem" in instruction
 
 
@@ -82,15 +82,15 @@ def resolve_instruction(instruction: str) -> str:
     Return the text that `instruction` stands for.
 
     Args:
-        instruction: A name of the catalogue (a key of [`INSTRUCTIONS`], `"percent:50"`, `"words:200"`), the path of a
-            `.txt` file, or the text itself (anything with a space in it). `""` stands for no instruction.
+        instruction: A name from the catalogue (a key of [`INSTRUCTIONS`], `"percent:50"`, `"words:200"`), the path of a
+            `.txt` file, or the text itself (any text with a space). `""` stands for no instruction.
 
     Returns:
         The instruction's text, without surrounding whitespace.
 
     Raises:
-        ValueError: For a single word that is no name of the catalogue, a target out of range, or an empty file.
-        FileNotFoundError: For a `.txt` path where there is no file.
+        ValueError: If a single word is not a name in the catalogue, a target is out of range, or the file is empty.
+        FileNotFoundError: If the `.txt` file does not exist.
     """
     text = instruction.strip()
     if text in INSTRUCTIONS:
@@ -107,16 +107,16 @@ def resolve_instruction(instruction: str) -> str:
         if not path.is_file():
             raise FileNotFoundError(
                 f"instruction={instruction!r}: there is no such file (looked in {path.resolve().parent}). Give an existing "
-                ".txt file, the text itself, or a name of the catalogue."
+                ".txt file, the text itself, or a name from the catalogue."
             )
-        # -sig: some editors begin a file with a byte order mark, which the model would read
+        # utf-8-sig removes the byte order mark that some editors write; the model would read it
         text = path.read_text(encoding="utf-8-sig").strip()
         if not text:
             raise ValueError(f"instruction={instruction!r}: the file is empty. Use instruction='' for no instruction.")
         return text
     if text and not re.search(r"\s", text):
         raise ValueError(
-            f"instruction={instruction!r} is no name of the catalogue. The names are {', '.join(INSTRUCTIONS)}, percent:N "
+            f"instruction={instruction!r} is not a name in the catalogue. The names are {', '.join(INSTRUCTIONS)}, percent:N "
             "and words:N. To give the text itself, write at least two words; to give a file, let its name end in .txt."
         )
     return text
@@ -131,23 +131,22 @@ def build_teacher_prompt(
     """
     Put the instruction's text into a student's prompt.
 
-    The user's text becomes the instruction, a blank line and the text. Where the text starts with `replaces`, that part
-    is taken out first, so that a DAPO row turns into the teacher's prompt of the paper's Figure 2. With `role="system"`
-    the instruction goes to the end of the system message (made if there is none) and only the taking out happens in the
-    user's text.
+    The user's text becomes the instruction, a blank line and the text. If the text starts with `replaces`, that part is removed
+    first, so that a DAPO row becomes the teacher's prompt of the paper's Figure 2. With `role="system"` the instruction is
+    appended to the system message (which is added if there is none), and `replaces` is still removed from the user's text.
 
     Args:
         prompt: The student's prompt, a string or a list of messages. Not modified.
         instruction: The instruction's text, as [`resolve_instruction`] returns it. `""` leaves the prompt as it is.
-        replaces: The student's own instruction, to take out of the user's text. `None` takes nothing out.
-        role: Where the instruction goes: the first user message, so that it stands before any tool turn, or the system
+        replaces: The student's own instruction, to remove from the user's text. `None` removes nothing.
+        role: Where the instruction goes: into the first user message, so that it comes before any tool turn, or into the system
             message.
 
     Returns:
-        The teacher's prompt, of the same type as `prompt`, and whether `replaces` was found and taken out.
+        The teacher's prompt, of the same type as `prompt`, and whether `replaces` was found and removed.
 
     Raises:
-        ValueError: Where there is no message to put the instruction into.
+        ValueError: If there is no message that can take the instruction.
     """
     if not instruction:
         return copy.deepcopy(prompt), False

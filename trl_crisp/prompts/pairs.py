@@ -1,4 +1,4 @@
-"""From a dataset's rows to pairs of student's and teacher's prompts, checked before the first step."""
+"""Adds the teacher's prompt to each row of a dataset, and checks both prompts before the first step."""
 
 import tempfile
 from collections.abc import Callable
@@ -14,28 +14,28 @@ from trl_crisp.prompts.checks import PromptKind, check_prompt
 from trl_crisp.prompts.instructions import Prompt, build_teacher_prompt
 
 _CHECK_BATCH_ROWS = 256
-# Of a stream, between the map and the filter
+# A temporary column of a stream, from the map to the filter: whether the row's prompts are short enough
 _FITS = "_crisp_fits"
 
 
 @dataclass
 class PromptReport:
-    """What the check of a dataset's rows found."""
+    """Findings of the check of a dataset's rows."""
 
     rows: int = 0
     dropped: int = 0
     replaced: int = 0
     given: int = 0
     longest_tokens: int = 0
-    # Of the first row, and so of all
+    # The kind of the first row's prompt; all rows must have it
     kind: PromptKind | None = None
 
     def describe(self, max_prompt_tokens: int | None) -> str:
         """Return the findings in two sentences."""
         if not self.rows:
-            return "the prompts of the stream are checked as they are read."
+            return "the prompts of the stream are checked when they are read."
         beside = self.rows - self.replaced - self.given
-        own = f" In {self.given} of them the teacher has a prompt of its own." if self.given else ""
+        own = f" {self.given} of them have their own teacher prompt." if self.given else ""
         placed = f" In {self.replaced} of them the teacher's instruction replaces the student's own, in {beside} it is added to the prompt."
         return (
             f"{self.rows - self.dropped} of {self.rows} rows kept; {self.dropped} dropped for a prompt of more than "
@@ -46,15 +46,15 @@ class PromptReport:
 
 class PromptPairs:
     """
-    Builds both prompts of a row, and checks that they differ in the instruction alone.
+    Builds the teacher's prompt of each row, and checks that both prompts differ and open the model's turn in the same way.
 
     Args:
-        instruction: The instruction's text; `""` for the same prompt on both sides.
+        instruction: The instruction's text; `""` gives both models the same prompt.
         replaces: The student's own instruction, see [`~trl_crisp.prompts.instructions.build_teacher_prompt`].
         role: Where the instruction goes.
-        tokenize: Turns a list of prompts into a list of token id lists, with the generation prompt; the trainer's, so
-            that chat-template flags and tools are the same on both sides.
-        max_prompt_tokens: Rows with a longer prompt on either side are dropped. `None` keeps all.
+        tokenize: Turns a list of prompts into a list of token id lists, with the generation prompt. This is the trainer's
+            function, so that both prompts get the same chat-template flags and tools.
+        max_prompt_tokens: Rows with a longer student or teacher prompt are dropped. `None` keeps all rows.
     """
 
     def __init__(
@@ -70,25 +70,25 @@ class PromptPairs:
         self.role = role
         self.tokenize = tokenize
         self.max_prompt_tokens = max_prompt_tokens
-        # The pairs of rows that lie on disk, for as long as the run needs them
+        # For a dataset on disk, the rows with both prompts are written here; the directory is removed with this object
         self._files = tempfile.TemporaryDirectory(prefix="trl-crisp-")
 
     def teacher_prompt(self, row: dict[str, Any]) -> tuple[Prompt, bool]:
         """
-        Return a row's teacher prompt, and whether the student's own instruction was taken out of it.
+        Return a row's teacher prompt, and whether the student's own instruction was removed from it.
 
-        A `teacher_prompt` in the row wins over the instruction.
+        If the row has a `teacher_prompt`, it is used instead of the instruction.
 
         Raises:
-            ValueError: Where the `teacher_prompt` is not of the prompt's type, or there is no place for the instruction.
+            ValueError: If the `teacher_prompt` is not of the prompt's type, or no message can take the instruction.
         """
         given = row.get("teacher_prompt")
         if given is None:
             return build_teacher_prompt(row["prompt"], self.instruction, self.replaces, self.role)
         if isinstance(given, str) != isinstance(row["prompt"], str):
             raise ValueError(
-                f"`teacher_prompt` is a {type(given).__name__} and `prompt` a {type(row['prompt']).__name__}; both have to "
-                "be strings, or both lists of messages, so that the same chat template applies."
+                f"`teacher_prompt` is a {type(given).__name__} and `prompt` a {type(row['prompt']).__name__}; both must be "
+                "strings, or both lists of messages, so that the same chat template applies."
             )
         return given, False
 
@@ -100,20 +100,20 @@ class PromptPairs:
 
         Args:
             dataset: Rows with `prompt` and optionally `teacher_prompt`. A stream is read later, row by row.
-            generation_prompt_tokens: How many tokens at the end of each prompt open the model's turn; they have to be
-                the same on both sides.
-            name: What to call the dataset in messages.
+            generation_prompt_tokens: How many tokens at the end of each prompt open the model's turn. They must be the same in
+                both prompts.
+            name: The dataset's name in messages.
 
         Returns:
-            The rows to train on, with `teacher_prompt` and its token ids as `teacher_prompt_ids`; and what was found. For a
-            stream that is complete when the stream has been read.
+            The rows to train on, with `teacher_prompt` and its token ids as `teacher_prompt_ids`; and the report. The report of a
+            stream is complete when the stream has been read.
 
         Raises:
-            ValueError: For a row whose prompts break the rules, named by its number; if no row is left.
+            ValueError: If a row's prompts are invalid (the message gives its number), or if no row is left.
         """
         report = PromptReport()
         if isinstance(dataset, IterableDataset):
-            # Counted from 0 like the rows of a Dataset; a stream's own index is that of its shard
+            # The report counts the rows from 0, as in a Dataset, because a stream's own index counts within a shard
             return self._select_stream(dataset, generation_prompt_tokens, report), report
 
         kept: list[int] = []
@@ -125,7 +125,8 @@ class PromptPairs:
             return added
 
         if dataset.format["type"] == "custom":
-            # Made once, here: made again on access, a prompt would not be the one that its teacher prompt was built from
+            # The transform is applied once, here. If it ran again on access, a prompt could differ from the one that its teacher
+            # prompt was built from
             dataset = Dataset.from_list(list(dataset))
         paired = dataset.map(
             pair,
@@ -133,7 +134,7 @@ class PromptPairs:
             batch_size=_CHECK_BATCH_ROWS,
             with_indices=True,
             features=_with_pair(dataset.features),
-            # Never a pair of another run: the prompts depend on the tokenizer and its template too
+            # The cache is not used, because the prompts also depend on the tokenizer and its template
             load_from_cache_file=False,
             new_fingerprint=generate_random_fingerprint(),
             keep_in_memory=not dataset.cache_files,
@@ -166,7 +167,7 @@ class PromptPairs:
     def _pair(
         self, rows: list[dict[str, Any]], first_row: int, generation_prompt_tokens: int, report: PromptReport
     ) -> tuple[dict[str, list[Any]], list[bool]]:
-        """Return the columns that the rows get, and which rows are short enough."""
+        """Return the new columns of the rows, and which rows are short enough."""
         pairs = []
         for i, row in enumerate(rows):
             report.kind = check_row(row, first_row + i, report.kind)
@@ -197,7 +198,7 @@ class PromptPairs:
                 try:
                     self.tokenize([prompt])
                 except TemplateError as error:
-                    # The template took the student's prompt, so what it refuses is what the teacher's has beside it
+                    # The template accepted the student's prompt, so the cause is what only the teacher's prompt contains
                     raise ValueError(
                         f"row {first_row + i}: the chat template takes the student's prompt and refuses the teacher's: "
                         f"{error}. A template without a system role needs instruction_role='user'; a `teacher_prompt` "
@@ -208,10 +209,10 @@ class PromptPairs:
 
 def check_columns(dataset: Dataset | IterableDataset, name: str = "train") -> None:
     """
-    Check a dataset's columns before anything heavy is loaded.
+    Check a dataset's columns before the model is loaded.
 
     Raises:
-        ValueError: Without a `prompt` column, and for images, which the teacher's prompt cannot carry.
+        ValueError: If there is no `prompt` column, or if there is a column of images, which the teacher's prompt cannot contain.
     """
     columns = dataset.column_names
     if columns is None:
@@ -233,15 +234,15 @@ def check_row(row: dict[str, Any], number: int, kind: PromptKind | None = None) 
     Check the form of a row's prompts; see [`~trl_crisp.prompts.checks.check_prompt`].
 
     Args:
-        row: With `prompt`, and optionally `teacher_prompt`.
-        number: Of the row, counted from 0.
-        kind: What the prompts before it are; any if `None`.
+        row: A row with `prompt`, and optionally `teacher_prompt`.
+        number: The row's number, counted from 0.
+        kind: The kind of the prompts before it. If `None`, any kind is accepted.
 
     Returns:
-        What this row's prompt is.
+        The kind of this row's prompt.
 
     Raises:
-        ValueError: For prompts that cannot be asked; the row and the column are named.
+        ValueError: If a prompt is invalid; the message names the row and the column.
     """
     kind = check_prompt(row.get("prompt"), f"row {number}: column 'prompt'", kind)
     if row.get("teacher_prompt") is not None:
@@ -255,19 +256,19 @@ def _check_pair(
     if is_told and student_ids == teacher_ids:
         raise ValueError(
             f"row {number}: the teacher's prompt equals the student's, so there is nothing to learn from it. Check that "
-            "`teacher_prompt` differs from `prompt`, and that the chat template renders the message the instruction goes into "
-            "(instruction_role). For the same prompt on both sides set instruction='' and drop the column."
+            "`teacher_prompt` differs from `prompt`, and that the chat template renders the message with the instruction "
+            "(instruction_role). To give both models the same prompt, set instruction='' and drop the column."
         )
     if (n := generation_prompt_tokens) and student_ids[-n:] != teacher_ids[-n:]:
         raise ValueError(
             f"row {number}: student's and teacher's prompts end in different tokens ({student_ids[-n:]} and {teacher_ids[-n:]}), "
-            "so the completion would not begin at the same point. Let both end in the same message, with the same "
+            "so the completion would not begin at the same point. Both prompts must end in the same message, with the same "
             "chat_template_kwargs (such as enable_thinking)."
         )
     if not student_ids or not teacher_ids:
         side = "teacher_prompt" if student_ids else "prompt"
         raise ValueError(
-            f"row {number}: column {side!r} gives no token at all, so there is nothing to answer. Remove such rows."
+            f"row {number}: the prompt in column {side!r} has no tokens, so there is nothing to answer. Remove such rows."
         )
 
 

@@ -1,4 +1,4 @@
-"""How many of a completion's tokens are thinking; the other tokens are the answer. Training and evaluation count by this rule."""
+"""The number of thinking tokens in a completion; its other tokens are the answer. Training and evaluation share this rule."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ def find_think_ids(tokenizer: Any, chat_template: Any = None) -> ThinkIds | None
     """
     Return the ids of `<think>` and `</think>`, or `None` if the model does not think.
 
-    A model thinks if its chat template speaks of these tokens and its tokenizer has each of them as one token.
+    A model thinks if its chat template contains these tokens and its tokenizer has each of them as one token.
 
     Args:
         tokenizer: The model's tokenizer.

@@ -1,1 +1,1 @@
-"""Results in, figures and pages out. Never imports torch."""
+"""Prints results and draws figures. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Results and progress on the terminal."""
+"""Prints results and progress on the terminal."""
 
 import sys
 import time
@@ -15,18 +15,18 @@ _LENGTHS = (
     "mean_thinking_tokens",
     "mean_answer_tokens",
 )
-# The shares of right answers, and what their columns are called for each kind of answers
+# The shares of right answers, and their column names for each kind of answer
 _SHARES = {"accuracy": "accuracy", "answer_accuracy": "answer line", "boxed_accuracy": "box"}
 _TEXT_SHARES = {"accuracy": "accuracy", "anywhere_accuracy": "anywhere"}
-# Ours: with more of the answers unread, accuracy is of the minority that was
+# Above this share of unread answers a message warns about the accuracy. Our choice: the accuracy then rests on a minority
 _MOST = 0.5
-# Ours: how often a line is printed where there is no terminal to draw a bar on
+# Time between two progress lines if there is no terminal for a bar. Our choice
 _LINE_EVERY_S = 15.0
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yield a function (stage, done, total, note) that draws a bar a stage, or prints a line now and then."""
+    """Yield a function (stage, done, total, note) that draws a bar per stage or, without a terminal, prints a line regularly."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -58,7 +58,7 @@ def print_start(about: dict[str, Any]) -> None:
     Print how the answers will be graded, and the first prompt.
 
     Args:
-        about: `protocol` and `first_prompt`, as [`~trl_crisp.evaluation.evaluating.evaluate`] gives them before it samples.
+        about: `protocol` and `first_prompt`, which [`~trl_crisp.evaluation.evaluating.evaluate`] passes before it samples.
     """
     protocol = about["protocol"]
     print(
@@ -70,16 +70,16 @@ def print_start(about: dict[str, Any]) -> None:
 
 def print_evaluation(results: dict[str, Any]) -> None:
     """
-    Print an evaluation's tables, a row a budget and level, and what changed from its baseline.
+    Print an evaluation's tables, with one row per budget and level, and the changes against its baseline.
 
     Args:
-        results: As [`~trl_crisp.evaluation.results.load_results`] gives them.
+        results: The results that [`~trl_crisp.evaluation.results.load_results`] returns.
     """
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
-        # A pipe or a file has no width
+        # A pipe or a file has no width of its own
         console = Console(width=_PIPE_WIDTH)
     protocol = results["protocol"]
     rows = [
@@ -109,8 +109,8 @@ def print_evaluation(results: dict[str, Any]) -> None:
         unread = [comparison["unread_before"], comparison["unread_after"]]
         if None not in unread and max(unread) > _MOST:
             console.print(
-                f"Most answers could not be read: {unread[0]:.0%} before, {unread[1]:.0%} after. A change of accuracy says little here; "
-                "look at the answers in samples.jsonl, and at the prompt and the grader."
+                f"Most answers could not be read: {unread[0]:.0%} before, {unread[1]:.0%} after. The change of accuracy is therefore "
+                "unreliable. Check the answers in samples.jsonl, the prompt and the grader."
             )
             columns = {"unread_change": "not read, points", **columns}
         changes = [[name, str(values["problems"]), *_changes(values, columns)] for name, values in groups.items()]
@@ -118,7 +118,7 @@ def print_evaluation(results: dict[str, Any]) -> None:
         title = f"Against the baseline at {int(budget):,} tokens: 95% intervals over problems"
         console.print(_table(title, headers, changes))
         if not comparison["by_pass_rate"]:
-            console.print("Groups by the baseline's pass rate need at least two samples a problem.")
+            console.print("Groups by the baseline's pass rate need at least two samples per problem.")
 
 
 def _table(title: str, headers: list[str], rows: list[list[str]]) -> Any:
@@ -126,7 +126,7 @@ def _table(title: str, headers: list[str], rows: list[list[str]]) -> Any:
 
     table = Table(title=title)
     for header in headers:
-        # Folded where there is no room: a cell that is cut is a wrong number
+        # Cells that do not fit are folded, because a cut cell shows a wrong number
         table.add_column(header, justify="right" if header else "left", overflow="fold")
     for cells in rows:
         table.add_row(*cells)

@@ -1,4 +1,4 @@
-"""Figures from logs and results. matplotlib is of the extra `report`; it draws without a display."""
+"""Figures from logs. They need matplotlib, from the extra `report`, and no display."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ REFRESHES_KEY = "teacher/refreshes"
 
 
 def refresh_steps(log_history: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The logged steps in which the teacher was refreshed: those where the count of refreshes has grown.
+    """Return the logged steps at which the count of the teacher's refreshes has grown.
 
-    Exact where every step is logged (`logging_steps` 1); otherwise the first logged step at or after the refresh.
+    If every step is logged (`logging_steps` 1) these are the steps of the refreshes; otherwise the first logged steps after them.
     """
     steps, seen = [], 0
     for entry in log_history:
@@ -25,10 +25,10 @@ def refresh_steps(log_history: Sequence[Mapping[str, Any]]) -> list[int]:
 def completion_length_figure(
     log_history: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "Length of the rollouts in training"
 ) -> Path:
-    """Writes the mean length of the rollouts (tokens) over the steps to `path`, with a mark at each refresh.
+    """Draw the mean length of the rollouts (tokens) over the steps into `path`, with a mark at each refresh.
 
-    `log_history` is `trainer.state.log_history`. The format follows from the ending of `path` (.png, .svg, .pdf).
-    Raises `ValueError` where no entry has a length.
+    `log_history` is `trainer.state.log_history`. The extension of `path` sets the format (.png, .svg, .pdf).
+    Raises `ValueError` if no entry has a length.
     """
     points = [(entry["step"], entry[LENGTH_KEY]) for entry in log_history if entry.get(LENGTH_KEY) is not None]
     if not points:

@@ -1,1 +1,1 @@
-"""How rollouts are sampled and handed on. Imports no trainer."""
+"""How rollouts are sampled. Does not import trl_crisp.trainer."""

@@ -1,4 +1,4 @@
-"""Rollouts are sampled by the run's own settings; the model's generation_config has no say in them."""
+"""Samples rollouts with the run's settings only, without the model's generation_config."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from transformers import GenerationConfig
 @contextmanager
 def own_sampling(model: nn.Module) -> Iterator[None]:
     """
-    Take the model's own generation config away while rollouts are sampled; what is saved later has it again.
+    Replace the model's own generation config with an empty one while rollouts are sampled, and restore it afterwards.
 
     `generate` fills every value that the run leaves unset (min_p, no_repeat_ngram_size, suppress_tokens ...) from the model's
-    own generation config. Rollouts shaped by it would not be the student's distribution, which the loss assumes. The run's
-    special tokens, and the values that TRL's config sets, are passed to `generate` by TRL.
+    own generation config. Such rollouts would not follow the student's distribution, which the loss assumes. TRL passes the run's
+    special tokens and the values of its own config to `generate`.
 
     Args:
         model: The unwrapped student, with or without adapters.

@@ -1,1 +1,1 @@
-"""Rows: from the Hub, a file or a task to prompts. Imports no trainer."""
+"""Loads rows from the Hub, a file or a task, and makes prompts of them. Does not import trl_crisp.trainer."""

@@ -1,4 +1,4 @@
-"""The Hub: what a failed download means, and which commit of a model was loaded."""
+"""Errors of downloads from the Hub in the user's terms, and the commit of a loaded model."""
 
 import re
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ _HTTP_PACKAGES = {"httpx", "httpx2", "requests", "urllib3", "aiohttp"}
 
 def raise_for_hub(error: Exception, kind: str, name: str, field_name: str) -> NoReturn:
     """
-    Raise what a failed download means for the user, or `error` itself where nothing better is known.
+    Raise an error that explains a failed download, or `error` itself if its cause is unknown.
 
     Args:
-        error: As `datasets`, `transformers` or `huggingface_hub` raised it.
+        error: The error from `datasets`, `transformers` or `huggingface_hub`.
         kind: "dataset" or "model".
-        name: Its id.
+        name: The id of the dataset or the model.
         field_name: The argument that gave the id.
 
     Raises:
-        PermissionError: The repository is gated and access was not granted.
-        FileNotFoundError: There is no such repository or revision, or it is private.
-        ConnectionError: The Hub was not reached and the cache does not have it.
+        PermissionError: If the repository is gated and access was not granted.
+        FileNotFoundError: If the repository or the revision does not exist, or is private.
+        ConnectionError: If the Hub cannot be reached and the cache does not have the repository.
     """
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import (
@@ -41,7 +41,7 @@ def raise_for_hub(error: Exception, kind: str, name: str, field_name: str) -> No
 
     if any_is(GatedRepoError) or any(re.search(r"\bgated\b", str(e)) for e in chain):
         raise PermissionError(
-            f"{subject}: the {kind} is gated. Ask for access at {page}, log in with `hf auth login` (or set "
+            f"{subject}: the {kind} is gated. Request access at {page}, log in with `hf auth login` (or set "
             f"HF_TOKEN), and start again; or give a local {local}."
         ) from error
     if any_is(RevisionNotFoundError):
@@ -57,18 +57,18 @@ def raise_for_hub(error: Exception, kind: str, name: str, field_name: str) -> No
         import huggingface_hub.constants
 
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if offline else "the Hub was not reached (no network?)"
+        reason = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached (no network?)"
         way_out = "Unset it" if offline else "Connect to the network (behind a proxy set HTTPS_PROXY)"
         raise ConnectionError(
             f"{subject}: {reason} and the local cache does not have the {kind}. {way_out}, or give a local {local}. "
-            "Without a network: download it elsewhere with `hf download "
+            "If this machine has no network, download it elsewhere with `hf download "
             f"{'--repo-type dataset ' * (kind == 'dataset')}{name}` and copy it here."
         ) from error
     raise error
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, and those that it was raised from."""
+    """Yield an error and the errors that caused it."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -79,16 +79,16 @@ def exception_chain(error: BaseException) -> Iterator[BaseException]:
 
 def cached_commit(name: str | None, revision: str | None = None) -> str | None:
     """
-    Return the commit that a model's revision stands for in the cache of the Hub, once the model's config was loaded.
+    Return the commit of a model's revision, read from the Hub's cache after the model's config was loaded.
 
-    The config that transformers loads does not say it.
+    The config that transformers loads does not contain the commit.
 
     Args:
         name: A Hub id, or a directory.
         revision: A branch, a tag or a commit; the main branch if `None`.
 
     Returns:
-        The commit, 40 hexadecimal digits; `None` for a directory, and for a model that the cache does not have.
+        The commit, 40 hexadecimal digits; `None` for a directory or if the cache does not have the model.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -99,7 +99,7 @@ def cached_commit(name: str | None, revision: str | None = None) -> str | None:
         try:
             path = try_to_load_from_cache(name, file, revision=revision)
         except HFValidationError:
-            # A directory that is no longer there
+            # The name is that of a directory that does not exist any more
             return None
         if isinstance(path, str):
             return Path(path).parent.name

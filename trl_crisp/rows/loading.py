@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 REASONING_GYM_PREFIX = "reasoning-gym:"
 # File extension -> the builder of `datasets` that reads it
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-# Extensions of data files that nothing here reads: a name with one of these is a file's, not a Hub id's
+# Extensions of data files that cannot be read here. A name with one of these is a file's name, not a Hub id
 _OTHER_FILE_EXTENSIONS = {".arrow", ".gz", ".pkl", ".tsv", ".txt", ".xlsx", ".yaml", ".yml", ".zip", ".zst"}
 
 
 def load_splits(args: "CRISPScriptArguments") -> dict[str, "DatasetLike"]:
     """
-    Return a dataset's splits by name. Local files and reasoning-gym tasks have one, named as `dataset_train_split`.
+    Return a dataset's splits by name. A local file or a reasoning-gym task has one split, named as in `dataset_train_split`.
 
     Raises:
-        ValueError: For a task, extension or content that cannot be read.
-        FileNotFoundError, PermissionError, ConnectionError, ImportError: Where the rows cannot be had.
+        ValueError: If the task is unknown, or the file's extension or content cannot be read.
+        FileNotFoundError, PermissionError, ConnectionError, ImportError: If the rows cannot be loaded.
     """
     name = args.dataset_name
     assert name is not None
@@ -50,7 +50,7 @@ def load_splits(args: "CRISPScriptArguments") -> dict[str, "DatasetLike"]:
 
 
 def is_hub_id(dataset_name: str | None) -> bool:
-    """Tell whether a dataset's name is one on the Hub, and not a file or a reasoning-gym task."""
+    """Return whether a dataset's name is a Hub id, not a file or a reasoning-gym task."""
     if not dataset_name or dataset_name.startswith(REASONING_GYM_PREFIX):
         return False
     return not _looks_like_path(dataset_name) and not Path(dataset_name).exists()
@@ -100,24 +100,24 @@ def load_file(path: Path, streaming: bool, field_name: str = "dataset_name") -> 
     Read the rows of a local file.
 
     Args:
-        path: Of a file that is there.
-        streaming: Row by row.
-        field_name: What the user calls it, for the messages.
+        path: The path of an existing file.
+        streaming: Read row by row.
+        field_name: The user's name for the path, for error messages.
 
     Raises:
-        ValueError: For a file that cannot be read, or without a row.
+        ValueError: If the file cannot be read or has no rows.
     """
     from datasets import load_dataset
 
     builder = FILE_BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise ValueError(
-            f"{field_name}={str(path)!r}: files ending in {path.suffix or 'nothing'!r} are not read. Convert it to "
+            f"{field_name}={str(path)!r}: files ending in {path.suffix or 'nothing'!r} cannot be read. Convert it to "
             f"one of {', '.join(FILE_BUILDERS)}."
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{field_name}={str(path)!r} is an empty file. It needs at least one row.")
-    # The reader takes any bytes, and the row fails once it is used
+    # Checked here, because the reader accepts any bytes, and the row would fail only when it is used
     if path.suffix.lower() != ".parquet" and not is_utf8(path):
         raise _unreadable(path, field_name, "it is not UTF-8")
     with unreadable_rows_named(path, field_name):
@@ -127,16 +127,16 @@ def load_file(path: Path, streaming: bool, field_name: str = "dataset_name") -> 
 @contextlib.contextmanager
 def unreadable_rows_named(path: Path, field_name: str = "dataset_name") -> Iterator[None]:
     """
-    Let what reads a local file inside this context raise an error that names file, row and column.
+    Turn errors of reading a local file inside this context into errors that name the file, the row and the column.
 
-    A stream reads its rows late, so a training on one belongs in it too.
+    A stream reads its rows during training, so training on a stream belongs inside this context too.
 
     Args:
-        path: Of the file; a path that is none leaves all errors as they are.
-        field_name: What the user calls it.
+        path: The path of the file. If it is not a file, errors are not changed.
+        field_name: The user's name for the path.
 
     Raises:
-        ValueError: For rows that cannot be read, and for a file without a row.
+        ValueError: If a row cannot be read, or the file has no rows.
     """
     import datasets.packaged_modules
 
@@ -144,7 +144,7 @@ def unreadable_rows_named(path: Path, field_name: str = "dataset_name") -> Itera
     try:
         yield
     except Exception as error:
-        # A file with a header, or `[]`, and no row
+        # The file has only a header, or `[]`
         if "corresponds to no data" in str(error):
             raise ValueError(f"{field_name}={str(path)!r} has no rows. It needs at least one row.") from error
         frames = (frame for each in exception_chain(error) for frame, _ in traceback.walk_tb(each.__traceback__))
@@ -166,7 +166,7 @@ def _load_hub(name: str, config: str | None, streaming: bool) -> dict[str, "Data
     try:
         return dict(load_dataset(name, name=config, streaming=streaming))
     except ValueError as error:
-        # A configuration that is missing or unknown: the message lists those there are
+        # The configuration is missing or unknown. The library's message lists the existing ones
         raise ValueError(
             f"dataset_name={name!r}, dataset_config={config!r}: {error} Set dataset_config to choose a configuration."
         ) from error

@@ -1,7 +1,7 @@
-"""From loaded rows to prompts: load -> prompts -> de-duplicate -> split. One function an arrow.
+"""From loaded rows to prompts, with one function per step: load, make prompts, de-duplicate, split.
 
-A row ends up with `prompt`, a string or a list of messages, which is what [`~trl_crisp.CRISPTrainer`] takes; its other
-columns stay (`teacher_prompt` among them).
+Each resulting row has `prompt`, a string or a list of messages, as [`~trl_crisp.CRISPTrainer`] needs it, and keeps its other
+columns, such as `teacher_prompt`.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 def load_prompts(args: CRISPScriptArguments, evaluation: bool = False) -> tuple["DatasetLike", "DatasetLike | None"]:
     """
-    Return the rows to train on and, where asked for, the rows to evaluate on.
+    Return the rows to train on and, if asked for, the rows to evaluate on.
 
     Args:
         args: Which rows, and how they become prompts.
         evaluation: Whether evaluation rows are needed (`eval_strategy` is not `"no"`).
 
     Raises:
-        ValueError: For arguments that do not fit the rows there are, or each other.
-        FileNotFoundError, PermissionError, ConnectionError, ImportError: Where the rows cannot be had.
+        ValueError: If the arguments do not fit the rows or each other.
+        FileNotFoundError, PermissionError, ConnectionError, ImportError: If the rows cannot be loaded.
     """
     name = args.dataset_name
     if not name:
@@ -50,7 +50,7 @@ def load_prompts(args: CRISPScriptArguments, evaluation: bool = False) -> tuple[
         )
     splits = load_splits(args)
     train = _pick_split(splits, args.dataset_train_split, "dataset_train_split", name)
-    # Of a stream the first rows are read here
+    # to_prompts reads the first rows of a stream
     with unreadable_rows_named(Path(name).expanduser()):
         train = to_prompts(train, args)
     if args.deduplicate_prompts:
@@ -63,7 +63,7 @@ def load_prompts(args: CRISPScriptArguments, evaluation: bool = False) -> tuple[
     if args.dataset_test_split not in splits:
         raise ValueError(
             f"eval_strategy needs rows to evaluate on, and {name!r} has no split {args.dataset_test_split!r} (it has "
-            f"{', '.join(splits)}). Set dataset_train_fraction, such as 0.8, to hold some out, name a split with "
+            f"{', '.join(splits)}). Set dataset_train_fraction, such as 0.8, to hold some rows out, name a split with "
             "dataset_test_split, or set eval_strategy to 'no'."
         )
     return train, to_prompts(splits[args.dataset_test_split], args)
@@ -71,12 +71,13 @@ def load_prompts(args: CRISPScriptArguments, evaluation: bool = False) -> tuple[
 
 def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLike":
     """
-    Give each row its `prompt`: the template filled in, or the column renamed.
+    Give each row its `prompt`: fill in the template, or rename the column.
 
-    All rows are checked here, before de-duplication and the split give them other numbers; those of a stream as they are read.
+    All rows are checked here, before de-duplication and the split change their numbers. The rows of a stream are checked when
+    they are read.
 
     Raises:
-        ValueError: For a column that there is not, no rows, or a row that holds no prompt, named by its number and column.
+        ValueError: If a column does not exist, there are no rows, or a row has no valid prompt; the message names row and column.
     """
     first = next(iter(dataset), None)
     if first is None:
@@ -89,7 +90,7 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
         dataset = _rename(dataset, columns, column, "teacher_prompt")
         fields["teacher_prompt"] = f"teacher_prompt_column={column!r}"
         dataset = _read_json_messages(dataset, "teacher_prompt", column, name)
-        # The column has another name now
+        # The column has been renamed
         columns = list(next(iter(dataset)))
     elif args.teacher_prompt_column:
         raise ValueError(
@@ -104,8 +105,8 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
     column = args.prompt_column
     if column not in columns:
         raise ValueError(
-            f"prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}. Name "
-            "the one with the prompts as prompt_column, or write a prompt_template."
+            f"prompt_column={column!r}: {args.dataset_name!r} has no such column; it has {', '.join(columns)}. Set "
+            "prompt_column to the column with the prompts, or write a prompt_template."
         )
     dataset = _rename(dataset, columns, column, "prompt")
     fields["prompt"] = f"prompt_column={column!r}"
@@ -113,7 +114,7 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
     dataset = _check_rows(dataset, fields, name)
     if isinstance(next(iter(dataset))["prompt"], str):
         logger.warning(
-            "The prompts are strings, which the model reads without its chat template. For a chat model make them "
+            "The prompts are strings, which the model reads without its chat template. For a chat model, turn them into "
             "user messages: prompt_template '{%s}'.",
             column,
         )
@@ -122,10 +123,10 @@ def to_prompts(dataset: "DatasetLike", args: CRISPScriptArguments) -> "DatasetLi
 
 def _check_rows(dataset: "DatasetLike", fields: dict[str, str], dataset_name: str | None) -> "DatasetLike":
     """
-    Check the columns' prompts row by row, those of a stream as they are read.
+    Check the prompts in the columns, row by row. The rows of a stream are checked when they are read.
 
     Args:
-        fields: What the user calls each column, for the messages.
+        fields: The user's name for each column, for error messages.
     """
     from datasets import Dataset
 
@@ -133,14 +134,14 @@ def _check_rows(dataset: "DatasetLike", fields: dict[str, str], dataset_name: st
 
     def check(row: dict[str, Any], number: int) -> bool:
         for column, field_name in fields.items():
-            # A row without a teacher's prompt of its own has the instruction
+            # A row without its own teacher prompt gets the instruction
             if column == "prompt" or row[column] is not None:
                 where = f"dataset_name={dataset_name!r}, row {number}: {field_name}"
                 kinds[column] = check_prompt(row[column], where, kinds.get(column))
                 if kinds[column] == "text" and _json_messages(row[column]) is not None:
                     raise ValueError(
-                        f"{where} holds messages as JSON ({row[column][:80]!r}), and the rows before it text. Mend or remove "
-                        "such rows."
+                        f"{where} holds messages as JSON ({row[column][:80]!r}), and the rows before it hold text. Correct or "
+                        "remove such rows."
                     )
         return True
 
@@ -152,11 +153,11 @@ def _check_rows(dataset: "DatasetLike", fields: dict[str, str], dataset_name: st
 
 
 def deduplicate(dataset: "Dataset") -> "Dataset":
-    """Keep the first row of each prompt, in the order of the rows."""
+    """Keep only the first row of each prompt; the order of the rows stays."""
     seen = set()
     kept = []
     for index, prompt in enumerate(row["prompt"] for row in _iterate(dataset, ["prompt"])):
-        # 16 bytes instead of the text: the raw DAPO-Math-17k has 1.8 million rows
+        # 16 bytes instead of the text, because the raw DAPO-Math-17k has 1.8 million rows
         digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=16).digest()
         if digest not in seen:
             seen.add(digest)
@@ -170,7 +171,7 @@ def split(dataset: "Dataset", train_fraction: float, seed: int) -> tuple["Datase
     Split the rows at random into those to train on and those held out.
 
     Raises:
-        ValueError: Where one side would have no row.
+        ValueError: If one side would have no rows.
     """
     num_train = round(train_fraction * len(dataset))
     if not 0 < num_train < len(dataset):
@@ -196,7 +197,7 @@ def _rename(dataset: "DatasetLike", columns: list[str], column: str, name: str) 
 
 
 def _json_messages(value: Any) -> list[dict[str, Any]] | None:
-    """Return the messages that a string holds as JSON, or `None` where it is a prompt of its own."""
+    """Return the messages that a string contains as JSON, or `None` if the value is not such a string."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
@@ -217,7 +218,7 @@ def _read_json_messages(dataset: "DatasetLike", name: str, column: str, dataset_
         if messages is None and not (row[name] is None and name == "teacher_prompt"):
             raise ValueError(
                 f"dataset_name={dataset_name!r}: column {column!r} has messages as JSON in its first row, and in row {number} "
-                f"{str(row[name])[:80]!r}. Mend or remove such rows."
+                f"{str(row[name])[:80]!r}. Correct or remove such rows."
             )
         return {name: messages}
 
@@ -225,23 +226,23 @@ def _read_json_messages(dataset: "DatasetLike", name: str, column: str, dataset_
 
 
 def check_template(template: str, columns: list[str]) -> None:
-    """Raise `ValueError` for a prompt_template that is none, has no placeholder, or one that is no column."""
-    doubled = "Braces that are meant literally are doubled: {{ and }}."
+    """Raise `ValueError` if a prompt_template is malformed, has no placeholder, or has a placeholder that is not a column."""
+    doubled = "For a literal brace write it twice: {{ or }}."
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ValueError(f"prompt_template={template!r} is no template: {error}. {doubled}") from error
+        raise ValueError(f"prompt_template={template!r} is not a valid template: {error}. {doubled}") from error
     if not names:
         raise ValueError(
             f"prompt_template={template!r} has no {{column}} placeholder, so all prompts would be the same. The "
             f"columns are {', '.join(columns)}."
         )
     for name in names:
-        # What stands before an index, as in {extra_info[problem]}, is the column
+        # In a placeholder with an index, such as {extra_info[problem]}, the part before the bracket is the column
         column = name.split("[")[0]
         if column not in columns:
             raise ValueError(
-                f"prompt_template has the placeholder {{{name}}}, which is no column; the columns are "
+                f"prompt_template has the placeholder {{{name}}}, which is not a column; the columns are "
                 f"{', '.join(columns)}. {doubled}"
             )
 
@@ -254,16 +255,16 @@ def _fill_template(row: dict[str, Any], number: int, template: str, dataset_name
             continue
         value = row[name.split("[")[0]]
         if value is None:
-            raise ValueError(f"{where} the row has nothing in its column {name!r}. Remove such rows.")
+            raise ValueError(f"{where} the row's column {name!r} is null. Remove such rows.")
         if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
             raise ValueError(
-                f"{where} the column {name!r} holds messages, which would go into the text as Python writes them. Give the "
-                "column as prompt_column, without a template."
+                f"{where} the column {name!r} holds messages, and a template would insert their Python representation. Set "
+                "prompt_column to this column, without a template."
             )
         said = said or bool(str(value).strip())
     if not said:
         raise ValueError(
-            f"{where} all columns that it names are empty, so the row asks for nothing. Remove such rows."
+            f"{where} all columns of its placeholders are empty, so the row asks for nothing. Remove such rows."
         )
     return {"prompt": [{"role": "user", "content": template.format(**row)}]}
 

@@ -1,4 +1,4 @@
-"""Which row of a text file of rows cannot be read, and why: what the readers of `datasets` do not say."""
+"""Finds the row of a text file that cannot be read, and the reason. The readers of `datasets` do not report these."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# What a strict reader stumbles over becomes a lone surrogate, whose last byte is the one in the file
+# Python reads a byte that is not UTF-8 as a lone surrogate, whose lowest byte is the byte in the file
 _ENCODING = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
 _FOREIGN_BYTE = re.compile("[\udc80-\udcff]")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -15,7 +15,7 @@ _KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number"
 
 
 def is_utf8(path: Path) -> bool:
-    """Tell whether all of a file is UTF-8."""
+    """Return whether a whole file is UTF-8."""
     try:
         with path.open(encoding="utf-8") as file:
             while file.read(1 << 22):
@@ -29,7 +29,7 @@ def find_unreadable_row(path: Path) -> str | None:
     """
     Return the first row of a .jsonl, .json or .csv file that cannot be read, with its column and the reason.
 
-    Rows are counted from 0, without blank lines. `None` if nothing is found: the reader's own words are all there is then.
+    Rows are counted from 0, without blank lines. `None` if no such row is found; then only the reader's own message is known.
     """
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     kinds: dict[str, str] = {}

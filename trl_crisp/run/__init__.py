@@ -1,1 +1,1 @@
-"""What keeps a run alive and repeatable. Imports no trainer."""
+"""Checkpoints, resuming, interruption and skipped steps: what makes a run repeatable. Does not import trl_crisp.trainer."""

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: whole or torn, and which of them are kept.
+"""Checkpoints on disk: which are whole or torn, and which are kept.
 
-A checkpoint of ours holds, beside what transformers writes, these files:
+In addition to transformers' files, a CRISP checkpoint contains these:
 
 - `teacher_state.json`, `teacher.safetensors`: the teacher ([`~trl_crisp.teacher.Teacher.save`]);
-- `crisp_run.json`: which run it is of, what that run is made of ([`~trl_crisp.run.identity`]), and where its logs stand;
+- `crisp_run.json`: the id and the description of its run ([`~trl_crisp.run.identity`]), and what was not logged yet;
 - `checkpoint_files.json`: the name and size of each file, written when all of them are on disk. transformers writes
-  `trainer_state.json` after it. If one of the two is missing, or a file differs, the checkpoint is torn.
+  `trainer_state.json` after it. If one of these two files is missing, or another file differs, the checkpoint is torn.
 """
 
 import json
@@ -23,7 +23,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 
 
 def seal(checkpoint: str | Path) -> None:
-    """Write down which files the checkpoint has, all of which are on disk now."""
+    """Record the checkpoint's files, all of which are on disk now."""
     checkpoint = Path(checkpoint)
     files = {
         str(path.relative_to(checkpoint)): path.stat().st_size
@@ -34,7 +34,7 @@ def seal(checkpoint: str | Path) -> None:
 
 
 def find_fault(checkpoint: str | Path) -> str | None:
-    """Return why a run cannot go on from a checkpoint, or `None` where it is whole."""
+    """Return why a run cannot resume from a checkpoint, or `None` if the checkpoint is whole."""
     checkpoint = Path(checkpoint)
     try:
         files = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def find_fault(checkpoint: str | Path) -> str | None:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run, whole or not, the latest step first."""
+    """Return the checkpoints in a directory, whole or not, the latest step first."""
     steps = {
         path: int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -62,7 +62,7 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 
 
 def remove_torn(checkpoint: str | Path) -> None:
-    """Remove what an earlier save to the same place left, if it was cut off."""
+    """Remove a checkpoint if it is torn."""
     if Path(checkpoint).is_dir() and find_fault(checkpoint) is not None:
         shutil.rmtree(checkpoint)
 
@@ -72,7 +72,7 @@ def keep_at_most(checkpoints: Sequence[Path], limit: int | None, best: str | Pat
     Remove the oldest checkpoints of a run, as transformers' `save_total_limit` does.
 
     Args:
-        checkpoints: The run's own, the latest first. Those of other runs in the same directory are not counted.
+        checkpoints: The run's own checkpoints, the latest first, without those of other runs in the same directory.
         limit: How many to keep; `None` or 0 keeps all. The latest and the best are always kept.
         best: The best checkpoint, if one is known.
     """

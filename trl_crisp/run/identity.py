@@ -1,4 +1,4 @@
-"""Which run a checkpoint is of, what that run is made of, and which checkpoint a run resumes from."""
+"""Which run a checkpoint belongs to, the settings of that run, and which checkpoint a run resumes from."""
 
 import hashlib
 import json
@@ -15,12 +15,13 @@ from transformers import TrainingArguments
 from trl_crisp.run.checkpoints import RUN_FILE, checkpoints_in, find_fault
 from trl_crisp.run.files import write_json
 
-# The id of the run that output_dir belongs to. The Hub's uploads leave out names that begin with an underscore.
+# Holds the id of the run that output_dir belongs to. Uploads to the Hub skip names that begin with an underscore.
 OUTPUT_RUN_FILE = "_crisp_run.json"
 
-# Ours: elements of each parameter that the fingerprint of a model looks at; any training moves some of them
+# Elements of each parameter that the fingerprint of a model reads. Our choice: few to read, and any training changes some
 _FINGERPRINT_ELEMENTS = 64
-# What makes the teacher: another value trains toward something else. Learning rate, lengths and the like may change.
+# These fields define the teacher: with another value, training aims at another target. The learning rate, lengths and other
+# fields may change when a run resumes.
 _COMPARED_FIELDS = (
     "instruction",
     "instruction_replaces",
@@ -33,13 +34,13 @@ _COMPARED_FIELDS = (
 
 def start_run(output_dir: str | Path, run_id: str | None = None) -> str:
     """
-    Note that `output_dir` belongs to a run from now on, and return the run's id. The main process calls it.
+    Record that `output_dir` belongs to a run from now on, and return the run's id. The main process calls it.
 
-    A fresh run among the checkpoints of others says so.
+    A fresh run prints a message if `output_dir` has checkpoints of other runs.
 
     Args:
-        output_dir: The run's.
-        run_id: The id of a run that resumes, `None` for a fresh one.
+        output_dir: The run's output directory.
+        run_id: The id of a run that resumes, `None` for a fresh run.
     """
     output_dir = Path(output_dir)
     if run_id is None:
@@ -47,8 +48,8 @@ def start_run(output_dir: str | Path, run_id: str | None = None) -> str:
         if others := [path.name for path in checkpoints_in(output_dir)]:
             print(
                 f"{output_dir} has checkpoints of another run ({_listed(others)}). This run starts afresh. It never resumes from "
-                "those and never removes them, but its own checkpoint of the same step takes the place of one. Use another "
-                "output_dir to keep them, or resume_from_checkpoint to resume from one.",
+                "them and never removes them, but its own checkpoint of the same step replaces one. Use another output_dir to "
+                "keep them, or resume_from_checkpoint to resume from one.",
                 flush=True,
             )
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def start_run(output_dir: str | Path, run_id: str | None = None) -> str:
 
 
 def run_id_of(path: str | Path) -> str | None:
-    """Return the id of the run that a checkpoint, or an `output_dir`, is of; `None` if it says none."""
+    """Return the id of the run that a checkpoint or an `output_dir` belongs to, or `None` if no id is recorded."""
     for name in (RUN_FILE, OUTPUT_RUN_FILE):
         try:
             return json.loads((Path(path) / name).read_text(encoding="utf-8")).get("run_id")
@@ -68,10 +69,10 @@ def run_id_of(path: str | Path) -> str | None:
 
 def own_checkpoints(output_dir: str | Path) -> list[Path]:
     """
-    Return the whole checkpoints in `output_dir` that are of its run, the latest step first.
+    Return the whole checkpoints in `output_dir` that belong to its run, the latest step first.
 
     Raises:
-        ValueError: If `output_dir` does not say which run it belongs to, and has checkpoints of several.
+        ValueError: If `output_dir` does not say which run it belongs to, and has checkpoints of several runs.
     """
     whole = [path for path in checkpoints_in(output_dir) if find_fault(path) is None]
     own = run_id_of(output_dir)
@@ -96,16 +97,16 @@ def resolve_checkpoint(
     resume_from_checkpoint: str | bool | None, output_dir: str | Path, allowed: bool = False
 ) -> str | None:
     """
-    Return the checkpoint to resume from, or `None` to start afresh; say which, and what is skipped.
+    Return the checkpoint to resume from, or `None` to start afresh. Print the choice and the skipped checkpoints.
 
     Args:
-        resume_from_checkpoint: A checkpoint's path; or true, also as a string, for the run's own last whole one in `output_dir`.
-        output_dir: The run's.
-        allowed: A checkpoint of another run than `output_dir`'s may be named.
+        resume_from_checkpoint: A checkpoint's path; or true, also as a string, for the run's last whole checkpoint in `output_dir`.
+        output_dir: The run's output directory.
+        allowed: Whether `resume_from_checkpoint` may be the checkpoint of another run than `output_dir`'s.
 
     Raises:
-        FileNotFoundError: For a path without a checkpoint.
-        ValueError: For a checkpoint that is torn, or of another run than `output_dir`'s.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If the checkpoint is torn, or belongs to another run than `output_dir`.
     """
     wanted = str(resume_from_checkpoint)
     if resume_from_checkpoint is None or wanted.lower() in ("false", "none", ""):
@@ -113,11 +114,11 @@ def resolve_checkpoint(
     own = own_checkpoints(output_dir)
     if wanted.lower() == "true":
         return _last_own(Path(output_dir), own)
-    hint = f" The last whole one in output_dir is {own[0]}." if own else ""
+    hint = f" The last whole checkpoint in output_dir is {own[0]}." if own else ""
     if not Path(wanted).is_dir():
         raise FileNotFoundError(
             f"resume_from_checkpoint={wanted!r}: there is no such directory.{hint} Use resume_from_checkpoint true "
-            "for the last one in output_dir."
+            "for the last checkpoint in output_dir."
         )
     if fault := find_fault(wanted):
         raise ValueError(f"resume_from_checkpoint={wanted!r} cannot be resumed: {fault}.{hint}")
@@ -156,9 +157,10 @@ def _listed(names: list[str]) -> str:
 
 def fingerprint(model: nn.Module) -> str | None:
     """
-    Return a hash of a model's weights, adapters aside, from elements of each parameter; `None` where they are sharded.
+    Return a hash of a model's weights without adapters, from some elements of each parameter; `None` if they are sharded.
 
-    It tells the model that a run began with from another, or from one that was trained on; it reads a few kilobytes.
+    The hash of the model that a run began with differs from those of other models and of the trained model. It reads a few
+    kilobytes.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
@@ -177,7 +179,7 @@ def describe_run(
     model: nn.Module, args: TrainingArguments, instruction: str, revision: str | None = None
 ) -> dict[str, Any]:
     """
-    Return what a run is made of: the teacher's context and schedule, the adapter, the model it began with.
+    Return the description of a run: the teacher's context and schedule, the adapter, the model it began with.
 
     Args:
         model: The student at the start, before it is wrapped or trained.
@@ -206,7 +208,7 @@ def describe_run(
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each thing that the run of a checkpoint was set to otherwise than this one is."""
+    """Return a line for each setting in which a checkpoint's run differs from this run."""
     before, after = dict(saved), dict(now)
     models = [side.pop("model") for side in (before, after)]
     lines = [
@@ -214,7 +216,8 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in (*_COMPARED_FIELDS, "lora")
         if before.get(name) != after.get(name)
     ]
-    # The same weights may have moved to another directory; where they are sharded only the name and the commit are known
+    # The same weights may have moved to another directory, so their hashes decide. Sharded weights have no hash: then the name
+    # and the commit decide
     keys = ("weights",) if all(model["weights"] for model in models) else ("name", "revision")
     if any(models[0][key] != models[1][key] for key in keys):
         names = [f"{model['name']!r} (revision {model['revision']}, weights {model['weights']})" for model in models]
@@ -224,15 +227,15 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def check_same_run(checkpoint: str | Path, now: dict[str, Any], allowed: bool) -> None:
     """
-    Check that a checkpoint is of a run like this one.
+    Check that a checkpoint's run has the same settings as this run.
 
     Args:
-        checkpoint: The checkpoint to go on from.
-        now: What [`describe_run`] says of this run.
-        allowed: Differences are what the user wants: only say them.
+        checkpoint: The checkpoint to resume from.
+        now: This run's description, from [`describe_run`].
+        allowed: Whether the user wants the differences; they are printed then.
 
     Raises:
-        ValueError: Where something differs and that was not allowed.
+        ValueError: If a setting differs and `allowed` is false.
     """
     lines = differences(json.loads((Path(checkpoint) / RUN_FILE).read_text(encoding="utf-8"))["run"], now)
     if not lines:
@@ -240,8 +243,8 @@ def check_same_run(checkpoint: str | Path, now: dict[str, Any], allowed: bool) -
     listed = "".join(f"\n  {line}" for line in lines)
     if not allowed:
         raise ValueError(
-            f"{checkpoint} is of a run that differs from this one:{listed}\nSet them back to go on with that run; set "
-            "allow_changed_resume=True to go on from its state with the new settings; or start a new run from its model "
+            f"{checkpoint} is of a run that differs from this one:{listed}\nSet them back to resume that run; set "
+            "allow_changed_resume=True to resume from its state with the new settings; or start a new run from its model "
             "with another output_dir."
         )
-    PartialState().print(f"resume_from_checkpoint: going on with other settings than {checkpoint} had:{listed}")
+    PartialState().print(f"resume_from_checkpoint: resuming with other settings than {checkpoint} had:{listed}")

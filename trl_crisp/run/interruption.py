@@ -1,4 +1,4 @@
-"""Ctrl-C or SIGTERM: the step is finished, a checkpoint is written, and the command that goes on from it is said."""
+"""After Ctrl-C or SIGTERM: finish the step, save a checkpoint, and print the command that resumes from it."""
 
 import contextlib
 import os
@@ -18,13 +18,14 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# Set by a command that launches the training in another process: what the user typed
+# Environment variable with the command that the user typed. The launching command sets it for the training's process
 COMMAND_VARIABLE = "TRL_CRISP_COMMAND"
-# What a terminal, a supervisor and a scheduler stop a run with
+# The signals with which a terminal, a supervisor or a scheduler stops a run
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What a shell gives a process that one of them ended
+# The status that a shell reports for a process that such a signal ended
 EXIT_CODES = tuple(128 + signum for signum in SIGNALS)
-# Ours: a terminal or a supervisor signals all processes, and a launcher passes the signal on to them, within milliseconds
+# Signals within this time are one request. Our choice: a terminal or a supervisor signals all processes, and a launcher passes
+# the signal on to them, within milliseconds
 _SAME_REQUEST_S = 1.0
 _LAUNCHERS = {
     *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
@@ -34,14 +35,14 @@ _LAUNCHERS = {
 
 class SaveOnInterrupt(TrainerCallback):
     """
-    Makes Ctrl-C and SIGTERM end a training as its last step would, with a checkpoint; a second one ends it at once.
+    Ends training after the current step, with a checkpoint, on Ctrl-C or SIGTERM. A second signal ends it at once.
 
-    A launcher that ends counts as a SIGTERM: `accelerate launch` with one process passes no signal on. Under several processes
-    all stop after the same step, whichever of them the signal reached.
+    If the launcher ends, that counts as a SIGTERM, because `accelerate launch` with one process does not pass signals on. Several
+    processes all stop after the same step, even if the signal reached only one of them.
 
     Attributes:
-        stopped_at_step: The optimizer step after which training was stopped, `None` where it was not.
-        exit_code: What the process ends with then: 130 after Ctrl-C, 143 after SIGTERM.
+        stopped_at_step: The optimizer step after which training was stopped, `None` if it was not stopped.
+        exit_code: The exit status of a stopped process: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class SaveOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.stopped_at_step = self._requested = None
-        # Python hands signals to the main thread alone
+        # Python delivers signals to the main thread only
         if threading.current_thread() is threading.main_thread():
             self._handlers_before = {signum: signal.signal(signum, self._request) for signum in SIGNALS}
 
@@ -65,7 +66,7 @@ class SaveOnInterrupt(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Give the signals their meaning of before the training back."""
+        """Restore the signal handlers from before the training."""
         for signum, handler in self._handlers_before.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._handlers_before = {}
@@ -87,11 +88,11 @@ class SaveOnInterrupt(TrainerCallback):
             self._requested = signum
             start_s = time.monotonic()
             _tell(
-                f"\n{_name(signum)}: finishing this step, and its measurement where one has begun, then saving a checkpoint. Again "
-                "to stop at once."
+                f"\n{_name(signum)}: finishing this step, and its measurement if one has begun, then saving a checkpoint. Send it "
+                "again to stop at once."
             )
-            # Whatever else reaches this process meanwhile is the same request: after a long call into C a time taken in the
-            # handler would say nothing about when a signal came
+            # Signals that arrive meanwhile are part of the same request. The handler waits instead of comparing times, because
+            # Python calls it only after a long call into C, so its clock does not tell when a signal arrived
             with self._ignoring():
                 time.sleep(max(0.0, start_s + _SAME_REQUEST_S - time.monotonic()))
         else:
@@ -111,7 +112,7 @@ class SaveOnInterrupt(TrainerCallback):
 @contextlib.contextmanager
 def ending_with_words() -> Iterator[None]:
     """
-    Make Ctrl-C and SIGTERM inside, but for the steps of a training, end the program with one line and without a traceback.
+    End the program on Ctrl-C or SIGTERM with one line instead of a traceback. During training steps [`SaveOnInterrupt`] applies.
 
     Raises:
         SystemExit: With the status of the signal, 130 or 143.
@@ -137,17 +138,17 @@ def ending_with_words() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Let the signals do nothing to a process that is about to end: others send them again, such as a launcher."""
+    """Ignore the signals in a process that is about to end, because a launcher may send them again."""
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
 
 
 def resume_command() -> str:
-    """Return the command that goes on with the training that this process runs."""
+    """Return the command that resumes the training of this process."""
     command = os.environ.get(COMMAND_VARIABLE)
     if command is None:
-        # The launcher's own options are not known here
+        # The launcher's own options are unknown in this process, so the command lacks them
         module = getattr(sys.modules["__main__"], "__spec__", None)
         script = ["-m", module.name] if module is not None else [sys.argv[0]]
         command = shlex.join(["accelerate", "launch", *script, *sys.argv[1:]])
@@ -156,7 +157,7 @@ def resume_command() -> str:
 
 def _is_launcher(pid: int) -> bool:
     try:
-        # The interpreter, options of its own, the script or -m and the module
+        # The interpreter, its options, then the script or -m and a module
         words = psutil.Process(pid).cmdline()[:5]
     except psutil.Error:
         return False
@@ -168,6 +169,6 @@ def _name(signum: int) -> str:
 
 
 def _tell(message: str) -> None:
-    # One process speaks for all; before accelerate is set up there is no telling which
+    # Only the main process prints. Before accelerate is set up it is unknown, so every process prints
     if not PartialState._shared_state or PartialState().is_main_process:
         print(message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: skipped, counted, and after three in a row the end."""
+"""Steps whose gradient is not finite are skipped and counted; three in a row end the run."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_crisp.run.identity import last_own_checkpoint
 
-# Ours: one can be an accident of a batch; three in a row are what the weights now give
+# Our choice: one such step can be due to its batch; three in a row are due to the weights
 MAX_SKIPPED_IN_A_ROW = 3
 
 
 class SkipNonFiniteSteps(TrainerCallback):
     """
-    Leaves the weights and the optimizer's state as they are where a gradient is NaN or infinite, as the authors' code does.
+    Skips a step if a gradient is NaN or infinite: weights and optimizer state stay as they are, as in the authors' code.
 
-    DeepSpeed takes its step before anything can look at the gradient, so there a loss that is not finite ends the run, by
-    [`check_loss`]. With float16 it is the loss scaler that skips steps.
+    DeepSpeed takes its step before a callback can read the gradient, so under DeepSpeed [`check_loss`] ends the run if the loss is
+    not finite. With float16 the loss scaler skips such steps.
 
     Attributes:
         skipped_steps: How many steps of this process's run were skipped.
@@ -37,12 +37,12 @@ class SkipNonFiniteSteps(TrainerCallback):
     ) -> None:
         if self.accelerator.scaler is not None:
             return
-        # Shards differ between processes, and so may what is in them
+        # Each process has its own shards, so a gradient may be finite on one process and not on another
         wrong = torch.tensor(float(not _gradients_are_finite(model)), device=args.device)
         if not self.accelerator.reduce(wrong, "sum").item():
             self._in_a_row = 0
             return
-        # A parameter without a gradient is one that the optimizer leaves alone
+        # The optimizer does not change a parameter without a gradient
         model.zero_grad(set_to_none=True)
         self.skipped_steps += 1
         self._in_a_row += 1
@@ -56,10 +56,10 @@ class SkipNonFiniteSteps(TrainerCallback):
 
     def check_loss(self, loss: torch.Tensor, step: int, output_dir: str | None) -> None:
         """
-        End a run whose gradient cannot be looked at; all processes call it.
+        Check the loss of a run whose gradient cannot be read. All processes call it.
 
         Raises:
-            FloatingPointError: For a loss that is NaN or infinite on one of them.
+            FloatingPointError: If the loss is NaN or infinite on any process.
         """
         wrong = (~torch.isfinite(loss.detach())).float().reshape(1)
         if self.accelerator.reduce(wrong, "sum").item():
@@ -70,10 +70,10 @@ class SkipNonFiniteSteps(TrainerCallback):
 
 
 def describe_way_back(output_dir: str | None) -> str:
-    """Return which checkpoint is the last good one, and what to look at."""
+    """Return the last good checkpoint, and what may avoid the problem."""
     last = last_own_checkpoint(output_dir or ".")
     where = (
-        f"The last good checkpoint is {last}: resume_from_checkpoint true goes on from it" if last else "No checkpoint"
+        f"The last good checkpoint is {last}: resume_from_checkpoint true resumes from it" if last else "No checkpoint"
     )
     return (
         f"{where}{'' if last else ' was saved'}. A lower learning_rate, or float32 instead of bfloat16, may avoid it."
@@ -83,7 +83,7 @@ def describe_way_back(output_dir: str | None) -> str:
 def _gradients_are_finite(model: torch.nn.Module) -> bool:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    # One answer for each device, so that there is one wait
+    # One result per device, so that the host waits once per device instead of once per parameter
     by_device: dict[torch.device, torch.Tensor] = {}
     for gradient in local:
         finite = torch.isfinite(gradient).all()

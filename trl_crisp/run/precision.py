@@ -9,11 +9,11 @@ _SAMPLED_WEIGHTS = 4096
 
 def check_step_size(model: torch.nn.Module, learning_rate: float) -> None:
     """
-    Check that most trainable weights would change at all, and by steps of the right size.
+    Check that an optimizer step changes most trainable weights, and by the right amount.
 
     Raises:
-        ValueError: If more than half of them would round back to what they were at each step, or if some are float16, in
-            which AdamW's mean of the squared gradients rounds to zero, and its step is as large as the numbers allow.
+        ValueError: If more than half of the weights would round back to their old value at each step. Also if some are float16:
+            there AdamW's mean of the squared gradients rounds to zero, so its steps are far too large.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(parameter.dtype == torch.float16 for parameter in trainable):
@@ -27,7 +27,7 @@ def check_step_size(model: torch.nn.Module, learning_rate: float) -> None:
     if unchanged > 0.5:
         raise ValueError(
             f"learning_rate={learning_rate} is too small for {trainable[0].dtype} weights: {unchanged:.0%} of them would "
-            "round back to what they were at each step. Load the model in float32 (model_init_kwargs={'dtype': 'float32'}, "
+            "round back to their old value at each step. Load the model in float32 (model_init_kwargs={'dtype': 'float32'}, "
             "TRL's default) and keep bf16=True, which computes in bfloat16 on float32 weights; or train with DeepSpeed or "
             "FSDP2, which keep float32 masters; or use LoRA."
         )
@@ -36,17 +36,17 @@ def check_step_size(model: torch.nn.Module, learning_rate: float) -> None:
 @torch.no_grad()
 def unchanged_weight_share(parameters: list[torch.nn.Parameter], learning_rate: float) -> float:
     """
-    Share of weights that an AdamW step leaves as they are, because their precision rounds it away.
+    Return the share of weights that an AdamW step leaves unchanged, because rounding removes the step.
 
-    AdamW moves a weight by about the learning rate, whatever the gradient's size; a weight whose spacing to the next
-    representable number is more than twice that stays where it is.
+    AdamW changes a weight by about the learning rate, for any size of the gradient. If the distance from a weight to the next
+    representable number is more than twice the learning rate, the weight does not change.
 
     Args:
         parameters: Trainable parameters of one or several dtypes.
-        learning_rate: Of the optimizer.
+        learning_rate: The optimizer's learning rate.
 
     Returns:
-        A share from 0 to 1 of all weights, estimated from an evenly spaced sample of at most 4,096 a parameter.
+        A share from 0 to 1 of all weights, estimated from an evenly spaced sample of at most 4,096 weights per parameter.
     """
     unchanged, total = 0.0, 0
     for parameter in parameters:

@@ -35,21 +35,21 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 class ResumableTrainer(DistillationTrainer):
     """
-    TRL's `DistillationTrainer` for a run that is killed anywhere and resumes to the bits of the uninterrupted one.
+    TRL's `DistillationTrainer` for runs that can be killed at any point. A resumed run equals the uninterrupted run bit by bit.
 
     What differs from [`~trl.DistillationTrainer`]:
 
-    - A checkpoint is whole or known to be torn, and knows its run. `resume_from_checkpoint=True` takes the run's own last
-      whole one.
+    - A torn checkpoint is detected, and each checkpoint records its run. `resume_from_checkpoint=True` takes the run's own last
+      whole checkpoint.
     - A run that resumes in a later epoch, or in a stream's later pass, reads the rows that the uninterrupted run reads.
-    - What was not logged yet at a checkpoint is logged after it.
-    - What a run saves at its end is tried before its start. A step whose gradient is not finite is skipped.
-    - The terminal gets one line for each line of the log ([`~trl_crisp.run.step_lines.StepLines`]).
+    - Metrics that were not logged before a checkpoint are logged after resuming.
+    - Saving is tried before the first step. A step whose gradient is not finite is skipped.
+    - The terminal gets one line for each log entry ([`~trl_crisp.run.step_lines.StepLines`]).
 
     A subclass sets `run_description` before it trains, and overrides [`save_own_state`] and [`load_own_state`].
 
     Attributes:
-        run_description: What makes runs differ ([`~trl_crisp.run.identity.describe_run`]). A checkpoint of a run with
+        run_description: The settings that identify a run ([`~trl_crisp.run.identity.describe_run`]). A checkpoint of a run with
             another description is refused.
     """
 
@@ -62,16 +62,16 @@ class ResumableTrainer(DistillationTrainer):
         self._run_id: str | None = None
         self._passes = Passes()
         self._nonfinite = SkipNonFiniteSteps(self.accelerator)
-        # A dict of twenty values a step is for the trackers
+        # transformers prints a dict of twenty values per step. The trackers keep these values; StepLines prints one line
         for printer in (ProgressCallback, PrinterCallback):
             self.remove_callback(printer)
         for callback in (self._passes, self._nonfinite, StepLines()):
             self.add_callback(callback)
-        # What a checkpoint knows of the steps since the last line of the log, until training continues
+        # Values from the checkpoint for the steps since its last log entry; `None` once they are restored
         self._unlogged: dict[str, Any] | None = None
 
     def save_own_state(self, directory: str) -> dict[str, Any]:
-        """Write what the subclass needs to resume into a checkpoint; return what its JSON record keeps. All processes call it."""
+        """Write the subclass's state into a checkpoint; return the part for the JSON record. All processes call it."""
         return {}
 
     def load_own_state(self, directory: str, record: dict[str, Any]) -> None:
@@ -87,15 +87,15 @@ class ResumableTrainer(DistillationTrainer):
         Train, from the start or from a checkpoint. A resumed run continues as if it had not been interrupted.
 
         Args:
-            resume_from_checkpoint: A checkpoint's path, or `True` for the run's own last whole one in `output_dir`: torn ones
-                and those of other runs are skipped with a message. If there is none, training starts afresh. From a
-                checkpoint of the last step nothing is trained.
+            resume_from_checkpoint: A checkpoint's path, or `True` for the run's own last whole checkpoint in `output_dir`. Torn
+                checkpoints and those of other runs are skipped with a message. If no checkpoint is left, training starts afresh.
+                A checkpoint of the last step is loaded and no further step is trained.
             trial, ignore_keys_for_eval: As in the parent.
 
         Raises:
-            ValueError: For a checkpoint that is torn, that is past the last step, or that is of a run with another instruction,
-                schedule, adapter or model.
-            FileNotFoundError: For a path without a checkpoint.
+            ValueError: If the checkpoint is torn, is past the last step, or belongs to a run with another instruction, schedule,
+                adapter or model.
+            FileNotFoundError: If the path does not exist.
         """
         output_dir = self.args.output_dir or "."
         allowed = self.args.allow_changed_resume  # type: ignore[attr-defined]
@@ -126,8 +126,8 @@ class ResumableTrainer(DistillationTrainer):
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         if self.args.dataloader_persistent_workers:
-            # Workers that stay draw their seed once a run, others once an epoch. From the rollouts' random stream a resumed run
-            # would draw once more than the uninterrupted one.
+            # Persistent workers draw their seed once per run, others once per epoch. If they drew it from the rollouts' random
+            # stream, a resumed run would draw once more than the uninterrupted run.
             (getattr(loader, "base_dataloader", loader)).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
@@ -152,17 +152,17 @@ class ResumableTrainer(DistillationTrainer):
             )
         started_at_step = step - batches // self.args.gradient_accumulation_steps
         if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
-            # transformers takes the length of a stream to be max_steps
+            # transformers assumes that a stream has max_steps steps, so its epoch and batch counts are wrong for a later pass
             record = _read_record(resume_from_checkpoint)["pass"]
             epochs, started_at_step = record["index"], record["started_at_step"]
             batches = (step - started_at_step) * self.args.gradient_accumulation_steps
         self._passes.resume(epochs, started_at_step)
-        # transformers would train one step more from a checkpoint of the last step
+        # From a checkpoint of the last step transformers would train one more step
         return (num_train_epochs, 0) if step == max_steps else (epochs, batches)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._unlogged is not None:  # type: ignore[union-attr]
-            # Once the loop has set its own counters to zero
+            # Restored at the first batch, because the training loop sets these counters to zero when it starts
             self._tr_loss += self._unlogged["loss_sum"]
             self._globalstep_last_logged = self._unlogged["last_logged_step"]
             self._metrics["train"].update(self._unlogged["metrics"])
@@ -181,10 +181,10 @@ class ResumableTrainer(DistillationTrainer):
         directory = Path(self._get_output_dir(trial))
         checkpoint = directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and checkpoint.is_dir():
-            # Of an earlier run, or torn: half overwritten, it would pass for a whole one
+            # The directory is torn or from an earlier run. If it were only half overwritten, it could pass as a whole checkpoint
             shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
-        # transformers counts the checkpoints of other runs too, and may take one of theirs for the latest
+        # transformers also counts checkpoints of other runs, and may take one of them for the latest
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -197,7 +197,7 @@ class ResumableTrainer(DistillationTrainer):
             keep_at_most(own_checkpoints(directory), limit, self.state.best_model_checkpoint)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        # With a limit of 1 transformers leaves the best checkpoint alone at the end, of those of other runs too
+        # With a limit of 1 transformers removes all checkpoints but the best at the end, including those of other runs
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super()._finalize_training(trial, num_train_samples, start_time)
@@ -211,19 +211,17 @@ class ResumableTrainer(DistillationTrainer):
         return output
 
     def _describe_failed_save(self, checkpoint: Path, error: Exception) -> str:
-        # Its part of the disk may be what the user, or the next run, needs
+        # The user, or the next run, may need the disk space of the torn checkpoint
         if self.args.should_save:
             remove_torn(checkpoint)
         last = last_own_checkpoint(checkpoint.parent)
         if last == checkpoint:
-            return (
-                f"{checkpoint} is whole; what failed came after it. Resume from it with resume_from_checkpoint true."
-            )
+            return f"{checkpoint} is whole; the error came after it. Resume from it with resume_from_checkpoint true."
         make_room = ""
         if _is_disk_full(error):
             free_mb = shutil.disk_usage(checkpoint.parent).free / 1e6
             make_room = f"The disk is full ({free_mb:,.0f} MB free now). Make room, or lower save_total_limit. "
-        return f"Saving {checkpoint} failed, so training stopped; what was written of it is removed. {make_room}" + (
+        return f"Saving {checkpoint} failed, so training stopped; its incomplete files were removed. {make_room}" + (
             f"Then resume from {last} with resume_from_checkpoint true."
             if last
             else "No checkpoint is whole, so the run has to start again."
@@ -232,7 +230,7 @@ class ResumableTrainer(DistillationTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         own = self.save_own_state(output_dir)
-        # Of the steps since the last line of the log
+        # The sum of the losses since the last log entry
         loss_sum = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
         if self.args.should_save:
             record = {
@@ -251,7 +249,7 @@ class ResumableTrainer(DistillationTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # The last of what all processes write; the file that transformers writes after it is the end mark
+        # This is the last file that all processes write. transformers writes trainer_state.json after it, as the end mark
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(output_dir)
@@ -271,7 +269,7 @@ def _read_record(checkpoint: str) -> dict[str, Any]:
 
 def _is_disk_full(error: BaseException | None) -> bool:
     for cause in _causes(error):
-        # safetensors says the number in its text alone
+        # safetensors gives the error number only in its message
         if getattr(cause, "errno", None) in _DISK_FULL or any(f"os error {n})" in str(cause) for n in _DISK_FULL):
             return True
     return False

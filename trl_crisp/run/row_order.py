@@ -1,4 +1,4 @@
-"""Which rows a run reads, pass after pass, such that a run that resumes in a later pass reads the same ones."""
+"""The order in which a run reads its rows in each pass. A run that resumes in a later pass reads the same rows."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ class EpochOrder(Sampler[int]):
     """
     TRL's repeating sampler, shuffled by the seed and the number of the epoch.
 
-    TRL's draws each epoch's order from what the generator is left at after the epoch before, so a run that resumes in the
-    second epoch would get the first one's order again. The first epoch's order is TRL's.
+    TRL's sampler shuffles each epoch with the state that the previous epoch left in the generator, so a run that resumes in the
+    second epoch would get the order of the first epoch again. The order of the first epoch is the same as TRL's.
 
     Args:
         sampler: A `RepeatSampler`.
@@ -25,7 +25,7 @@ class EpochOrder(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, counted from 0, that is iterated over next."""
+        """Set the next epoch, counted from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -39,14 +39,14 @@ class EpochOrder(Sampler[int]):
 
 class Passes(TrainerCallback):
     """
-    Counts the passes over the rows, and tells the sampler which one begins.
+    Counts the passes over the rows, and tells the sampler which pass begins.
 
-    accelerate hands `set_epoch` on through two wrappers of the sampler; a run on several processes that resumes inside an
-    epoch has three. And transformers takes the length of a stream to be `max_steps`, so it does not know that a run resumes in
-    the stream's second pass.
+    accelerate does this only in part: it passes `set_epoch` through two wrappers of the sampler, but a run on several processes
+    that resumes inside an epoch has three. transformers assumes that a stream has `max_steps` steps, so it does not know if a run
+    resumes in the stream's second pass.
 
     Attributes:
-        order: The sampler, `None` for a stream.
+        order: The sampler, or `None` for a stream.
         index: The current pass, counted from 0.
         started_at_step: Optimizer steps before the current pass.
     """
@@ -58,11 +58,11 @@ class Passes(TrainerCallback):
         self._is_resumed = False
 
     def start(self) -> None:
-        """Begin with the first pass."""
+        """Reset to the first pass."""
         self.index, self.started_at_step, self._is_resumed = -1, 0, False
 
     def resume(self, index: int, started_at_step: int) -> None:
-        """Begin inside a pass."""
+        """Resume inside a pass."""
         self.index, self.started_at_step, self._is_resumed = index, started_at_step, True
 
     def on_epoch_begin(
@@ -78,10 +78,10 @@ class Passes(TrainerCallback):
 
 
 def warn_of_rows_made_on_access(dataset: Dataset | IterableDataset) -> None:
-    """Warn that a transform that makes the rows whenever they are read is applied once."""
+    """Warn that a transform that makes rows on access is applied only once."""
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         warnings.warn(
             "the train dataset makes its rows on access (set_transform or with_transform). The transform is applied once, at the "
-            "start: every epoch, and a run that resumes, reads the same rows. Other rows in each epoch cannot be repeated.",
+            "start, so every epoch and a resumed run read the same rows. A run whose rows change in each epoch could not resume.",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Can what a run will save be written? Asked before the first step, because afterwards the training would be lost."""
+"""Checks before the first step that the model can be saved; a failure at the end would lose the training."""
 
 import copy
 import tempfile
@@ -16,15 +16,15 @@ def check_can_be_saved(model: Any, processing_class: PreTrainedTokenizerBase | P
     """
     Write everything that a save writes, except the weights, into a temporary directory.
 
-    A generation config with sampling values and without `do_sample`, which transformers loads and does not write, gets
-    `do_sample=True` and a warning.
+    transformers loads a generation config with sampling values and without `do_sample`, but refuses to write it. Such a config
+    gets `do_sample=True`, with a warning.
 
     Args:
         model: The student, before it is wrapped.
-        processing_class: The tokenizer, saved beside the model.
+        processing_class: The tokenizer, which is saved with the model.
 
     Raises:
-        ValueError: For a model, a config or a tokenizer that its library refuses to write; with the library's reason.
+        ValueError: If its library refuses to write the model, a config or the tokenizer; the message gives the library's reason.
     """
     is_adapter = is_peft_model(model)
     if not is_adapter:
@@ -72,7 +72,7 @@ def _complete_generation_config(model: Any) -> None:
     if _is_valid(sampling):
         config.do_sample = True
         warnings.warn(
-            "the model's generation_config has sampling values (such as temperature) and no do_sample. transformers does not "
+            "the model's generation_config has sampling values (such as temperature) but no do_sample. transformers does not "
             "write such a config, so the trained model is saved with do_sample=True.",
             stacklevel=4,
         )

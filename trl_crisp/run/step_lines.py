@@ -1,4 +1,4 @@
-"""What a run prints: one line for each line of the log, with what a reader looks at. The trackers get every value."""
+"""What a run prints: one line with the main values for each log entry. The trackers get all values."""
 
 import time
 from typing import Any
@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StepLines(TrainerCallback):
-    """Prints a line a logged step in place of transformers' dict, on the main process."""
+    """Prints one line per logged step instead of transformers' dict, on the main process."""
 
     def __init__(self) -> None:
         self._started_s = 0.0
@@ -35,18 +35,18 @@ class StepLines(TrainerCallback):
 
 def format_line(step: int, max_steps: int, logs: dict[str, float], left_s: float | None) -> str:
     """
-    Return the line for one log.
+    Return the line for one log entry.
 
     Args:
-        step, max_steps: Optimizer steps done, and in all.
-        logs: What the trainer logs: a step's values, an evaluation's, or the summary at the end.
-        left_s: Seconds until the last step, `None` if they are not known.
+        step, max_steps: Optimizer steps done, and in total.
+        logs: The trainer's log entry: the values of a step or of an evaluation, or the summary at the end.
+        left_s: Seconds until the last step, `None` if unknown.
     """
     parts = [f"step {step}/{max_steps}"]
     if "train_runtime" in logs:
         return f"{parts[0]}  trained in {format_duration(logs['train_runtime'])}"
     if "loss" not in logs:
-        # An evaluation's, under their own names
+        # The values of an evaluation, printed under their own names
         values = {name.removeprefix("eval_"): value for name, value in logs.items() if name != "epoch"}
         return "  ".join([*parts, "evaluation", *(f"{name} {value:.4g}" for name, value in values.items())])
     if (length := logs.get("completions/mean_length")) is not None:
@@ -68,7 +68,7 @@ def format_line(step: int, max_steps: int, logs: dict[str, float], left_s: float
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration with two units at most: 42 s, 3 min 5 s, 2 h 10 min."""
+    """Return a duration with at most two units: 42 s, 3 min 5 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

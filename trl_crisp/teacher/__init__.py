@@ -1,6 +1,6 @@
-"""Who the teacher is, when it is refreshed from the student, and what its state is.
+"""The teacher: where its weights are, when they are refreshed from the student, and what a checkpoint saves of it.
 
-Three places that the teacher's weights can live in, behind one interface:
+One interface, [`Teacher`], for three places of the teacher's weights:
 
 | teacher | full fine-tuning | LoRA |
 |---|---|---|
@@ -26,12 +26,12 @@ def make_teacher(student: nn.Module, args: CRISPConfig, accelerator: Accelerator
     Make the teacher of a student, from the student's weights as they are now.
 
     Args:
-        student: The model before it is wrapped for distributed training. Under LoRA a second adapter is added to it.
+        student: The model before it is wrapped for distributed training. With LoRA a second adapter is added to it.
         args: The run's config.
-        accelerator: The run's accelerator; a copied teacher is placed and sharded as it says.
+        accelerator: The run's accelerator, which places and shards a copied teacher.
 
     Raises:
-        ValueError: Where the student's adapter cannot be shared, or the backend cannot hold this teacher.
+        ValueError: If the student's adapter cannot be shared, or the distributed backend does not support this teacher.
     """
     if is_peft_model(student):
         check_adapter(student, args, accelerator)

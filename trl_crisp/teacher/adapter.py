@@ -1,4 +1,4 @@
-"""The teacher under LoRA: a second, frozen adapter on the student's base model."""
+"""The teacher with LoRA: a second, frozen adapter on the student's base model."""
 
 import copy
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from trl_crisp.teacher.sharding import named_parameters
 
 class AdapterTeacher(Teacher):
     """
-    A second, frozen LoRA adapter on the student's base model; a copy of the student's adapter at the start.
+    A second, frozen LoRA adapter on the student's base model. It starts as a copy of the student's adapter.
 
-    The adapter lives in the layers, but neither among the PEFT model's adapters nor in its state dict, so saving or pushing
-    that model never includes it. Every kind but `"live"` has one: that is right also where the student's adapter is no
-    identity at step 0.
+    The adapter is in the layers, but not in the PEFT model's list of adapters nor in its state dict, so saving or pushing the
+    model never includes it. Every kind except `"live"` uses it, because the student's adapter may change the base model's output
+    at step 0 already; the base model alone would then be another teacher.
     """
 
     def __init__(self, student: nn.Module, args: CRISPConfig, accelerator: Accelerator) -> None:
@@ -34,11 +34,12 @@ class AdapterTeacher(Teacher):
             self._hide_adapter()
 
     def _weights_source(self) -> str:
-        # Small, and never refreshed it is a draw of the run's own, which another process would not repeat
+        # The adapter is always saved: it is small, and its initial values are random, so a new process could not repeat them
         return "file"
 
     def begin_step(self, step: int) -> None:
-        # Not before: by the state dict accelerate sends the first process's weights to the others when it shards the model
+        # Hidden only now, because accelerate shards the model before: it sends the first process's weights, adapter included, to
+        # the other processes through the state dict
         self._hide_adapter()
         super().begin_step(step)
 
@@ -46,16 +47,16 @@ class AdapterTeacher(Teacher):
         model: Any = self.student
         if ADAPTER_NAME not in _adapters_in(model):
             config = copy.deepcopy(model.peft_config[self._student_adapter])
-            # Some initialisations (PiSSA, OLoRA, LoftQ) subtract the adapter from the base weights, which the student's
-            # adapter has done already; these values are overwritten below
+            # Some initialisations (PiSSA, OLoRA, LoftQ) subtract the adapter from the base weights. The student's adapter has
+            # done so already, so the default initialisation is used; its values are overwritten below
             config.init_lora_weights = True
             config.inference_mode = True
-            # The draw of its first values must not move the random stream of the rollouts
+            # Drawing the initial values must not advance the rollouts' random stream
             with torch.random.fork_rng(devices=[]):
                 model.add_adapter(ADAPTER_NAME, config)
             del model.peft_config[ADAPTER_NAME]
         for _, source, target in self._weight_pairs():
-            # The student's dtype and device too (meta, where another process loads the weights for FSDP2)
+            # This also copies the student's dtype and device (meta, if another process loads the weights for FSDP2)
             torch.utils.swap_tensors(target, nn.Parameter(source.detach().clone(), requires_grad=False))
         for layer in _lora_layers(model):
             layer.scaling[ADAPTER_NAME] = layer.scaling[self._student_adapter]
@@ -90,7 +91,7 @@ def _lora_layers(model: nn.Module) -> Iterator[Any]:
 
 
 def _drop_the_teachers(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    # PEFT saves every tensor of a layer but those of adapters that it knows to be others than the one it saves
+    # PEFT omits the tensors of other adapters only if they are in its list of adapters, and the teacher's adapter is not
     for name in [n for n in state_dict if n.startswith(prefix) and ADAPTER_NAME in n.removeprefix(prefix).split(".")]:
         del state_dict[name]
 
@@ -101,11 +102,11 @@ def _adapters_in(model: nn.Module) -> set[str]:
 
 @contextmanager
 def _active_adapter(model: nn.Module, name: str) -> Iterator[None]:
-    # PEFT's own set_adapter flips requires_grad, which distributed wrappers and the optimizer must not see
+    # PEFT's set_adapter changes requires_grad, which would confuse distributed wrappers and the optimizer
     layers = list(_lora_layers(model))
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        # A merged layer answers with the student's weights, whatever adapter is active
+        # A merged layer uses the student's weights, no matter which adapter is active
         assert not layer.merged, "the student's adapter is merged into the base model during the teacher's pass"
         layer._active_adapter = [name]
     try:

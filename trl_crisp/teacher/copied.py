@@ -1,4 +1,4 @@
-"""The teacher under full fine-tuning: a frozen copy of the student."""
+"""The teacher in full fine-tuning: a frozen copy of the student."""
 
 import copy
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from trl_crisp.teacher.sharding import check_backend, is_partitioned, named_para
 
 
 class CopyTeacher(Teacher):
-    """A frozen copy of the student's module, in evaluation mode, with the student's dtype unless the config gives one."""
+    """A frozen copy of the student's module in evaluation mode. It has the student's dtype unless the config sets one."""
 
     def __init__(self, student: nn.Module, args: CRISPConfig, accelerator: Accelerator) -> None:
         super().__init__(student, args)
@@ -23,7 +23,7 @@ class CopyTeacher(Teacher):
         self._model, self.wrapped_model = place(copied, accelerator)
         if self.kind == "ema" and is_partitioned(self._model) and self._model.dtype != torch.float32:
             raise ValueError(
-                "teacher_model_kind='ema' needs a float32 moving average, which ZeRO-3 has no place for beside "
+                "teacher_model_kind='ema' needs a float32 moving average, which cannot be kept under ZeRO-3 in addition to "
                 f"{self._model.dtype} parameters. Use ZeRO-2 or FSDP2, or teacher_model_kind='periodic'."
             )
         self._start_averages()

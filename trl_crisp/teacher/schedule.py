@@ -1,4 +1,4 @@
-"""Whose weights the teacher has and since when: the schedule, its counters, and the state that a checkpoint keeps."""
+"""When the teacher takes the student's weights: the schedule, its counters, and the state that a checkpoint keeps."""
 
 import json
 from abc import ABC, abstractmethod
@@ -23,15 +23,15 @@ WEIGHTS_FILE = "teacher.safetensors"
 
 class Teacher(ABC):
     """
-    The frozen side of the divergence: its weights' schedule, and how to run it.
+    The frozen model of the divergence: the schedule of its weights, and how to run it.
 
     Args:
         student: The student's module, unwrapped.
-        args: Gives `teacher_model_kind`, `teacher_sync_steps` and `teacher_update_rate`.
+        args: The config; `teacher_model_kind`, `teacher_sync_steps` and `teacher_update_rate` are read.
 
     Attributes:
-        wrapped_model: The teacher's module as the distributed backend wrapped it, `None` where it is the student's.
-        refreshes: How many times the weights were taken over from the student since the start.
+        wrapped_model: The teacher's module as the distributed backend wrapped it, `None` if the teacher uses the student's module.
+        refreshes: How many times the teacher took the student's weights since the start.
     """
 
     wrapped_model: nn.Module | None = None
@@ -44,12 +44,12 @@ class Teacher(ABC):
         self.refreshes = 0
         self._completed_steps = 0
         self._refreshed_at_step = 0
-        # float32 moving averages by parameter name, where the teacher's own weights are of a lower precision
+        # float32 moving averages by parameter name, for parameters of a lower precision
         self._averages: dict[str, torch.Tensor] = {}
 
     @property
     def age_steps(self) -> int:
-        """Optimizer steps that the student made since its weights were last taken over."""
+        """Optimizer steps of the student since the teacher last took its weights."""
         return 0 if self.kind == "live" else self._completed_steps - self._refreshed_at_step
 
     def is_due(self, step: int) -> bool:
@@ -57,7 +57,7 @@ class Teacher(ABC):
         return self.kind in ("periodic", "ema") and step % self.sync_steps == 0  # type: ignore[operator]
 
     def begin_step(self, step: int) -> None:
-        """Tell the teacher that optimizer step `step`, counted from 1, begins; refreshes it if that is due."""
+        """Begin optimizer step `step`, counted from 1: refresh the teacher if that is due."""
         self._completed_steps = step - 1
         if self.is_due(step):
             self.refresh()
@@ -65,10 +65,10 @@ class Teacher(ABC):
     @torch.no_grad()
     def refresh(self) -> None:
         """
-        Take the student's weights over now: a copy, or for `"ema"` its share in the moving average.
+        Update the teacher from the student now: copy the weights, or for `"ema"` update the moving average.
 
         Raises:
-            ValueError: For `"base"`, whose weights are those of step 0.
+            ValueError: For `"base"`, which keeps the weights of step 0.
         """
         if self.kind == "base":
             raise ValueError(
@@ -82,8 +82,8 @@ class Teacher(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """
-        What the teacher is made of: the schedule's counters and, under `"weights"`, tensors by parameter name (those of
-        this process; the float32 averages for `"ema"`). The tensors are not copies.
+        Return the schedule's counters and, as `"weights"`, this process's tensors by parameter name (for `"ema"` the float32
+        averages). The tensors are not copies.
         """
         weights = {name: target.detach() for name, _, target in self._weight_pairs()} | self._averages
         return {
@@ -97,10 +97,10 @@ class Teacher(ABC):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Restore what [`state_dict`] returned, without `"weights"` only the counters.
+        Restore what [`state_dict`] returned. Without `"weights"`, only the counters are restored.
 
         Raises:
-            ValueError: For the state of another kind of teacher, or of another model.
+            ValueError: If the state is that of another kind of teacher, or of another model.
         """
         if state["kind"] != self.kind:
             raise ValueError(
@@ -128,15 +128,14 @@ class Teacher(ABC):
 
     def save(self, directory: str | Path, write: bool = True) -> None:
         """
-        Write the state into a checkpoint, as `teacher_state.json` and, where it has weights of its own, `teacher.safetensors`.
+        Write the state into a checkpoint, as `teacher_state.json` and, if the teacher's weights are saved, `teacher.safetensors`.
 
-        A copy that was never refreshed is not written: it has the weights of the model that the run began with, and the run
-        that resumes makes it from them again.
+        A copy that was never refreshed has the weights of the model that the run began with. It is not written, because a
+        resumed run makes the same copy from that model.
 
         Args:
             directory: The checkpoint.
-            write: Whether this process writes. Where the weights are sharded all processes have to call this, to gather
-                them.
+            write: Whether this process writes. If the weights are sharded, all processes have to call this, to gather them.
         """
         source = self._weights_source()
         if source == "file":
@@ -158,16 +157,16 @@ class Teacher(ABC):
 
         Args:
             directory: The checkpoint.
-            allow_changed: Take over what fits of the state of another kind of teacher.
+            allow_changed: Accept the state of another kind of teacher, and restore the parts that apply.
 
         Raises:
-            FileNotFoundError: For a checkpoint without a teacher.
-            ValueError: For the state of another teacher.
+            FileNotFoundError: If the checkpoint has no teacher.
+            ValueError: If the state is that of another teacher.
         """
         path = Path(directory) / TEACHER_STATE_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{directory} has no {TEACHER_STATE_FILE}: it is no checkpoint of a CRISP run. Resume from another checkpoint, or "
+                f"{directory} has no {TEACHER_STATE_FILE}: it is not a checkpoint of a CRISP run. Resume from another checkpoint, or "
                 "start afresh with that directory as the model."
             )
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -176,7 +175,7 @@ class Teacher(ABC):
             self._take_over()
         if allow_changed:
             state["kind"] = self.kind
-        # A teacher that was never refreshed is the one that this run began with
+        # With another source nothing is loaded: a teacher that was never refreshed has the weights that this run began with
         if source == "file" and self.kind != "live":
             state["weights"] = load_file(Path(directory) / WEIGHTS_FILE)
         self.load_state_dict(state)
@@ -194,34 +193,34 @@ class Teacher(ABC):
     @contextmanager
     def serving(self) -> Iterator[nn.Module]:
         """
-        Yield the unwrapped module to run as the teacher: without dropout, with the teacher's weights.
+        Yield the unwrapped module to run as the teacher, with the teacher's weights and without dropout.
 
-        Where that module is the student's, everything about the student is as before on leaving: the training mode of
-        each module, the active adapter, the requires_grad flags. Run it under `torch.no_grad()`.
+        If the module is the student's, its state is restored on exit: the training mode of each module, the active adapter and
+        the requires_grad flags. Run it under `torch.no_grad()`.
         """
         with evaluation_mode(self.student):
             yield self.student
 
     @abstractmethod
     def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        """Yield each of the teacher's parameters: its name, the student's it is taken from, and itself."""
+        """Yield, for each of the teacher's parameters, its name, the student's parameter, and the teacher's parameter."""
 
     def _blend(self, name: str, source: nn.Parameter, target: nn.Parameter) -> None:
         average = self._averages.get(name, target)
         if isinstance(target, DTensor) and not isinstance(average, DTensor):
-            # The adapter was sharded after its average was started, and has not moved since
+            # The adapter was sharded after its average was created, and has not changed since
             average = self._averages[name] = target.detach().float()
         if self.update_rate == 1.0:
             average.copy_(source)
         else:
             average.lerp_(source.to(average.dtype), self.update_rate)
-            # The mean of two equal infinities (the bias of masked tokens) would be NaN
+            # The average of two equal infinities (the bias of masked tokens) is NaN, so infinities are copied
             average.copy_(torch.where(torch.isinf(source), source.to(average.dtype), average))
         if average is not target:
             target.copy_(average)
 
     def _start_averages(self) -> None:
-        # A float16 or bfloat16 average would round an update of 0.005 of a small difference to nothing
+        # In float16 or bfloat16, adding 0.005 of a small difference would often round to no change
         if self.kind == "ema":
             self._averages = {
                 name: (target if isinstance(target, DTensor) else source).detach().float().clone()
@@ -231,13 +230,13 @@ class Teacher(ABC):
 
 
 class LiveTeacher(Teacher):
-    """The student itself, seen through the teacher's prompt; its weights are the student's at every step."""
+    """The student itself, with the teacher's prompt; its weights are the student's at every step."""
 
     def _weights_source(self) -> str:
         return "student"
 
     def refresh(self) -> None:
-        """Do nothing: the weights are the student's already."""
+        """Do nothing, because the weights are the student's."""
 
     def _weight_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         return iter(())

@@ -1,4 +1,4 @@
-"""All that knows of ZeRO's and FSDP2's shards: gathering, placing and copying."""
+"""How to gather, place and copy parameters that ZeRO-3 or FSDP2 shards. No other teacher module handles shards."""
 
 import copy
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from trl_crisp._upstream import prepare_deepspeed
 
 
 def zero3_copy(student: nn.Module) -> nn.Module:
-    """Return a copy of a module that ZeRO-3 partitioned while loading, which cannot be deep-copied: its tensors are empty."""
+    """Return a copy of a module that ZeRO-3 partitioned while loading. copy.deepcopy cannot do this: the tensors are empty."""
     import deepspeed
 
-    # The draw of its first values must not move the random stream of the rollouts
+    # Drawing the initial values must not advance the rollouts' random stream
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        # transformers' own way in, which keeps tied weights tied and the rotary frequencies float32
+        # transformers' _from_config keeps tied weights tied and the rotary frequencies in float32
         teacher = type(student)._from_config(copy.deepcopy(student.config), dtype=student.dtype)  # type: ignore[attr-defined]
     pairs = zip(student.named_parameters(), teacher.named_parameters(), strict=True)
     for (source_name, source), (target_name, target) in pairs:
@@ -38,16 +38,16 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 def sharded_like(target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return whole values as FSDP2 shards the target, or as they are if it does not."""
+    """Return unsharded values with the target's FSDP2 sharding, or unchanged if the target is not sharded."""
     if not isinstance(target, DTensor) or isinstance(values, DTensor):
         return values
-    # Every process has all the values, so that none has to be sent
+    # Every process has all values, so nothing is sent (src_data_rank=None)
     return distribute_tensor(values.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Return a model's parameters by name, as shards under FSDP2."""
-    # FSDP2 keeps what a forward gathered until a backward frees it, and no backward follows an evaluation
+    """Return a model's parameters by name; under FSDP2 as shards."""
+    # FSDP2 keeps the weights that a forward gathered until a backward frees them, and no backward follows an evaluation
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -60,7 +60,7 @@ def plain_name(name: str) -> str:
 
 
 def gathered(*parameters: torch.Tensor) -> AbstractContextManager[None]:
-    """Return a context in which ZeRO-3's partitioned parameters are whole; what is written into them is kept."""
+    """Return a context in which ZeRO-3's partitioned parameters are whole; values written into them are kept."""
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         return nullcontext()
@@ -70,7 +70,7 @@ def gathered(*parameters: torch.Tensor) -> AbstractContextManager[None]:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a parameter's whole values. If they are sharded all processes have to call it."""
+    """Return a parameter's unsharded values. If the parameter is sharded, all processes have to call this."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach()
     if hasattr(tensor, "ds_id"):
@@ -91,17 +91,17 @@ def check_backend(accelerator: Accelerator) -> None:
 
 def place(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, nn.Module]:
     """
-    Place a frozen copy on the device, sharded as the student will be.
+    Place a frozen copy on the device, with the sharding that the student will have.
 
     Returns:
-        The module, and what the backend wrapped it in.
+        The module, and its wrapper by the distributed backend.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return model, prepare_deepspeed(model, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        # Layer by layer, and from the first process's weights if only that one loaded them (fsdp_cpu_ram_efficient_loading)
+        # This shards layer by layer. If only the first process loaded weights (fsdp_cpu_ram_efficient_loading), it sends them
         sharded = fsdp2_prepare_model(accelerator, model)
-        # No backward follows the teacher's forward, which would free the head's gathered weights
+        # Without this the head's gathered weights would stay: a backward frees them, and the teacher has no backward
         sharded.set_reshard_after_forward(True)
         return sharded, sharded
     if getattr(model, "hf_device_map", None) is None:
