@@ -446,9 +446,9 @@ class CRISPTrainer(ResumableTrainer):
         if all(teachers) and not all(students):
             raise RuntimeError(
                 f"the teacher's entropy was within 1% of that of a uniform distribution (ln V = {uniform_nats:.2f} nats) for "
-                f"the whole of step {self.state.global_step + 1}, and the student's was not: the teacher's weights were not "
-                "loaded, or were moved away. The student cannot learn from it. Check what else handles the model's weights "
-                "(sleep mode, offload), and resume from the last checkpoint."
+                f"the whole of step {self.state.global_step + 1}, and the student's was not. The student cannot learn from such a "
+                "teacher. Check that the teacher's weights are loaded and what else handles them (sleep mode, offload), and resume from "
+                "the last checkpoint."
             )
 
 

@@ -14,7 +14,8 @@ from trl_crisp.config import CRISPConfig
 ADAPTER_NAME = "teacher"
 
 # Fields of a LoRA config for the adapted layers, the adapter's size and its initial values. They have the same effect on the
-# teacher's adapter as on the student's, so sharing is exact (tests/models/test_adapter_checks.py tests each field).
+# teacher's adapter as on the student's, so sharing is exact (tests/models/test_adapter_checks.py tests
+# each field but corda_config, lora_ga_config, loftq_config, runtime_config and qalora, which need data, other packages or a GPU).
 _SHAREABLE_FIELDS = {
     "alpha_pattern",
     "corda_config",

@@ -57,7 +57,7 @@ def raise_for_hub(error: Exception, kind: str, name: str, field_name: str) -> No
         import huggingface_hub.constants
 
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached (no network?)"
+        reason = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
         way_out = "Unset it" if offline else "Connect to the network (behind a proxy set HTTPS_PROXY)"
         raise ConnectionError(
             f"{subject}: {reason} and the local cache does not have the {kind}. {way_out}, or give a local {local}. "
