@@ -236,7 +236,7 @@ def make_eval_parser() -> argparse.ArgumentParser:
         "--prompt-template",
         "--prompt_template",
         help="text with {column} placeholders that becomes the user's message; by default a named benchmark has its own, and a file "
-        "gets the paper's for math and letters, and the question alone for texts",
+        "gets the paper's for math and letters, and only the question for texts",
     )
     add("--system", help="a system message before each prompt")
     add(
