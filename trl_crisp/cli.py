@@ -395,7 +395,7 @@ def resolve_accelerate_config(launch_argv: list[str]) -> list[str]:
     path = Path(name)
     if not path.is_file():
         if name not in launch_config_names():
-            raise ValueError(f"--accelerate_config {name}: this file does not exist, and the names are {names}.")
+            raise ValueError(f"--accelerate_config {name}: there is no such file, and the names are {names}.")
         path = Path(str(importlib.resources.files("trl.accelerate_configs") / f"{name}.yaml"))
     return ["--config_file", str(path), *argv[:position], *argv[position + 2 :]]
 
