@@ -238,7 +238,7 @@ def make_eval_parser() -> argparse.ArgumentParser:
         "--prompt-template",
         "--prompt_template",
         help="text with {column} placeholders that becomes the user's message; by default a named benchmark has its own, and a file "
-        "gets the paper's for math and letters, and the question alone for texts",
+        "gets the paper's for math and letters, and only the question for texts",
     )
     add("--system", help="a system message before each prompt")
     add(
@@ -397,7 +397,7 @@ def resolve_accelerate_config(launch_argv: list[str]) -> list[str]:
     path = Path(name)
     if not path.is_file():
         if name not in launch_config_names():
-            raise ValueError(f"--accelerate_config {name}: this file does not exist, and the names are {names}.")
+            raise ValueError(f"--accelerate_config {name}: there is no such file, and the names are {names}.")
         path = Path(str(importlib.resources.files("trl.accelerate_configs") / f"{name}.yaml"))
     return ["--config_file", str(path), *argv[:position], *argv[position + 2 :]]
 

@@ -188,7 +188,7 @@ class CRISPConfig(DistillationConfig):
         wants_bf16 = bool(self.bf16 or self.bf16_full_eval) or (self.bf16 is None and not self.fp16)
         if wants_bf16 and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
             raise ValueError(
-                "bf16=True, the default, needs a GPU that computes in bfloat16, and there is none here. On a CPU add "
+                "bf16=True, the default, needs a GPU that computes in bfloat16, and this machine has none. On a CPU add "
                 "`--bf16 false --use_cpu true`; on an older GPU `--bf16 false`."
             )
 

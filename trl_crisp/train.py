@@ -209,7 +209,7 @@ def read_config(path: Path) -> dict[Any, Any]:
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: the file does not exist (looked for {path.absolute()}).")
+        raise FileNotFoundError(f"--config {path}: there is no such file (looked for {path.absolute()}).")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
