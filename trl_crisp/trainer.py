@@ -250,7 +250,7 @@ class CRISPTrainer(ResumableTrainer):
     def _count_generation_prompt_tokens(self, prompt: Prompt) -> int:
         if isinstance(prompt, str):
             return 0
-        with_prompt = self._tokenize_prompts([prompt])[0][0]
+        with_prompt = self.prompt_pairs.tokenize_students([prompt], 0)[0]
         without = self.processing_class.apply_chat_template(  # type: ignore[union-attr]
             prompt,
             tools=self.tools or None,
@@ -274,7 +274,15 @@ class CRISPTrainer(ResumableTrainer):
         if is_raw and "teacher_prompt_ids" not in (eval_dataset.column_names or []):
             check_columns(eval_dataset, "eval")
             eval_dataset, _ = self.prompt_pairs.select(eval_dataset, self._turn_tokens, "eval")
-        return super().get_eval_dataloader(eval_dataset)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # With persistent workers transformers keeps the first loader, and answers with it for any other rows
+        kept = getattr(self, "_eval_dataloaders", {})
+        self._eval_dataloaders: dict[str, DataLoader] = {}
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self._eval_dataloaders = kept
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Trackio's run ends with the training, and TRL writes to it in the midst of every evaluation

@@ -131,6 +131,20 @@ class ResumableTrainer(DistillationTrainer):
             (getattr(loader, "base_dataloader", loader)).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        if not isinstance(dataset, IterableDataset):
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        # TRL reads a stream without workers, and torch refuses these settings then
+        settings = ("dataloader_persistent_workers", False), ("dataloader_prefetch_factor", None)
+        before = [getattr(self.args, name) for name, _ in settings]
+        try:
+            for name, value in settings:
+                setattr(self.args, name, value)
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            for (name, _), value in zip(settings, before, strict=True):
+                setattr(self.args, name, value)
+
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._passes.order = EpochOrder(super()._get_train_sampler(dataset))
         return self._passes.order
