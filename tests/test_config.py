@@ -396,3 +396,24 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch, report_to):
 def test_a_tracker_that_there_is_not_lists_those_there_are():
     with pytest.raises(ValueError, match=r"report_to='wandbb' .*tensorboard, trackio, wandb"):
         config(report_to="wandbb")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("temperature", "loss_temperature")
+            for value in (float("nan"), float("inf"), 0.0)
+        ),
+        ("beta", float("nan")),
+        ("top_p", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("teacher_sync_steps", float("nan")),
+        ("teacher_sync_steps", 1.5),
+    ],
+)
+def test_numbers_that_no_run_could_use_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value}.* must be "):
+        config(bf16=False, **{name: value})

@@ -600,3 +600,10 @@ def test_rows_that_are_no_math_get_a_word_about_general(tmp_path, instruction, w
         if warns
         else []
     )
+
+
+def test_persistent_workers_evaluate_the_rows_that_are_given(tmp_path):
+    """transformers keeps the first loader, and would answer with it for any other rows."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "per_device_eval_batch_size": 1}
+    trainer = make_trainer(tmp_path, eval_dataset=rows(3), **workers)
+    assert [len(trainer.get_eval_dataloader(dataset)) for dataset in (rows(1), None, rows(2), None)] == [1, 3, 2, 3]

@@ -1,5 +1,6 @@
 """The fields of a CRISP run, the source of each default, and the checks of their combinations."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -248,11 +249,21 @@ class CRISPConfig(DistillationConfig):
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")
-        if self.loss_temperature <= 0:
+        # Also false for NaN
+        if not 0 < self.loss_temperature < math.inf:
             raise ValueError(
-                f"loss_temperature={self.loss_temperature} must be above 0: the logits of the loss are divided by it. "
+                f"loss_temperature={self.loss_temperature} must be a number above 0: the logits of the loss are divided by it. "
                 "The paper's is 1."
             )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be a number above 0: the logits of the rollouts are divided by it. The "
+                "paper's is 1."
+            )
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta={self.beta} must be from 0 to 1. The paper's is 1, the reverse KL.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1, which samples from all tokens.")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(
                 f"max_prompt_length={self.max_prompt_length} would drop every row. Give a number of tokens of at least "
@@ -298,9 +309,9 @@ class CRISPConfig(DistillationConfig):
     def _resolve_schedule(self) -> None:
         kind = self.teacher_model_kind
         if self.teacher_sync_steps is not None:
-            if self.teacher_sync_steps < 1:
+            if not self.teacher_sync_steps >= 1 or self.teacher_sync_steps % 1:
                 raise ValueError(
-                    f"teacher_sync_steps={self.teacher_sync_steps} must be at least 1. For a teacher that is never "
+                    f"teacher_sync_steps={self.teacher_sync_steps} must be a whole number of at least 1. For a teacher that is never "
                     "refreshed use teacher_model_kind='base'."
                 )
             if kind in ("base", "live"):

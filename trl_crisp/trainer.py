@@ -251,7 +251,7 @@ class CRISPTrainer(ResumableTrainer):
     def _count_generation_prompt_tokens(self, prompt: Prompt) -> int:
         if isinstance(prompt, str):
             return 0
-        with_prompt = self._tokenize_prompts([prompt])[0][0]
+        with_prompt = self.prompt_pairs.tokenize_students([prompt], 0)[0]
         without = self.processing_class.apply_chat_template(  # type: ignore[union-attr]
             prompt,
             tools=self.tools or None,
@@ -275,7 +275,15 @@ class CRISPTrainer(ResumableTrainer):
         if is_raw and "teacher_prompt_ids" not in (eval_dataset.column_names or []):
             check_columns(eval_dataset, "eval")
             eval_dataset, _ = self.prompt_pairs.select(eval_dataset, self._turn_tokens, "eval")
-        return super().get_eval_dataloader(eval_dataset)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # With persistent workers transformers keeps the first loader, and answers with it for any other rows
+        kept = getattr(self, "_eval_dataloaders", {})
+        self._eval_dataloaders: dict[str, DataLoader] = {}
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self._eval_dataloaders = kept
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Trackio ends its run when training ends, but TRL writes to that run during every evaluation
@@ -430,6 +438,9 @@ class CRISPTrainer(ResumableTrainer):
     def save_own_state(self, directory: str) -> dict[str, Any]:
         self.teacher.save(directory, write=self.args.should_save)
         return {"baseline_lengths_tokens": self._baseline_lengths_tokens}
+
+    def start_own_state(self) -> None:
+        self.teacher.begin_run()
 
     def load_own_state(self, directory: str, record: dict[str, Any]) -> None:
         self.teacher.load(directory, self.args.allow_changed_resume)

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from tests.tiny_models import TEMPLATES, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPConfig, CRISPTrainer
@@ -110,13 +110,34 @@ def test_the_row_whose_teacher_prompt_the_template_refuses_is_named():
         pairs_of("gemma").select(Dataset.from_list(rows), 3)
 
 
-def test_a_template_that_refuses_the_students_prompt_says_so_itself():
+def test_a_students_prompt_that_the_template_refuses_is_named_by_its_row():
     """The instruction is not to blame, so the message must not say it."""
-    from jinja2 import TemplateError
+    prompts = [[user("One?")], [{"role": "system", "content": "Add."}, user("One?")]]
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    with pytest.raises(ValueError, match=r"row 1: column 'prompt': .*System role not supported") as raised:
+        pairs_of("gemma", role="system", instruction="").select(rows, 3)
+    assert "instruction_role" not in str(raised.value)
 
-    rows = Dataset.from_list([{"prompt": [{"role": "system", "content": "You add."}, user("One?")]}])
-    with pytest.raises(TemplateError, match="System role not supported"):
-        pairs_of("gemma", role="system").select(rows, 3)
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_blocks_for_a_template_that_takes_text_alone_are_named_by_their_row(number):
+    tokenize, tokenizer = tokenizing("llama")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    prompts = [[user("Add 1.")], [user("Add 2.")]]
+    prompts[number] = [{"role": "user", "content": [{"type": "text", "text": "Add."}]}]
+
+    def lines():
+        yield from ({"prompt": prompt} for prompt in prompts)
+
+    rows = IterableDataset.from_generator(lines) if number else Dataset.from_list([{"prompt": p} for p in prompts[:1]])
+    with pytest.raises(ValueError, match=rf"row {number}: column 'prompt': the chat template refuses"):
+        list(PromptPairs("", None, "user", tokenize, None).select(rows, 0)[0])
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "One?"}], DatasetDict(train=Dataset.from_list([{"prompt": "One?"}]))])
+def test_what_is_no_dataset_is_refused_with_its_type(rows):
+    with pytest.raises(ValueError, match=rf"the train dataset is a {type(rows).__name__}, .*from_list"):
+        check_columns(rows)
 
 
 # The length filter

@@ -55,6 +55,18 @@ def test_a_run_resumes_in_its_second_pass(tmp_path, options, saved_at_step):
     assert resumed.state.epoch == whole.state.epoch > 1
 
 
+def test_a_stream_trains_and_is_evaluated_beside_persistent_workers(tmp_path):
+    """TRL reads streams without workers, and torch refuses both settings then."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
+    trainer = make_trainer(tmp_path, dataset=rows(10).to_iterable_dataset(), max_steps=1, **workers)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    mapped = make_trainer(tmp_path, max_steps=1, **workers)
+    mapped.train()
+    assert "eval_loss" in mapped.evaluate(rows(2).to_iterable_dataset())
+    assert mapped.args.dataloader_persistent_workers
+
+
 def test_rows_that_a_transform_draws_are_drawn_once_and_again_by_a_run_that_resumes(tmp_path):
     def trainer(**options):
         drawn = rows()

@@ -16,6 +16,8 @@ from trl_crisp.prompts.instructions import Prompt, build_teacher_prompt
 _CHECK_BATCH_ROWS = 256
 # A temporary column of a stream, from the map to the filter: whether the row's prompts are short enough
 _FITS = "_crisp_fits"
+# A template that adds a list of blocks to a text raises Python's own
+_TEMPLATE_ERRORS = (TemplateError, TypeError)
 
 
 @dataclass
@@ -175,7 +177,7 @@ class PromptPairs:
                 pairs.append(self.teacher_prompt(row))
             except ValueError as error:
                 raise ValueError(f"row {first_row + i}: {error}") from error
-        students_ids = self.tokenize([row["prompt"] for row in rows])
+        students_ids = self.tokenize_students([row["prompt"] for row in rows], first_row)
         teachers_ids = self._tokenize_teachers([prompt for prompt, _ in pairs], first_row)
         fits = []
         for i, (student_ids, teacher_ids) in enumerate(zip(students_ids, teachers_ids, strict=True)):
@@ -190,14 +192,38 @@ class PromptPairs:
         report.given += sum(row.get("teacher_prompt") is not None for row in rows)
         return {"teacher_prompt": [prompt for prompt, _ in pairs], "teacher_prompt_ids": teachers_ids}, fits
 
-    def _tokenize_teachers(self, prompts: list[Prompt], first_row: int) -> list[list[int]]:
+    def tokenize_students(self, prompts: list[Prompt], first_row: int) -> list[list[int]]:
+        """
+        Return the token ids of students' prompts.
+
+        Args:
+            prompts: Of rows that follow each other.
+            first_row: The number of the first of them.
+
+        Raises:
+            ValueError: For a prompt that the chat template refuses, named by its row.
+        """
         try:
             return self.tokenize(prompts)
-        except TemplateError:
+        except _TEMPLATE_ERRORS:
             for i, prompt in enumerate(prompts):
                 try:
                     self.tokenize([prompt])
-                except TemplateError as error:
+                except _TEMPLATE_ERRORS as error:
+                    raise ValueError(
+                        f"row {first_row + i}: column 'prompt': the chat template refuses the prompt: {error}. Many templates "
+                        "take no system message, or 'content' as a string only. Correct or remove such rows."
+                    ) from error
+            raise
+
+    def _tokenize_teachers(self, prompts: list[Prompt], first_row: int) -> list[list[int]]:
+        try:
+            return self.tokenize(prompts)
+        except _TEMPLATE_ERRORS:
+            for i, prompt in enumerate(prompts):
+                try:
+                    self.tokenize([prompt])
+                except _TEMPLATE_ERRORS as error:
                     # The template accepted the student's prompt, so the cause is what only the teacher's prompt contains
                     raise ValueError(
                         f"row {first_row + i}: the chat template takes the student's prompt and refuses the teacher's: "
@@ -209,11 +235,20 @@ class PromptPairs:
 
 def check_columns(dataset: Dataset | IterableDataset, name: str = "train") -> None:
     """
-    Check a dataset's columns before the model is loaded.
+        Check a dataset's columns before the model is loaded.
 
-    Raises:
-        ValueError: If there is no `prompt` column, or if there is a column of images, which the teacher's prompt cannot contain.
+        Raises:
+    <<<<<<< HEAD
+            ValueError: If there is no `prompt` column, or if there is a column of images, which the teacher's prompt cannot contain.
+    =======
+            ValueError: For what is no dataset, without a `prompt` column, and for images, which the teacher's prompt cannot carry.
+    >>>>>>> review1
     """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            f"the {name} dataset is a {type(dataset).__name__}, and has to be a datasets.Dataset or IterableDataset. Make one of "
+            "a list of rows by `Dataset.from_list(rows)`, and take one split of a DatasetDict."
+        )
     columns = dataset.column_names
     if columns is None:
         return

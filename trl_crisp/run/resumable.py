@@ -74,6 +74,9 @@ class ResumableTrainer(DistillationTrainer):
         """Write the subclass's state into a checkpoint; return the part for the JSON record. All processes call it."""
         return {}
 
+    def start_own_state(self) -> None:
+        """Prepare the subclass's state for a run that starts afresh. All processes call it."""
+
     def load_own_state(self, directory: str, record: dict[str, Any]) -> None:
         """Restore what [`save_own_state`] wrote and returned. All processes call it."""
 
@@ -103,7 +106,6 @@ class ResumableTrainer(DistillationTrainer):
         chosen = self._from_main_process(lambda: resolve_checkpoint(resume_from_checkpoint, output_dir, allowed))
         if chosen is not None:
             check_same_run(chosen, self.run_description, allowed)
-        self._run_id = self._from_main_process(lambda: start_run(output_dir, chosen and run_id_of(chosen)))
         self._passes.start()
         return super().train(chosen, trial, ignore_keys_for_eval)
 
@@ -131,6 +133,20 @@ class ResumableTrainer(DistillationTrainer):
             (getattr(loader, "base_dataloader", loader)).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        if not isinstance(dataset, IterableDataset):
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        # TRL reads a stream without workers, and torch refuses these settings then
+        settings = ("dataloader_persistent_workers", False), ("dataloader_prefetch_factor", None)
+        before = [getattr(self.args, name) for name, _ in settings]
+        try:
+            for name, value in settings:
+                setattr(self.args, name, value)
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            for (name, _), value in zip(settings, before, strict=True):
+                setattr(self.args, name, value)
+
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._passes.order = EpochOrder(super()._get_train_sampler(dataset))
         return self._passes.order
@@ -141,7 +157,10 @@ class ResumableTrainer(DistillationTrainer):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        output_dir = self.args.output_dir or "."
         if resume_from_checkpoint is None:
+            self._run_id = self._from_main_process(lambda: start_run(output_dir))
+            self.start_own_state()
             return epochs, batches
         step = self.state.global_step
         if step > max_steps:
@@ -150,10 +169,14 @@ class ResumableTrainer(DistillationTrainer):
                 "from an earlier checkpoint, train for more steps (max_steps, num_train_epochs), or use another output_dir for "
                 "another run."
             )
+        # Only now: a refused checkpoint must not take over the directory
+        self._run_id = self._from_main_process(lambda: start_run(output_dir, run_id_of(resume_from_checkpoint)))
         started_at_step = step - batches // self.args.gradient_accumulation_steps
-        if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
-            # transformers assumes that a stream has max_steps steps, so its epoch and batch counts are wrong for a later pass
-            record = _read_record(resume_from_checkpoint)["pass"]
+        record = _read_record(resume_from_checkpoint)["pass"]
+        # transformers assumes that a stream has max_steps steps, and that every epoch before was read to its end. Its numbers are
+        # those of the record, or, at the end of an epoch, those of the next one.
+        is_next = batches == 0 and epochs == record["index"] + 1
+        if not self.args.ignore_data_skip and not is_next:
             epochs, started_at_step = record["index"], record["started_at_step"]
             batches = (step - started_at_step) * self.args.gradient_accumulation_steps
         self._passes.resume(epochs, started_at_step)

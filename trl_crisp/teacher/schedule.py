@@ -56,6 +56,11 @@ class Teacher(ABC):
         """Whether the start of optimizer step `step`, counted from 1, refreshes the teacher (Algorithm 1)."""
         return self.kind in ("periodic", "ema") and step % self.sync_steps == 0  # type: ignore[operator]
 
+    def begin_run(self) -> None:
+        """Tell the teacher that the steps are counted from 1 again. Its weights and its age stay."""
+        self._refreshed_at_step -= self._completed_steps
+        self._completed_steps = 0
+
     def begin_step(self, step: int) -> None:
         """Begin optimizer step `step`, counted from 1: refresh the teacher if that is due."""
         self._completed_steps = step - 1
