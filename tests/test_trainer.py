@@ -607,3 +607,12 @@ def test_persistent_workers_evaluate_the_rows_that_are_given(tmp_path):
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "per_device_eval_batch_size": 1}
     trainer = make_trainer(tmp_path, eval_dataset=rows(3), **workers)
     assert [len(trainer.get_eval_dataloader(dataset)) for dataset in (rows(1), None, rows(2), None)] == [1, 3, 2, 3]
+
+
+def test_a_second_run_of_the_same_trainer_counts_the_teachers_age_on(tmp_path):
+    trainer = make_trainer(tmp_path, teacher_sync_steps=2)
+    for _ in range(2):
+        trainer.train()
+    # Refreshed at the start of step 2, and again of the second run's step 2
+    assert [log["teacher/age_steps"] for log in trainer.state.log_history if "loss" in log] == [2, 0, 1]
+    assert trainer.teacher.refreshes == 2

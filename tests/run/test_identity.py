@@ -91,6 +91,15 @@ def test_a_checkpoint_past_the_last_step_is_an_error_that_names_both(among_other
         make_trainer(among_others, max_steps=4, **SAVING).train(resume_from_checkpoint=True)
 
 
+def test_a_refused_checkpoint_does_not_take_over_the_directory(among_others):
+    own = start_run(among_others)
+    with pytest.raises(ValueError, match=r"is of step 6, and this run ends at step 4"):
+        make_trainer(among_others, max_steps=4, **SAVING).train(
+            resume_from_checkpoint=str(among_others / "checkpoint-6")
+        )
+    assert run_id_of(among_others) == own
+
+
 def test_another_runs_checkpoint_is_an_error_that_names_both(among_others, tmp_path):
     train_until(among_others, 3, max_steps=4)
     old, own = run_id_of(among_others / "checkpoint-6"), run_id_of(among_others / "checkpoint-2")

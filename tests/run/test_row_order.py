@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from tests.helpers import make_trainer, parameters_of, rows
@@ -88,3 +89,28 @@ def test_rows_that_a_transform_draws_are_drawn_once_and_again_by_a_run_that_resu
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*on access")
         make_trainer(tmp_path, dataset=rows().with_format("python"))
+
+
+class StopFirstEpoch(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 1
+
+
+def test_an_epoch_that_was_stopped_counts_as_it_was(tmp_path):
+    def trainer(name: str):
+        return make_trainer(
+            tmp_path / name,
+            dataset=rows(12),
+            num_train_epochs=3,
+            max_steps=-1,
+            save_strategy="steps",
+            save_steps=3,
+            callbacks=[StopFirstEpoch()],
+        )
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.state.global_step == whole.state.global_step == 7
+    for name, value in parameters_of(whole.model).items():
+        assert torch.equal(parameters_of(resumed.model)[name], value), name

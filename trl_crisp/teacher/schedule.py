@@ -42,7 +42,7 @@ class Teacher(ABC):
         self.sync_steps = args.teacher_sync_steps
         self.update_rate = (args.teacher_update_rate or 1.0) if self.kind == "ema" else 1.0
         self.refreshes = 0
-        self._completed_steps = 0
+        self._completed_steps = self._begun_steps = 0
         self._refreshed_at_step = 0
         # float32 moving averages by parameter name, for parameters of a lower precision
         self._averages: dict[str, torch.Tensor] = {}
@@ -58,12 +58,12 @@ class Teacher(ABC):
 
     def begin_run(self) -> None:
         """Tell the teacher that the steps are counted from 1 again. Its weights and its age stay."""
-        self._refreshed_at_step -= self._completed_steps
-        self._completed_steps = 0
+        self._refreshed_at_step -= self._begun_steps
+        self._completed_steps = self._begun_steps = 0
 
     def begin_step(self, step: int) -> None:
         """Begin optimizer step `step`, counted from 1: refresh the teacher if that is due."""
-        self._completed_steps = step - 1
+        self._completed_steps, self._begun_steps = step - 1, step
         if self.is_due(step):
             self.refresh()
 
@@ -115,7 +115,7 @@ class Teacher(ABC):
         if "weights" in state:
             self._load_weights(state["weights"])
         self.refreshes = state["refreshes"]
-        self._completed_steps = state["completed_steps"]
+        self._completed_steps = self._begun_steps = state["completed_steps"]
         self._refreshed_at_step = state["refreshed_at_step"]
 
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
