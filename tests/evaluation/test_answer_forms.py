@@ -1,9 +1,12 @@
 r"""The forms that answers and users' golds take in the wild: what is right, and what only looks like it."""
 
+import time
+
 import pytest
 
 from trl_crisp.evaluation.answers import find_answer, find_letter
 from trl_crisp.evaluation.grading import Grade, Grader
+from trl_crisp.evaluation.notation import read_answer
 from trl_crisp.evaluation.text_answers import first_sentence
 
 SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
@@ -29,6 +32,14 @@ MATH = [
     ("Answer：42", "42", "A+"),  # noqa: RUF001
     ("Answer: 41\n\nWait, a slip.\n\n**Answer**: 42", "42", "A+ C+"),
     ("Answer: 42\n\n**Answer:**", "42", "A+"),
+    ("Answer\u200b: \u200b42", "42", "A+ C+"),
+    ("Answer: “42”", "42", "A+ C+"),
+    # A heading needs no colon
+    ("Answer: 41\n\n### Final Answer\n42", "42", "A+ C+"),
+    ("**Answer**\n\nFriday", r"\text{Friday}", "A+ C+"),
+    ("> **Answer**\n>\n> 42", "42", "A+"),
+    ("<h3>Answer</h3>\n<p>42</p>", "42", "A+ C+"),
+    ("The answer\n42", "42", "A- C+"),
     # The answer in a block under the line
     ("**Answer:**\n\nFriday", r"\text{Friday}", "A+ C+"),
     ("> **Answer:**\n> 4", "4", "A+"),
@@ -88,6 +99,14 @@ MATH = [
     ("Answer: 2 2/3", r"\frac{4}{3}", "A- C-"),
     # Roots, pi, signs, inequalities
     ("Answer: √3/2", r"\frac{\sqrt{3}}{2}", "A+"),
+    ("Answer: –5", "-5", "A+ C+"),  # noqa: RUF001
+    ("Answer: –5", "5", "A- C-"),  # noqa: RUF001
+    ("Answer: －5", "-5", "A+ C+"),  # noqa: RUF001
+    ("Answer: 3⁄4", r"\frac{3}{4}", "A+ C+"),  # noqa: RUF001
+    (r"Answer: 1\,234", "1234", "A+ C+"),
+    ("Answer: x**2+2*x", "x^2+2x", "A+ C+"),
+    ("Answer: 3 sqrt(13)", r"3\sqrt{13}", "A+ C+"),
+    ("Answer: 3√{13}", r"3\sqrt{13}", "A+ C+"),
     ("Answer: √(x+1)", r"\sqrt{x+1}", "A+"),
     ("Answer: 3 sqrt2", r"3\sqrt{2}", "A+"),
     ("Answer: (3, pi/2)", r"\left( 3, \frac{\pi}{2} \right)", "A+"),
@@ -131,6 +150,7 @@ MATH = [
     # Words are no products of letters
     ("Answer: Solo", "Oslo", "A- C-"),
     ("Answer: rA", "Ar", "A- C-"),
+    ("Answer: true", "True", "A+ C+"),
     ("Answer: new york", "New York", "A+ C+"),
     ("Answer: ba", "ab", "A+"),
     ("Answer: (C)", r"\text{(C)}", "A+"),
@@ -156,6 +176,17 @@ TEXT = [
     ("France", ["USA", "United States"], False, False),
     ("<think>Oslo? No.</think>Bergen.", "Oslo", False, True),
     ("<think>Bergen?</think>\n\nOslo.", "Oslo", True, True),
+    ("**Answer**\n\nOslo", "Oslo", True, True),
+    ("1. Oslo\n2. Bergen", "Oslo", True, True),
+    ("1. Oslo\n2. Bergen", "Bergen", False, True),
+    ("ST. PETERSBURG", "St. Petersburg", True, True),
+    ("Sen. King and Rev. Hall met in Oslo.", "Oslo", True, True),
+    ("OʼBrien", "O'Brien", True, True),  # noqa: RUF001
+    ("Os\u00adlo", "Oslo", True, True),
+    ("The formula is $H_2O$.", "H2O", True, True),
+    (r"\text{C}\text{O}_{2}", "CO2", True, True),
+    ("首都は東京です。", "東京", True, True),
+    ("首都は東京です。", "京東", False, False),
     ("In 1,969 cases", "1969", True, True),
     ("3.5", "3", False, False),
     ("-5", "5", False, False),
@@ -204,6 +235,8 @@ def test_the_authors_rules_read_no_other_form():
         ("(b)", "B"),
         ("**B**", "B"),
         ("B.", "B"),
+        ("Ｂ", "B"),  # noqa: RUF001
+        ("B + C", None),
         ("B Paris", "B"),
         ("Option B", "B"),
         ("The correct answer is (B)", "B"),
@@ -236,6 +269,18 @@ def test_the_letter_that_an_answer_chooses_is_found(answer, letter):
 )
 def test_the_first_sentence_ends_at_its_own_end_mark(text, sentence):
     assert first_sentence(text) == sentence
+
+
+@pytest.mark.parametrize("part", ["St. ", "A. ", "a.b. ", "\n", "4 ", " base "])
+def test_a_long_row_of_the_same_takes_no_time(part):
+    """Models that repeat themselves write such."""
+    start_s = time.process_time()
+    response = "Answer: 5" + part * 30_000 + "x"
+    first_sentence(part * 30_000)
+    find_letter("Answer" + part * 30_000)
+    read_answer(response)
+    read_answer("5 base" + " " * 30_000 + "x")
+    assert time.process_time() - start_s < 1.0
 
 
 def test_gold_answers_that_do_not_fit_the_kind_are_named():

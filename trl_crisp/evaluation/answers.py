@@ -1,13 +1,17 @@
 r"""Finds the answer in a response: the last `Answer: ...` line, the last `\boxed{...}`, the letter of a choice."""
 
 import re
+import unicodedata
 
 # Exactly the paper's rule
 _EXACT_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 _TAG = r"</?(?:b|strong|i|em|u|mark|p|span|div|br|center|h[1-6])\b[^<>\n]{0,80}>"
 # The same, also with Markdown's, LaTeX's or HTML's emphasis of the word or the colon, and with the answer in a block below
 _LINE = re.compile(
-    rf"(?i)Answer(?:[\s*_`}}]|{_TAG}){{0,20}}[:：﹕︓∶]"  # noqa: RUF001
+    rf"(?im)(?:Answer(?:[\s*_`}}]|{_TAG}){{0,20}}[:：﹕︓︰∶꞉]|"  # noqa: RUF001
+    # A heading needs no colon
+    rf"^(?:>[ \t]*){{0,3}}(?:\#{{1,6}}[ \t]+|[*_]{{1,3}}|{_TAG}){{1,3}}(?:(?:the|final|correct)[ \t]+){{0,2}}answer"
+    rf"(?:[ \t*_>]|{_TAG}){{0,20}}\n)"
     rf"(?>(?:[*_`}}]{{1,4}}(?![*_`])|[ \t]+}}|{_TAG})?\s*)(?:```\w*\n\s*|(?<=\n)(?:>\s*)+|(?<=\n)[-•]\s+)?([^\n]+)"
 )
 _BRACE = re.compile(r"\\boxed\{|[{}]")
@@ -16,15 +20,17 @@ _BLOCKS = (("$$", "$$"), (r"\[", r"\]"))
 _BLOCK_CHARACTERS = 2000
 # Not "!": 5! is a factorial
 _STRIPPED = ".,;:?\"' \t"
-_EMPHASIS = "*_`"
+_EMPHASIS_AND_QUOTES = "*_`“”‘’"  # noqa: RUF001
+# Zero-width and other invisible characters
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 _EXACT_LETTER = re.compile(r"^[^A-Za-z0-9]*(?:\\(?:text|mathrm|textbf|mathbf)\{)?[^A-Za-z0-9]*([A-Za-z])(?![A-Za-z])")
 _LETTER = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+|right\s+|final\s+)?(?:option|choice|answer|letter)(?:\s+is)?\s*:?)?"
+    r"(?:(?:the\s+)?(?:correct\s+|right\s+|final\s+)?(?:option|choice|answer|letter)(?:\s+is)?\s*+:?)?"
     r"(?:\\[A-Za-z]+\{|[^A-Za-z0-9\\]|\\[^A-Za-z])*"
     # Not the article or the pronoun ("A rectangle", "I think"), but "A is right"
     r"(?![AI]\s+(?!(?:is|because|since|as)\b)(?-i:[a-z]))([A-Za-z])(?![A-Za-z0-9'’])"  # noqa: RUF001
     # Two letters are not a choice: "A or B"
-    r"(?!\W*(?:and|or|,|/|&)\W*[A-Za-z](?![A-Za-z]))",
+    r"(?!\W*(?:and|or|,|/|&|\+)\W*[A-Za-z](?![A-Za-z]))",
     re.IGNORECASE,
 )
 
@@ -36,11 +42,13 @@ def find_answer(response: str, exact: bool = False) -> str | None:
     Args:
         response: What the model wrote.
         exact: Use exactly the authors' rule. Otherwise emphasis of the word, of the colon or of the answer (`**Answer**: **42**`,
-            `\\textbf{Answer:} 42`), a full-width colon, and an answer in a block under the line (`$$ ... $$`) are read too.
+            `\\textbf{Answer:} 42`), a full-width colon, a heading without a colon (`### Answer`), and an answer in a block under the line
+            (`$$ ... $$`) are read too.
     """
     if exact:
         lines = _EXACT_LINE.findall(response)
         return (lines[-1].strip().rstrip(_STRIPPED) or None) if lines else None
+    response = response.translate(_INVISIBLE)
     matches = list(_LINE.finditer(response))
     if not matches:
         return None
@@ -71,17 +79,17 @@ def _trim(answer: str) -> str | None:
             answer = answer[: brace.start()]
             break
     # Also the rest of LaTeX's spaces, such as `\\,`
-    stripped = answer.rstrip(_STRIPPED + _EMPHASIS).rstrip("\\" + _STRIPPED)
+    stripped = answer.rstrip(_STRIPPED + _EMPHASIS_AND_QUOTES).rstrip("\\" + _STRIPPED)
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
         if opening not in stripped:
             stripped = stripped.removesuffix(closing)
     if stripped.count("$") % 2:
         stripped = stripped.removesuffix("$")
-    start = len(stripped) - len(stripped.lstrip(_STRIPPED + _EMPHASIS))
+    start = len(stripped) - len(stripped.lstrip(_STRIPPED + _EMPHASIS_AND_QUOTES))
     # .5 is a number, ...5 is not
     if re.search(r"(?<!\.)\.$", stripped[:start]) and stripped[start : start + 1].isdigit():
         start -= 1
-    return stripped[start:].rstrip(_STRIPPED + _EMPHASIS) or None
+    return stripped[start:].rstrip(_STRIPPED + _EMPHASIS_AND_QUOTES) or None
 
 
 def find_box(response: str) -> str | None:
@@ -107,5 +115,6 @@ def find_letter(answer: str, exact: bool = False) -> str | None:
         answer: An answer line or the content of a box: `B`, `(B)`, `B. 42`, `**B**`, `Option B`.
         exact: The authors' letter match.
     """
-    found = (_EXACT_LETTER if exact else _LETTER).match(answer)
+    # Full-width and circled letters are letters too
+    found = _EXACT_LETTER.match(answer) if exact else _LETTER.match(unicodedata.normalize("NFKC", answer))
     return found[1].upper() if found else None

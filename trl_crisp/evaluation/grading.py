@@ -34,6 +34,7 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 from trl_crisp.evaluation.answers import find_answer, find_box, find_letter
+from trl_crisp.evaluation.near_misses import find_words
 from trl_crisp.evaluation.notation import (
     bare,
     is_same_literal,
@@ -324,7 +325,7 @@ class _Grading:
                 if literal is not None:
                     same = is_same_literal(literal, read_literal(text, last=True))
                     self.outcomes[name] = "equal" if same else "different"
-                elif bare(read_answer(text)) == bare(read_answer(read)):
+                elif _is_written_like(read, text):
                     self.outcomes[name], self.identical = "equal", True
                 elif unit and other_unit and unit != other_unit:
                     self.outcomes[name] = "near_miss"
@@ -374,6 +375,14 @@ class _Grading:
 
     def _is(self, name: str, outcome: str) -> bool:
         return self.outcomes.get(name) == outcome
+
+
+def _is_written_like(gold: str, text: str) -> bool:
+    """Whether two answers are the same text; the case of words does not count."""
+    written = [bare(read_answer(one)) for one in (gold, text)]
+    if find_words(gold) and not any(map(str.isdigit, gold)):
+        written = [one.casefold() for one in written]
+    return written[0] == written[1]
 
 
 class _Check:

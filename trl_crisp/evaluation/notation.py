@@ -14,7 +14,8 @@ _LEADING_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 _MIXED = re.compile(rf"(?<![\w.,/^])({_NUMBER})[ \u00a0\u2009]{{1,2}}(\d{{1,6}})/(\d{{1,6}})(?![\w/]|[.,]\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?)[eE]([+-]?\d{1,3})(?![\w.]\w|\w)")
 _ROOT = re.compile(
-    r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))|(?<![A-Za-z\\])sqrt\s*(\d+(?:\.\d+)?|[A-Za-z])(?![A-Za-z])"
+    r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))"
+    r"|(?<![A-Za-z\\])sqrt\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z])(?![A-Za-z]))"
 )
 _PI = re.compile(r"(?<![A-Za-z\\])(?:pi|Pi|PI)(?![A-Za-z])")
 _SUPERSCRIPT = re.compile("[⁻⁺]?[⁰¹²³⁴-⁹]+")
@@ -29,7 +30,14 @@ _SIGNS = {
     "⋅": r"\cdot ",
     "∙": r"\cdot ",
     "−": "-",  # noqa: RUF001
+    "﹣": "-",
+    "－": "-",  # noqa: RUF001
+    "⁄": "/",  # noqa: RUF001
+    "∕": "/",  # noqa: RUF001
 }
+# Between two numbers it is a range
+_EN_DASH_AS_SIGN = re.compile(r"(?:(?<![\w)}\s])|(?<=[=,(\[]\s))–(?=\s?[\d.\\])")  # noqa: RUF001
+_THIN_SPACES = re.compile(r"(?<![\w.])\d{1,3}(?:(?:\\,|[\u2009\u202f])\d{3})+(?![\d/])")
 _BASES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _BASE = re.compile(
     r"(?<=[0-9A-F)])\s*(?:_\s*\{?|,?\s*\(?(?:\\text\{\s*)?(?:in\s+)?base(?:\s+|-))\s*(?:\\(?:text|mathrm|textrm)\{)?\s*\(?"
@@ -121,14 +129,19 @@ def _without_exponent(found: re.Match[str]) -> str:
 
 def read_answer(text: str) -> str:
     """Return an answer, a box or a gold in LaTeX: like [`read_numbers`], and with roots, pi, signs, exponents and bases too."""
+    text = re.sub(r"(\s)\s{2,}", r"\1 ", text)
+    text = _THIN_SPACES.sub(lambda found: re.sub(r"\\,|\s", "", found[0]), text)
     text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", read_numbers(text))
+    # Python's power
+    text = re.sub(r"(?<=[A-Za-z\d)])\*\*(\d+)(?![\w*])", r"^{\1}", text)
     text = _BASE.sub(_in_base, text)
-    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2] or found[3]}}}", text)
+    text = _ROOT.sub(lambda found: rf"\sqrt{{{next(filter(None, found.groups()), '')}}}", text)
     text = _PI.sub(r"\\pi ", text)
     if text.isascii():
         return text
     text = _SUPERSCRIPT.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0]).replace('−', '-')}}}", text)  # noqa: RUF001
     text = _SUBSCRIPT.sub(lambda found: f"_{{{unicodedata.normalize('NFKC', found[0])}}}", text)
+    text = _EN_DASH_AS_SIGN.sub("-", text)
     return "".join(_SIGNS.get(character, character) for character in text)
 
 
