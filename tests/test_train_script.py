@@ -16,7 +16,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.tiny_models import save_tiny
-from trl_crisp.models.source import check_model
+from trl_crisp.models.source import check_model, check_tokenizer
 from trl_crisp.run.identity import resolve_checkpoint
 from trl_crisp.train import main, make_parser, next_steps, parse_args, run, warn_of_no_effect
 
@@ -56,7 +56,9 @@ def rows(tmp_path_factory):
     """Return a file of 20 prompts in DAPO's wording, each twice."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     prompts = [[{"role": "user", "content": f"{DAPO_OPENING} What is {i % 20} + 1?"}] for i in range(40)]
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    path.write_text(
+        "".join(json.dumps({"prompt": prompt, "question": prompt[0]["content"]}) + "\n" for prompt in prompts)
+    )
     return str(path)
 
 
@@ -98,7 +100,8 @@ def test_shipped_config_trains(path, models, rows, tmp_path, capsys):
     output = capsys.readouterr().out
     kept = 16 if script_args.dataset_train_fraction else 20
     assert f"{kept} of {kept} rows kept" in output
-    assert f"In {kept} of them the teacher's instruction replaces the student's own" in output
+    replaced = kept if written.get("instruction_replaces", True) else 0
+    assert f"In {replaced} of them the teacher's instruction replaces the student's own" in output
     assert f"is in {tmp_path}" in output
     assert "python -c" in output
 
@@ -126,7 +129,7 @@ def test_every_value_of_a_config_has_its_source():
         if path.stem == "smollm2-cpu":
             continue  # says once that all of its values are ours
         for line in path.read_text().splitlines():
-            assert not re.match(r"\w+:", line) or re.search(r" # (paper|Table|code|TRL|ours|the data set's)", line), (
+            assert not re.match(r"\w+:", line) or re.search(r" # (paper|Table|code|TRL|ours|the dataset's)", line), (
                 line
             )
 
@@ -262,14 +265,15 @@ def test_a_torn_file_of_the_model_is_named(models, tmp_path, name, content):
 def test_a_model_that_lacks_a_file_is_refused(models, tmp_path, name, error, phrase):
     model = shutil.copytree(models(), tmp_path / "model")
     (model / name).unlink()
+    check = check_tokenizer if name == "tokenizer.json" else lambda path, trust: check_model(path, "main", trust)
     with pytest.raises(error, match=phrase):
-        check_model(str(model), "main", False)
+        check(str(model), False)
 
 
 def test_a_missing_shard_is_named(models, tmp_path):
     model = shutil.copytree(models(), tmp_path / "model")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match=r"names model-00002\.safetensors, and there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"names model-00002\.safetensors, which does not exist"):
         check_model(str(model), "main", False)
 
 
@@ -427,7 +431,7 @@ def test_example_without_arguments_is_the_quickstart(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
     script_args, training_args, model_args, _ = ran[0]
-    assert script_args.dataset_name == "reasoning-gym:leg_counting"
+    assert script_args.dataset_name == "examples/facts/train.jsonl"
     assert training_args.use_cpu
     assert model_args.model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
 

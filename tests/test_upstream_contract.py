@@ -289,7 +289,7 @@ def test_a_subclass_may_leave_the_teacher_out(tmp_path):
 
 def test_the_parents_inputs_have_the_known_keys(tmp_path):
     trainer = make_trainer(tmp_path)
-    inputs = DistillationTrainer._generate_and_score_completions(trainer, list(rows(4)))
+    inputs = DistillationTrainer._generate_and_score_completions(trainer, list(trainer.train_dataset)[:4])
     assert set(inputs) == {
         "prompt_ids",
         "prompt_mask",
@@ -317,7 +317,7 @@ def test_shuffling_and_splitting_keep_added_tensors_with_their_rows(tmp_path):
     """`teacher_prompt_ids` and `teacher_prompt_mask`, and the count that is one number for all."""
     trainer = make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, instruction="v1")
     trainer.model.train()
-    tokenizer, batch = tiny_tokenizer(), list(rows(8))
+    tokenizer, batch = tiny_tokenizer(), list(trainer.train_dataset)
     seen = []
     for step in range(4):
         trainer._step = step
@@ -413,7 +413,7 @@ def test_metrics_are_lists_that_log_averages_and_clears(tmp_path):
     trainer.log({"loss": 0.0})
     assert trainer.state.log_history[-1]["reverse_kl"] == 2.0
     assert not trainer._metrics["train"]
-    trainer._generate_and_score_completions(list(rows(4)))
+    trainer._generate_and_score_completions(list(trainer.train_dataset)[:4])
     assert len(trainer._metrics["train"]["completions/mean_length"]) == 1, (
         "trainer.py reads its last as this rollout's"
     )

@@ -118,7 +118,7 @@ def test_a_users_template_reads_columns_and_names_missing_ones(tmp_path):
     path = write(tmp_path / "own.jsonl", ["Oslo"], country="Norway")
     benchmark = load_benchmark(path, prompt_template="{country}: {question}")
     assert benchmark.problems[0].prompt == "Norway: 0?"
-    with pytest.raises(ValueError, match=r"placeholder \{town\}, which is no column"):
+    with pytest.raises(ValueError, match=r"placeholder \{town\}, which is not a column"):
         load_benchmark(path, prompt_template="{town}")
     with pytest.raises(ValueError, match=r"no \{column\} placeholder"):
         load_benchmark(path, prompt_template="What?")

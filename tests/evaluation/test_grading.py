@@ -344,7 +344,7 @@ def test_a_killed_caller_leaves_no_process_behind_in_the_middle_of_a_comparison(
     code = (
         "from trl_crisp.evaluation.grading import Grader\n"
         "with Grader(workers=2, timeout_s=600) as grader:\n"
-        "    grader.grade_all([('Answer: 42', '42')] * 2)\n"
+        "    grader.grade_all([('Answer: 84/2', '42')] * 2)\n"
         "    print(*(worker.process.pid for worker in grader._workers), flush=True)\n"
         "    grader.grade_all([('Answer: 9^(9^(9^9))', '42'), ('Answer: 42', '42')])\n"
     )
@@ -365,8 +365,8 @@ def test_a_killed_caller_leaves_no_process_behind_in_the_middle_of_a_comparison(
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a process with its parent on Linux alone")
 def test_a_grader_outlives_the_thread_that_used_it_first():
     with Grader(workers=1) as grader:
-        first = threading.Thread(target=grader.grade_all, args=([("Answer: 42", "42")],))
+        first = threading.Thread(target=grader.grade_all, args=([("Answer: 84/2", "42")],))
         first.start()
         first.join()
         grader._workers[0].process.wait(timeout=10)
-        assert grader.grade_all([("Answer: 42", "42")])[0].correct
+        assert grader.grade_all([("Answer: 84/2", "42")])[0].correct

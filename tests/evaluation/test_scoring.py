@@ -3,8 +3,10 @@
 import pytest
 
 from trl_crisp.evaluation.problems import Problem
-from trl_crisp.evaluation.results import Sample
+from trl_crisp.evaluation.records import problem_to_dict
+from trl_crisp.evaluation.sample_file import Sample
 from trl_crisp.evaluation.scoring import score_samples
+from trl_crisp.evaluation.settings import EvaluationSettings
 
 LOOP = "I say it again and again. " * 8
 # Each kind apart from its next, so that grades that are made kind by kind have to find back to their rows
@@ -37,11 +39,24 @@ ANSWERS = {
 
 def score(budgets=(9, 1000), **options):
     samples = {
-        (name, number): Sample(name, number, text, list(range(len(text))), 1 + number, number == 0, "0" * 64)
+        (name, number): Sample(name, number, text, list(map(ord, text)), 1 + number, number == 0, "0" * 64)
         for (name, number), text in TEXTS.items()
     }
-    # A token is a character
-    return score_samples(PROBLEMS, samples, 2, budgets, lambda sample, budget: sample.text[:budget], **options)
+    return score_with(PROBLEMS, samples, budgets, 2, **options)
+
+
+class Characters:
+    """A tokenizer for which a token is a character."""
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def score_with(problems, samples, budgets, numbers=1, exact=False, on_progress=None):
+    asked = EvaluationSettings(
+        "m", "b", samples=numbers, max_new_tokens=max(budgets), budgets=tuple(budgets), exact=exact
+    )
+    return [problem_to_dict(one) for one in score_samples(problems, samples, asked, Characters(), on_progress)]
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +121,13 @@ def test_repetition_and_words_of_doubt_are_those_of_the_text(scored):
 
 def test_a_long_loop_compresses():
     samples = {("loop", 0): Sample("loop", 0, LOOP * 50, [1], 0, False, "0" * 64)}
-    (row,) = score_samples([Problem("loop", "?", "x", "text")], samples, 1, [8], lambda sample, budget: sample.text)
+    (row,) = score_with([Problem("loop", "?", "x", "text")], samples, [8])
     assert row["samples"][0]["grades"]["8"]["compresses"] is True
 
 
 def test_exact_grades_by_the_authors_rules():
     samples = {("sum", 0): Sample("sum", 0, "**Answer**: 2", [1], 0, True, "0" * 64)}
-    graded = [
-        score_samples(PROBLEMS[:1], samples, 1, [8], lambda sample, budget: sample.text, exact=exact)[0]["samples"][0]
-        for exact in (False, True)
-    ]
+    graded = [score_with(PROBLEMS[:1], samples, [8], exact=exact)[0]["samples"][0] for exact in (False, True)]
     assert [sample["grades"]["8"]["answer"] for sample in graded] == ["2", None]
 
 

@@ -517,7 +517,7 @@ def test_a_stream_without_a_row_that_fits_is_an_error(tmp_path):
 
 def test_fewer_rows_than_a_step_needs_are_an_error(tmp_path):
     with pytest.raises(
-        ValueError, match=r"rows ended before the first step: of 3 rows read, 0 were dropped .* needs 4\."
+        ValueError, match=r"rows ended before the first step: of 3 rows read, 0 were dropped .* needs 4 rows\."
     ):
         make_trainer(tmp_path, dataset=rows(3)).train()
 
