@@ -304,6 +304,8 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
         while not (children := psutil.Process(process.pid).children()) and time.monotonic() < deadline_s:
             time.sleep(0.1)
         assert children
+        # Until the command has noted the child that it has just started
+        time.sleep(1.0)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
