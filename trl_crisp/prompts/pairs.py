@@ -18,6 +18,15 @@ _CHECK_BATCH_ROWS = 256
 _FITS = "_crisp_fits"
 # A template that adds a list of blocks to a text raises Python's own
 _TEMPLATE_ERRORS = (TemplateError, TypeError)
+_STUDENT_REFUSED = (
+    "column 'prompt': the chat template refuses the prompt: {error}. Many templates take no system message, or 'content' as a "
+    "string only. Correct or remove such rows."
+)
+# The template accepted the student's prompt before, so the cause is what only the teacher's prompt contains
+_TEACHER_REFUSED = (
+    "the chat template takes the student's prompt and refuses the teacher's: {error}. A template without a system role needs "
+    "instruction_role='user'; a `teacher_prompt` needs roles that the template knows."
+)
 
 
 @dataclass
@@ -178,7 +187,7 @@ class PromptPairs:
             except ValueError as error:
                 raise ValueError(f"row {first_row + i}: {error}") from error
         students_ids = self.tokenize_students([row["prompt"] for row in rows], first_row)
-        teachers_ids = self._tokenize_teachers([prompt for prompt, _ in pairs], first_row)
+        teachers_ids = self._tokenize_named([prompt for prompt, _ in pairs], first_row, _TEACHER_REFUSED)
         fits = []
         for i, (student_ids, teacher_ids) in enumerate(zip(students_ids, teachers_ids, strict=True)):
             is_told = bool(self.instruction) or rows[i].get("teacher_prompt") is not None
@@ -197,26 +206,15 @@ class PromptPairs:
         Return the token ids of students' prompts.
 
         Args:
-            prompts: Of rows that follow each other.
+            prompts: The prompts of consecutive rows.
             first_row: The number of the first of them.
 
         Raises:
             ValueError: For a prompt that the chat template refuses, named by its row.
         """
-        try:
-            return self.tokenize(prompts)
-        except _TEMPLATE_ERRORS:
-            for i, prompt in enumerate(prompts):
-                try:
-                    self.tokenize([prompt])
-                except _TEMPLATE_ERRORS as error:
-                    raise ValueError(
-                        f"row {first_row + i}: column 'prompt': the chat template refuses the prompt: {error}. Many templates "
-                        "take no system message, or 'content' as a string only. Correct or remove such rows."
-                    ) from error
-            raise
+        return self._tokenize_named(prompts, first_row, _STUDENT_REFUSED)
 
-    def _tokenize_teachers(self, prompts: list[Prompt], first_row: int) -> list[list[int]]:
+    def _tokenize_named(self, prompts: list[Prompt], first_row: int, refusal: str) -> list[list[int]]:
         try:
             return self.tokenize(prompts)
         except _TEMPLATE_ERRORS:
@@ -224,12 +222,7 @@ class PromptPairs:
                 try:
                     self.tokenize([prompt])
                 except _TEMPLATE_ERRORS as error:
-                    # The template accepted the student's prompt, so the cause is what only the teacher's prompt contains
-                    raise ValueError(
-                        f"row {first_row + i}: the chat template takes the student's prompt and refuses the teacher's: "
-                        f"{error}. A template without a system role needs instruction_role='user'; a `teacher_prompt` "
-                        "needs roles that the template knows."
-                    ) from error
+                    raise ValueError(f"row {first_row + i}: {refusal.format(error=error)}") from error
             raise
 
 
