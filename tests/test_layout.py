@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "rollouts": set(),
     # What a prompt is, is one rule for rows that are loaded and for rows that a user passes
     "rows": {"prompts"},
+    "data": {"rows"},
     "models": {"_upstream", "config", "loss", "prompts", "rows"},
     "teacher": {"_upstream", "config", "models", "run"},
     "trainer": {"_upstream", "config", "loss", "models", "prompts", "rollouts", "rows", "run", "teacher"},

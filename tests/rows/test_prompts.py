@@ -563,3 +563,12 @@ def test_a_row_that_fills_no_template_is_named(tmp_path, row, phrase, streaming)
     with pytest.raises(ValueError, match=re.escape(f"dataset_name={path!r}, row 1: prompt_template: ")) as caught:
         prompts_of(args)
     assert phrase in str(caught.value)
+
+
+def test_a_script_of_ones_own_loads_prompts_by_the_public_names(tmp_path):
+    from trl_crisp import data
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Add 1."}\n')
+    rows, held_out = data.load_prompts(data.CRISPScriptArguments(dataset_name=str(path)))
+    assert (rows["prompt"][:], held_out) == (["Add 1."], None)
