@@ -51,7 +51,7 @@ case "$venv" in /*) PATH="$venv/bin:$PATH" ;; esac
 # A thread that waits spins for some microseconds: longer takes the core that the working one needs on a shared machine
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
 # glibc hands large tensors back to the kernel and takes them again at each step; keeping them is faster
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864 TRACKIO_DISABLE=1 TOKENIZERS_PARALLELISM=false
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864 TOKENIZERS_PARALLELISM=false
 
 say() { printf '\n== %s\n' "$1"; }
 model=models/SmolLM2-135M-Instruct

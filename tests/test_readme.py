@@ -7,12 +7,14 @@ import shlex
 from dataclasses import MISSING
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
 
 from tests.helpers import load_example
 from tests.tiny_models import save_tiny
+from trl_crisp.evaluation.metrics import paired_bootstrap_difference, paired_bootstrap_reduction
 from trl_crisp.evaluation.results import load_results
 
 ROOT = Path(__file__).parent.parent
@@ -335,3 +337,24 @@ def test_the_quickstarts_table_is_that_of_the_committed_results():
     for seed, arms in by_seed.items():
         for arm, values in arms.items():
             assert committed["by_seed"][seed][arm] == pytest.approx(values)
+
+
+def test_the_first_look_chose_the_questions_and_gave_the_numbers_that_are_told():
+    look = result("smollm2/first-look.json")
+    arms = {
+        arm: {name: np.array([look[arm][str(seed)][name] for seed in range(3)]).T for name in look[arm]["0"]}
+        for arm in ("base", "after")
+    }
+    lines = (ROOT / "examples" / "facts" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    known = arms["base"]["first_sentence"].sum(axis=1) >= 2
+    assert {json.loads(line)["id"] for line in lines} == set(np.array(look["ids"])[known])
+    text = " ".join(section(BENCHMARKS, "## SmolLM2 on questions about facts").split())
+    assert f"of {len(look['ids'])} questions" in text
+    cut = paired_bootstrap_reduction(arms["base"]["tokens"], arms["after"]["tokens"])
+    assert f"cut {cut.estimate:.0%} of the tokens" in text
+    for name in ("first_sentence", "anywhere"):
+        change = paired_bootstrap_difference(arms["base"][name], arms["after"][name])
+        low, estimate, high = (100 * value for value in (change.low, change.estimate, change.high))
+        assert f"at {estimate:+.1f} points [{low:+.1f}, {high:+.1f}]" in text or (
+            f"and {estimate:+.1f} points [{low:+.1f}, {high:+.1f}]" in text
+        ), (name, estimate, low, high)
