@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "models": {"_upstream", "config", "loss", "prompts", "rows"},
     "teacher": {"_upstream", "config", "models", "run"},
     "trainer": {"_upstream", "config", "loss", "models", "prompts", "rollouts", "rows", "run", "teacher"},
-    "evaluation": {"models", "prompts", "rows", "run"},
+    "evaluation": {"models", "prompts", "rollouts", "rows", "run"},
     # The trainer is attached to, by one call, and imported by nobody below it
     "health": {"_upstream", "evaluation", "prompts"},
     "report": {"evaluation.results", "evaluation.metrics"},

@@ -32,6 +32,7 @@ from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_inst
 from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 from trl_crisp.rollouts.own_sampling import own_sampling
+from trl_crisp.rollouts.text_measures import epistemic_words, repeats_itself
 from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
@@ -59,10 +60,15 @@ class CRISPTrainer(ResumableTrainer):
     - The loss is averaged over each rollout's tokens and then over rollouts (`loss_normalization`), and its softmax has its
       own temperature (`loss_temperature`).
 
-    In addition to the parent's metrics it logs `reverse_kl` and `teacher_entropy` (nats per token, at `loss_temperature`, like
-    `entropy`), `teacher/age_steps`, `teacher/refreshes`, `skipped_steps`, `completions/relative_length` (relative to the mean of
-    the first 5 steps), and, if the chat template has thinking tokens, `completions/mean_thinking_length` and
-    `completions/mean_answer_length` (tokens).
+    In addition to the parent's metrics it logs
+
+    - `reverse_kl` and `teacher_entropy` (nats per token, at `loss_temperature`, like `entropy`), and `topk_overlap` (a share:
+      [`~trl_crisp.loss.divergence.topk_overlap_of`]);
+    - `teacher/age_steps`, `teacher/refreshes`, `skipped_steps`;
+    - `completions/relative_length` (relative to the mean of the first 5 steps) and `completions/p95_length` (tokens);
+    - the shares `completions/repeats` ([`~trl_crisp.rollouts.text_measures.repeats_itself`]) and `completions/empty` (the first
+      token ends the rollout), and `completions/epistemic_words` (words of doubt per 1,000 tokens);
+    - if the chat template has thinking tokens, `completions/mean_thinking_length` and `completions/mean_answer_length` (tokens).
 
     Args:
         model: A model, a PEFT model with a LoRA adapter, or the id or path of a model.
@@ -338,6 +344,7 @@ class CRISPTrainer(ResumableTrainer):
                 self._baseline_lengths_tokens.append(mean_length)
             baseline = sum(self._baseline_lengths_tokens) / len(self._baseline_lengths_tokens)
             metrics["completions/relative_length"].append(mean_length / baseline)
+        self._record_texts(output, metrics)
         if self._think_ids is None:
             return
         thinking, answer = [], []
@@ -352,6 +359,28 @@ class CRISPTrainer(ResumableTrainer):
         for name, lengths in (("thinking", thinking), ("answer", answer)):
             lengths_B = torch.tensor(lengths, device=self.accelerator.device, dtype=torch.float32)
             metrics[f"completions/mean_{name}_length"].append(self.accelerator.gather(lengths_B).mean().item())
+
+    def _record_texts(self, output: dict[str, Any], metrics: dict[str, list[float]]) -> None:
+        # Not the loss mask, because a subclass may leave whole rollouts out of the loss
+        own_BT = output["completion_mask"]
+        if "tool_mask" in output:
+            own_BT = own_BT * output["tool_mask"]
+        own_ids = [
+            [token for token, is_own in zip(ids, mask, strict=True) if is_own]
+            for ids, mask in zip(output["completion_ids"].tolist(), own_BT.tolist(), strict=True)
+        ]
+        texts = self._tokenizer.batch_decode(own_ids, skip_special_tokens=True)
+        measures = [
+            (len(ids), repeats_itself(text), not ids or ids[0] in self.eos_token_ids, epistemic_words(text))
+            for ids, text in zip(own_ids, texts, strict=True)
+        ]
+        # One gather for all four
+        measures_B4 = torch.tensor(measures, device=self.accelerator.device, dtype=torch.float32)
+        length_B, repeats_B, empty_B, words_B = self.accelerator.gather(measures_B4).unbind(dim=1)
+        metrics["completions/p95_length"].append(length_B.quantile(0.95).item())
+        metrics["completions/repeats"].append(repeats_B.mean().item())
+        metrics["completions/empty"].append(empty_B.mean().item())
+        metrics["completions/epistemic_words"].append(1000 * words_B.sum().item() / max(length_B.sum().item(), 1.0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -368,8 +397,8 @@ class CRISPTrainer(ResumableTrainer):
         return loss
 
     def _mean_over_processes(self, diagnostic: Diagnostic) -> float | None:
-        total_nats, num_tokens = (self.accelerator.gather_for_metrics(x).sum().item() for x in diagnostic)
-        return total_nats / num_tokens if num_tokens else None
+        total, num_tokens = (self.accelerator.gather_for_metrics(x).sum().item() for x in diagnostic)
+        return total / num_tokens if num_tokens else None
 
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep):
         hidden_BTH = last_hidden_state(unwrapped_model, input_ids, attention_mask, self._passes_positions)

@@ -1,26 +1,14 @@
-"""Measures of answers: accuracy, lengths with intervals, shares, repetition. Plain numpy, no torch."""
+"""Measures of answers: accuracy, lengths with intervals, shares. Plain numpy, no torch."""
 
 import math
-import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# The rule for collapse in on-policy distillation: the last 10,000 characters compress more than 10x
-COMPRESSED_TAIL_CHARACTERS = 10_000
-COMPRESSION_RATIO_LIMIT = 10.0
-# Ours, because a text below about 1,000 characters cannot compress 10x. Four copies are more than the parallel sentences of a
-# worked solution, and 60 characters are more than a ruler or "1, 1, 1" in a list.
-LOOP_COPIES = 4
-LOOP_CHARACTERS = 60
 # Ours: this takes some tens of MB; drawn all at once, MMLU's 14,042 problems would take GBs
 _DRAWN_AT_ONCE = 2**22
-# In self-distillation, fewer of these words went along with lower accuracy (epistemic suppression)
-EPISTEMIC_WORDS = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")
-_EPISTEMIC = re.compile(rf"\b(?:{'|'.join(EPISTEMIC_WORDS)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -137,11 +125,6 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
     return float(np.mean(shares))
 
 
-def epistemic_words(text: str) -> int:
-    """Return how many words of doubt and checking a text has (wait, perhaps, maybe ...)."""
-    return len(_EPISTEMIC.findall(text))
-
-
 def _problem_means(tokens: ArrayLike) -> NDArray[np.float64]:
     values = np.asarray(tokens, dtype=np.float64)
     if values.ndim not in (1, 2):
@@ -154,48 +137,3 @@ def share(flags: Sequence[bool]) -> float:
     if not len(flags):
         raise ValueError("The share of no answers is not defined: pass at least one flag.")
     return float(np.mean(np.asarray(flags, dtype=bool)))
-
-
-def compresses(text: str) -> bool:
-    """Whether an answer's last 10,000 characters compress more than 10x with zlib: the rule for collapse of long answers."""
-    data = text.rstrip()[-COMPRESSED_TAIL_CHARACTERS:].encode()
-    return len(data) > COMPRESSION_RATIO_LIMIT * len(zlib.compress(data))
-
-
-def repeats_itself(text: str) -> bool:
-    """Whether an answer ends in repetition, by either of two rules.
-
-    1. Its last 10,000 characters compress more than 10x with zlib: the rule for long answers.
-    2. It ends in a loop: the same characters at least four times in a row, over at least 60 characters. The
-       last copy may be cut, and white space at the end does not count. Short answers cannot meet the first rule.
-
-    Only the first rule finds a loop that ends before the answer does, or a loop whose copies differ in a number.
-    """
-    tail = text.rstrip()[-COMPRESSED_TAIL_CHARACTERS:]
-    if not tail:
-        return False
-    return compresses(text) or _ends_in_loop(tail)
-
-
-def _ends_in_loop(text: str) -> bool:
-    reversed_text = text[::-1]
-    # matches[p]: how many characters at the end equal those p places before them (the Z function of the reversed text)
-    matches = _prefix_matches(reversed_text)
-    return any(
-        matches[period] + period >= max(LOOP_COPIES * period, LOOP_CHARACTERS)
-        for period in range(1, len(text) // LOOP_COPIES + 1)
-    )
-
-
-def _prefix_matches(text: str) -> list[int]:
-    """For each place, the length of the longest run there that the text also starts with; linear in the length."""
-    matches = [0] * len(text)
-    left = right = 0
-    for place in range(1, len(text)):
-        if place < right:
-            matches[place] = min(right - place, matches[place - left])
-        while place + matches[place] < len(text) and text[matches[place]] == text[place + matches[place]]:
-            matches[place] += 1
-        if place + matches[place] > right:
-            left, right = place, place + matches[place]
-    return matches

@@ -16,7 +16,7 @@ class ScoredText:
     Attributes:
         grade: Whether it is right.
         compresses: See [`~trl_crisp.evaluation.metrics.compresses`].
-        repeats: See [`~trl_crisp.evaluation.metrics.repeats_itself`].
+        repeats: See [`~trl_crisp.rollouts.text_measures.repeats_itself`].
         epistemic_words: How many words of doubt and checking it has.
     """
 

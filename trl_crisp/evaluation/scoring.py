@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trl_crisp.evaluation.grading import KINDS, Grade, Grader
-from trl_crisp.evaluation.metrics import compresses, epistemic_words, repeats_itself
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.records import ScoredProblem, ScoredSample, ScoredText
 from trl_crisp.evaluation.sample_file import Sample
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.rollouts.text_measures import compresses, epistemic_words, repeats_itself
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

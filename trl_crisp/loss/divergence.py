@@ -8,11 +8,16 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from trl_crisp._upstream import ChunkedDivergenceFunction
+from trl_crisp._upstream import ChunkedDivergenceFunction, maybe_gather_lm_head_ctx
 
 # Tokens per call of the kernel on a CPU, where it allocates several [tokens, 32768] float32 temporaries. Our choice: down to
 # this number the kernel is not slower, and fewer tokens need less memory.
 CPU_SLICE_TOKENS = 256
+# Tokens whose logits exist at once for the overlap of the two models' top tokens. Our choice: with 150,000 tokens of vocabulary the
+# two models' logits take 80 MB, and smaller slices are slower on a GPU.
+OVERLAP_SLICE_TOKENS = 64
+# As in Rethinking OPD (arXiv 2604.13016)
+OVERLAP_TOP_K = 16
 # A token with a logit below this has probability 0 in float32, so it adds no divergence. Our choice: masks (-1e4 and below,
 # such as finfo.min or -inf) are below it, and a model's unmasked logits are not.
 MASKED_LOGIT = -9e3
@@ -32,7 +37,7 @@ class OutputHead(NamedTuple):
 class Diagnostic(NamedTuple):
     """A sum over tokens of a micro-batch and the number of tokens. Both are summed over processes before dividing."""
 
-    total_nats: torch.Tensor
+    total: torch.Tensor
     num_tokens: torch.Tensor
 
 
@@ -137,7 +142,7 @@ def sampled_diagnostics(
     max_tokens: int = 256,
 ) -> dict[str, Diagnostic]:
     """
-    Return the teacher's entropy and the reverse KL over at most `max_tokens` tokens of the loss, evenly spaced.
+    Return the teacher's entropy, the reverse KL and the overlap over at most `max_tokens` tokens of the loss, evenly spaced.
 
     Args:
         student_hidden_BTH, student_head, teacher_hidden_BTH, teacher_head, loss_mask_BT, temperature: As in
@@ -145,29 +150,79 @@ def sampled_diagnostics(
         max_tokens: Our choice, because two [256, V] tiles cost little compared with the pass and bound the error of the mean.
 
     Returns:
-        `teacher_entropy` and `reverse_kl`, float32. The reverse KL is infinite if the teacher masks a token that the student
-        can generate.
+        `teacher_entropy` and `reverse_kl` in nats, float32, and `topk_overlap`, a share ([`topk_overlap_of`]). The reverse KL is
+        infinite if the teacher masks a token that the student can generate.
     """
     tokens_N = (loss_mask_BT != 0).flatten().nonzero().squeeze(1)
     if len(tokens_N) > max_tokens:
         picks = torch.linspace(0, len(tokens_N) - 1, max_tokens, device=tokens_N.device).round().long()
         tokens_N = tokens_N[picks]
+    student_hidden_NH, teacher_hidden_NH = (
+        hidden_BTH.flatten(0, 1)[tokens_N] for hidden_BTH in (student_hidden_BTH, teacher_hidden_BTH)
+    )
     # With the roles swapped, the kernel's forward KL(second || first) is KL(student || teacher), and its entropy is the
     # teacher's
     reverse_kl_N, teacher_entropy_N = _divergence(
-        teacher_hidden_BTH.flatten(0, 1)[tokens_N],
-        teacher_head,
-        student_hidden_BTH.flatten(0, 1)[tokens_N],
-        student_head,
-        beta=0.0,
-        temperature=temperature,
+        teacher_hidden_NH, teacher_head, student_hidden_NH, student_head, beta=0.0, temperature=temperature
     )
     reverse_kl_N = reverse_kl_N.masked_fill(_only_masked_by(teacher_head, student_head).any(), torch.inf)
     num_tokens = torch.tensor(len(tokens_N), device=tokens_N.device)
     return {
         "teacher_entropy": Diagnostic(teacher_entropy_N.sum(), num_tokens),
         "reverse_kl": Diagnostic(reverse_kl_N.sum(), num_tokens),
+        "topk_overlap": Diagnostic(
+            _overlap_total(student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, temperature), num_tokens
+        ),
     }
+
+
+@torch.no_grad()
+def topk_overlap_of(
+    student_logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """
+    Return how much probability the two models put on the tokens that are among the 16 most likely ones of both, [N], float32.
+
+    With S the student's and T the teacher's 16 most likely tokens, it is half of the student's mass on S ∩ T plus half of the
+    teacher's: 1 if all mass of both is on common tokens, 0 if the sets have no token in common. A measure of whether
+    the teacher still reads the student's text as its own (arXiv 2604.13016).
+
+    Args:
+        student_logits_NV, teacher_logits_NV: Logits of the same positions.
+        temperature: Softmax temperature of both distributions. It does not change the sets.
+    """
+    k = min(OVERLAP_TOP_K, student_logits_NV.size(-1))
+    student_NK, teacher_NK = (
+        logits_NV.topk(k, dim=-1).indices for logits_NV in (student_logits_NV, teacher_logits_NV)
+    )
+    # Which of the student's top tokens are the teacher's too. Both models' mass on the intersection is read at the student's
+    common_NK = (student_NK[:, :, None] == teacher_NK[:, None, :]).any(dim=-1)
+    masses_N = [
+        (((logits_NV / temperature).log_softmax(dim=-1).gather(1, student_NK).exp()) * common_NK).sum(dim=-1)
+        for logits_NV in (student_logits_NV, teacher_logits_NV)
+    ]
+    return (masses_N[0] + masses_N[1]) / 2
+
+
+def _overlap_total(
+    student_hidden_NH: torch.Tensor,
+    student_head: OutputHead,
+    teacher_hidden_NH: torch.Tensor,
+    teacher_head: OutputHead,
+    temperature: float,
+) -> torch.Tensor:
+    total = torch.zeros((), device=student_hidden_NH.device)
+    # One context each, because a teacher may share the student's head
+    with (
+        maybe_gather_lm_head_ctx(student_head.weight_VH, student_head.bias_V),
+        maybe_gather_lm_head_ctx(teacher_head.weight_VH, teacher_head.bias_V),
+    ):
+        for student_NH, teacher_NH in zip(
+            student_hidden_NH.split(OVERLAP_SLICE_TOKENS), teacher_hidden_NH.split(OVERLAP_SLICE_TOKENS), strict=True
+        ):
+            logits = logits_of(student_NH[None], student_head)[0], logits_of(teacher_NH[None], teacher_head)[0]
+            total += topk_overlap_of(*logits, temperature).sum()
+    return total
 
 
 def _divergence(
