@@ -117,7 +117,11 @@ def train(argv: list[str]) -> int:
         # As in a shell: 128 plus the signal if a signal ended the process
         return failure.returncode if failure.returncode > 0 else 128 - failure.returncode
     except ChildFailedError as failure:
+        from trl_crisp.health.guard import EXIT_CODE
+
         statuses = {process.exitcode for process in failure.failures.values()}
+        if EXIT_CODE in statuses:
+            return EXIT_CODE
         if stopped := statuses.intersection(EXIT_CODES):
             return min(stopped)
         # The processes' own tracebacks say what happened; the launcher's would only follow them

@@ -94,6 +94,9 @@ class CRISPConfig(DistillationConfig):
             `output_dir`. If there is no such checkpoint, `"true"` starts afresh.
         allow_changed_resume (`bool`, defaults to `False`; ours, because a silent change trains toward another target):
             Resume from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this run's.
+        collapse_guard (`bool`, defaults to `True`; ours, because training on a lost model costs time and saves it as the result):
+            For the training script: stop a run that its signals call lost ([`~trl_crisp.health.guard.CollapseGuard`]), save no final
+            model, push nothing, and exit with status 3. In Python, [`~trl_crisp.health.attach.attach_signals`] attaches it.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -170,6 +173,12 @@ class CRISPConfig(DistillationConfig):
     allow_changed_resume: bool = field(
         default=False,
         metadata={"help": "Resume from a checkpoint of a run with another instruction, schedule, adapter or model."},
+    )
+    collapse_guard: bool = field(
+        default=True,
+        metadata={
+            "help": "Stop a run that is lost by its logged signals, with exit status 3; save no final model and push nothing."
+        },
     )
 
     def __post_init__(self) -> None:

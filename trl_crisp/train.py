@@ -275,10 +275,13 @@ def main(
     Raises:
         ValueError: If arguments do not fit each other or the rows.
         FileNotFoundError, PermissionError, ConnectionError: If the model, the rows or the checkpoint cannot be loaded.
-        SystemExit: After Ctrl-C (status 130) and SIGTERM (143), and if the push of the finished model failed (status 1).
+        SystemExit: After Ctrl-C (status 130) and SIGTERM (143), if the collapse guard stopped the run (status 3), and if the push
+            of the finished model failed (status 1).
     """
     from trl import get_peft_config, get_quantization_config
 
+    from trl_crisp.health.attach import attach_signals
+    from trl_crisp.health.guard import EXIT_CODE
     from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction
     from trl_crisp.rows.loading import is_hub_id, unreadable_rows_named
@@ -329,12 +332,20 @@ def main(
             callbacks=[interrupt],
         )
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
+    signals, guard = attach_signals(trainer)
     try:
         with unreadable_rows_named(rows_file):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
         interrupt.restore()
     accelerator = trainer.accelerator
+    if guard is not None and guard.stopped_at_step is not None:
+        ignore_signals()
+        accelerator.print(f"{guard.describe()}\nThe last step's checkpoint is in {output_dir}.")
+        accelerator.wait_for_everyone()
+        del trainer, benchmark, signals, guard
+        _end(accelerator)
+        sys.exit(EXIT_CODE)
     if interrupt.stopped_at_step is not None:
         # When one process ends, a launcher signals the others
         ignore_signals()
@@ -343,7 +354,7 @@ def main(
             + resume_command()
         )
         accelerator.wait_for_everyone()
-        del trainer, benchmark
+        del trainer, benchmark, signals, guard
         _end(accelerator)
         sys.exit(interrupt.exit_code)
     # Without _internal_call, save_model would also push to the Hub, which happens below
@@ -366,7 +377,7 @@ def main(
             sys.exit(1)
         trainer.accelerator.print(f"The model is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
-    del trainer, benchmark
+    del trainer, benchmark, signals, guard
     _end(accelerator)
 
 

@@ -214,8 +214,8 @@ def _overlap_total(
     total = torch.zeros((), device=student_hidden_NH.device)
     # One context each, because a teacher may share the student's head
     with (
-        maybe_gather_lm_head_ctx(student_head.weight_VH, student_head.bias_V),
-        maybe_gather_lm_head_ctx(teacher_head.weight_VH, teacher_head.bias_V),
+        maybe_gather_lm_head_ctx(*student_head[:2]),  # type: ignore[arg-type]
+        maybe_gather_lm_head_ctx(*teacher_head[:2]),  # type: ignore[arg-type]
     ):
         for student_NH, teacher_NH in zip(
             student_hidden_NH.split(OVERLAP_SLICE_TOKENS), teacher_hidden_NH.split(OVERLAP_SLICE_TOKENS), strict=True

@@ -60,6 +60,8 @@ def format_line(step: int, max_steps: int, logs: dict[str, float], left_s: float
     ):
         if (value := logs.get(key)) is not None:
             parts.append(f"{name} {form.format(value)}")
+    if status := logs.get("health/status"):
+        parts.append("unhealthy" if status == 2 else "watch")
     if skipped := logs.get("skipped_steps"):
         parts.append(f"skipped steps {skipped:.0f}")
     if left_s is not None and step < max_steps:
