@@ -27,6 +27,17 @@ def entropy_nats(logits, temperature: float = 1.0):
     return -sum(_exp(log_q) * log_q for log_q in _log_softmax([logit / temperature for logit in logits]))
 
 
+def topk_overlap(student_logits, teacher_logits, k: int = 16, temperature: float = 1.0) -> float:
+    """Mean of both models' probability on the tokens that are among the k most likely ones of both, at one position."""
+    log_q = _log_softmax([logit / temperature for logit in student_logits])
+    log_p = _log_softmax([logit / temperature for logit in teacher_logits])
+    vocabulary = range(len(log_q))
+    top_q = sorted(vocabulary, key=lambda v: -log_q[v])[:k]
+    top_p = sorted(vocabulary, key=lambda v: -log_p[v])[:k]
+    common = [v for v in vocabulary if v in top_q and v in top_p]
+    return (sum(_exp(log_q[v]) for v in common) + sum(_exp(log_p[v]) for v in common)) / 2
+
+
 def mean_loss(divergences: list[list], masks: list[list[int]], normalization: str):
     """Loss of a global batch: one list of per-token divergences, and of mask values, for each rollout."""
     if normalization == "token":

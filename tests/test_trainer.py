@@ -6,13 +6,14 @@ import math
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from tests.helpers import config, made_up_rollouts, make_trainer, parameters_of, rows
-from tests.oracles import completion_logits, divergence_nats, entropy_nats, mean_loss
+from tests.oracles import completion_logits, divergence_nats, entropy_nats, mean_loss, topk_overlap
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp import CRISPTrainer
 from trl_crisp.loss.divergence import sampled_diagnostics
@@ -97,7 +98,7 @@ def test_loss_and_gradients_equal_the_oracle(tmp_path, kind, tuning, beta, norma
 @pytest.mark.parametrize("sampled_tokens", [256, 2])
 def test_logged_values_equal_the_oracle(tmp_path, monkeypatch, beta, sampled_tokens):
     """
-    reverse_kl, entropy and teacher_entropy of made-up rollouts, at the loss's temperature.
+    reverse_kl, entropy, teacher_entropy and topk_overlap of made-up rollouts, at the loss's temperature.
 
     A sample of the tokens is the first and the last here. With beta 1 the loss knows the reverse KL of all tokens anyway.
     """
@@ -109,7 +110,7 @@ def test_logged_values_equal_the_oracle(tmp_path, monkeypatch, beta, sampled_tok
     batch, plain = made_up_rollouts(trainer.model.config.vocab_size, [3, 2])
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch | {"num_items_in_batch": torch.tensor(2)})
-    kls, entropies, teacher_entropies = [], [], []
+    kls, entropies, teacher_entropies, overlaps = [], [], [], []
     with torch.no_grad(), trainer.teacher.serving() as teacher:
         for i, completion in enumerate(plain["completions"]):
             q = completion_logits(trainer.model, plain["students"][i], completion).tolist()
@@ -117,12 +118,14 @@ def test_logged_values_equal_the_oracle(tmp_path, monkeypatch, beta, sampled_tok
             kls += [divergence_nats(q_t, p_t, 1.0, 1.7) for q_t, p_t in zip(q, p, strict=True)]
             entropies += [entropy_nats(q_t, 1.7) for q_t in q]
             teacher_entropies += [entropy_nats(p_t, 1.7) for p_t in p]
+            overlaps += [topk_overlap(q_t, p_t, 16, 1.7) for q_t, p_t in zip(q, p, strict=True)]
     seen = slice(None) if sampled_tokens > 5 else slice(None, None, 4)
     metrics = trainer._metrics["train"]
     for name, values in (
         ("reverse_kl", kls if beta == 1.0 else kls[seen]),
         ("entropy", entropies),
         ("teacher_entropy", teacher_entropies[seen]),
+        ("topk_overlap", overlaps[seen]),
     ):
         assert metrics[name] == [pytest.approx(sum(values) / len(values), rel=1e-4)], name
 
@@ -253,8 +256,13 @@ def test_refreshes_come_before_the_rollout_and_are_logged(tmp_path):
         "reverse_kl",
         "entropy",
         "teacher_entropy",
+        "topk_overlap",
         "completions/relative_length",
         "completions/clipped_ratio",
+        "completions/p95_length",
+        "completions/repeats",
+        "completions/empty",
+        "completions/epistemic_words",
     ):
         assert all(math.isfinite(log[name]) for log in logs), name
     # With beta 1 and rollouts of one length, the loss is the mean reverse KL in either normalization
@@ -303,6 +311,37 @@ def test_thinking_and_answer_tokens_are_logged_where_the_template_thinks(tmp_pat
     found = [metrics.get(f"completions/mean_{name}_length") for name in ("thinking", "answer")]
     expected = [None if mean is None else [pytest.approx(mean)] for mean in (thinking, answer)]
     assert found == expected
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_measures_of_the_rollouts_texts_are_logged(tmp_path, mode):
+    """The 95th percentile of the lengths, shares that repeat and are empty, words of doubt per 1,000 tokens; a tool's left out."""
+    trainer = make_trainer(tmp_path)
+    trainer.model.train(mode == "train")
+    tokenizer = trainer.processing_class
+    eos = tokenizer.eos_token_id
+    texts = ["Wait, perhaps 4.", "no " * 25, "", "Maybe maybe"]
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], eos] for text in texts]
+    width = max(map(len, ids))
+    by_tool = [[1] * width for _ in ids]
+    by_tool[3][: len("Maybe ")] = [0] * len("Maybe ")
+    trainer._record_texts(
+        {
+            # Padding that repeats itself is no text
+            "completion_ids": torch.tensor([row + [65] * (width - len(row)) for row in ids]),
+            "completion_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
+            "tool_mask": torch.tensor(by_tool),
+        }
+    )
+    lengths = [17, 76, 1, 6]
+    found = {name.removeprefix("completions/"): values for name, values in trainer._metrics[mode].items()}
+    assert found == {
+        # Between the largest two, as numpy's percentile
+        "p95_length": [pytest.approx(np.percentile(lengths, 95))],
+        "repeats": [0.25],
+        "empty": [0.25],
+        "epistemic_words": [pytest.approx(1000 * 3 / sum(lengths))],
+    }
 
 
 def test_teacher_prompt_column_wins(tmp_path):

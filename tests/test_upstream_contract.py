@@ -103,6 +103,7 @@ def test_what_we_override_is_still_there():
         "_select_rows",
         "_count_generation_prompt_tokens",
         "_record_rollouts",
+        "_record_texts",
         "_check_teacher_is_not_uniform",
         "_describe_failed_save",
         "_from_main_process",

@@ -319,6 +319,7 @@ class CRISPTrainer(ResumableTrainer):
         num_items = count_loss_items(self.get_loss_mask(output), self.args.loss_normalization)  # type: ignore[arg-type]
         output["num_items_in_batch"] = self.accelerator.gather(num_items).sum()
         self._record_rollouts(output)
+        self._record_texts(output)
         return output
 
     def get_loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -344,7 +345,6 @@ class CRISPTrainer(ResumableTrainer):
                 self._baseline_lengths_tokens.append(mean_length)
             baseline = sum(self._baseline_lengths_tokens) / len(self._baseline_lengths_tokens)
             metrics["completions/relative_length"].append(mean_length / baseline)
-        self._record_texts(output, metrics)
         if self._think_ids is None:
             return
         thinking, answer = [], []
@@ -360,7 +360,7 @@ class CRISPTrainer(ResumableTrainer):
             lengths_B = torch.tensor(lengths, device=self.accelerator.device, dtype=torch.float32)
             metrics[f"completions/mean_{name}_length"].append(self.accelerator.gather(lengths_B).mean().item())
 
-    def _record_texts(self, output: dict[str, Any], metrics: dict[str, list[float]]) -> None:
+    def _record_texts(self, output: dict[str, Any]) -> None:
         # Not the loss mask, because a subclass may leave whole rollouts out of the loss
         own_BT = output["completion_mask"]
         if "tool_mask" in output:
@@ -377,6 +377,7 @@ class CRISPTrainer(ResumableTrainer):
         # One gather for all four
         measures_B4 = torch.tensor(measures, device=self.accelerator.device, dtype=torch.float32)
         length_B, repeats_B, empty_B, words_B = self.accelerator.gather(measures_B4).unbind(dim=1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["completions/p95_length"].append(length_B.quantile(0.95).item())
         metrics["completions/repeats"].append(repeats_B.mean().item())
         metrics["completions/empty"].append(empty_B.mean().item())

@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from tests.oracles import divergence_nats, entropy_nats
+from tests.oracles import divergence_nats, entropy_nats, topk_overlap
 from tests.tiny_models import tiny_model
-from trl_crisp.loss.divergence import OutputHead, output_head, per_token_divergence, sampled_diagnostics
+from trl_crisp.loss.divergence import (
+    OutputHead,
+    output_head,
+    per_token_divergence,
+    sampled_diagnostics,
+    topk_overlap_of,
+)
 
 B, T, H, V = 2, 4, 5, 11
 MASK_BT = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0]])
@@ -162,6 +168,54 @@ def test_diagnostics_equal_the_oracle_on_all_tokens_and_bound_the_sample():
     assert three["reverse_kl"].num_tokens == 3
     assert three["reverse_kl"].total.item() == pytest.approx(float(truth[0, 0] + truth[0, 2] + truth[1, 1]), rel=1e-5)
     assert not whole["reverse_kl"].total.requires_grad
+
+
+@pytest.mark.parametrize("vocabulary", [9, 16, 40])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_overlap_equals_the_oracle(vocabulary, temperature):
+    """Models that are near, that are far and that are equal; a vocabulary below 16 is common as a whole."""
+    generator = torch.Generator().manual_seed(3)
+    student = 2 * torch.randn(6, vocabulary, generator=generator)
+    noise = 3 * torch.randn(6, vocabulary, generator=generator)
+    teacher = student + noise * torch.tensor([0.0, 0.1, 0.5, 1.0, 2.0, 9.0])[:, None]
+    expected = [
+        topk_overlap(q.double().tolist(), p.double().tolist(), 16, temperature)
+        for q, p in zip(student, teacher, strict=True)
+    ]
+    assert topk_overlap_of(student, teacher, temperature).tolist() == pytest.approx(expected, rel=1e-5)
+    if vocabulary <= 16:
+        assert expected == pytest.approx([1.0] * 6)
+    else:
+        assert len({round(value, 6) for value in expected}) == 6
+
+
+def test_models_without_a_common_top_token_have_no_overlap():
+    student = torch.cat([torch.ones(1, 16), torch.zeros(1, 16)], dim=1)
+    assert topk_overlap_of(student, student.flip(1), 1.0).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("slice_tokens", [64, 1, 3])
+def test_the_sampled_overlap_meets_each_side_under_its_own_head(monkeypatch, slice_tokens):
+    """With bias, scale and soft-capping of each; slices keep all tokens."""
+    monkeypatch.setattr("trl_crisp.loss.divergence.OVERLAP_SLICE_TOKENS", slice_tokens)
+    monkeypatch.setattr("trl_crisp.loss.divergence.OVERLAP_TOP_K", 4)
+    *sides, teacher = problem(bias=True, logit_scale=2.0, softcap=1.5)
+    given = (*sides, teacher._replace(logit_scale=0.5, softcap=3.0))
+    expected = [
+        topk_overlap(
+            [float(x) for x in loop_logits(given[0][b, t].double(), *given[1])],
+            [float(x) for x in loop_logits(given[2][b, t].double(), *given[3])],
+            4,
+            0.7,
+        )
+        for b in range(B)
+        for t in range(T)
+        if MASK_BT[b, t]
+    ]
+    overlap = sampled_diagnostics(*given, MASK_BT, 0.7)["topk_overlap"]
+    assert overlap.num_tokens == 4
+    assert overlap.total.item() == pytest.approx(sum(expected), rel=1e-5)
+    assert not overlap.total.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])

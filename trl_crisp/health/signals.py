@@ -31,13 +31,16 @@ ENTROPY_WATCH_RATIO = 2.0
 ENTROPY_UNHEALTHY_RATIO = 2.5
 # A rise below this is noise in the entropy of a model that is certain of nearly every token (the lab's base: 0.043 nats)
 ENTROPY_RISE_NATS = 0.03
+# A model that is certain of every token says one thing. Runs of the lab end at 0.45 times the first steps' entropy or above, also
+# the lost ones.
+ENTROPY_LEFT_WATCH_RATIO = 0.2
 # The teacher's entropy. Runs that kept the accuracy stay below 1.62 times the first steps', lost ones reach 2.0 to 7.0.
 TEACHER_ENTROPY_WATCH_RATIO = 2.0
 # Training lowers the reverse KL, except that a refresh brings it back to about the start's. Runs that kept the accuracy stay
 # below 1.83 times it (a LoRA run at 100 times the paper's rate), lost ones reach up to 7.6.
 REVERSE_KL_WATCH_RATIO = 2.0
 # A rise below this is noise if both models get nearly the same prompt (the lab's start: 0.02 nats)
-REVERSE_KL_RISE_NATS = 0.02
+REVERSE_KL_RISE_NATS = 0.01
 # The mean and the 95th percentile of the rollouts' length. Training shortens; the largest mean of a run that kept the accuracy is
 # 1.32 times the first steps' (the same LoRA rate).
 LENGTH_GROWTH_WATCH_RATIO = 1.5
@@ -137,6 +140,13 @@ _RULES = (
         f"the student's entropy is {ENTROPY_WATCH_RATIO:g} times that of the first steps or more",
         ("entropy",),
         _rises(ENTROPY_WATCH_RATIO, ENTROPY_RISE_NATS),
+    ),
+    _Rule(
+        "watch",
+        "entropy",
+        f"the student's entropy has fallen to {ENTROPY_LEFT_WATCH_RATIO:.0%} or less of that of the first steps",
+        ("entropy",),
+        lambda now, first: now <= ENTROPY_LEFT_WATCH_RATIO * first and now <= first - ENTROPY_RISE_NATS,
     ),
     _Rule(
         "watch",
