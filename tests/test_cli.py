@@ -201,7 +201,9 @@ def test_nothing_heavy_is_imported_to_ask_for_it(command):
     assert "no model and no dataset" in run.stderr
 
 
-@pytest.mark.parametrize(("returned", "status"), [(2, 2), (1, 1), (130, 130), (143, 143), (-9, 137), (-2, 130)])
+@pytest.mark.parametrize(
+    ("returned", "status"), [(2, 2), (1, 1), (3, 3), (130, 130), (143, 143), (-9, 137), (-2, 130)]
+)
 def test_the_exit_status_is_that_of_the_training(monkeypatch, returned, status):
     def fail(args):
         raise subprocess.CalledProcessError(returned, "train")

@@ -165,6 +165,8 @@ def train(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            # The lab shows how runs end that are lost
+            collapse_guard=False,
             **fields,
         )
         lora = None

@@ -49,9 +49,8 @@ def test_a_run_as_at_its_start_is_healthy():
         ("reverse_kl", 0.04, +1, "watch", "the reverse KL is 2 times"),
         ("topk_overlap", 0.9 - STEP, -1, "watch", "less than 90% of the two models' probability"),
         ("completions/mean_length", 150, +1, "watch", "rollouts are 1.5 times as long"),
-        ("completions/mean_length", 35, -1, "watch", "35% or less of their length"),
+        ("completions/mean_length", 35, -1, "watch", "rollouts have 35% or less of their length"),
         ("completions/p95_length", 240, +1, "watch", "the longest rollouts (95th percentile) are 1.5 times"),
-        ("completions/epistemic_words", 2, -1, "watch", "words of doubt and checking have fallen to 25%"),
         ("completions/clipped_ratio", 0.3, +1, "watch", "more rollouts are clipped"),
         ("completions/repeats", 0.3, +1, "watch", "more rollouts end in repetition"),
         ("completions/repeats", 0.5, +1, "unhealthy", "most rollouts end in repetition"),
@@ -86,9 +85,8 @@ def test_each_threshold_holds_from_its_value_on(name, limit, worse, status, word
         ({"completions/repeats": 0.4}, {"completions/repeats": 0.59}, "healthy"),
         ({"completions/repeats": 0.4}, {"completions/repeats": 0.64}, "watch"),
         ({"completions/repeats": 0.4}, {"completions/repeats": 0.66}, "unhealthy"),
-        # Few words of doubt from the start on
-        ({"completions/epistemic_words": 0.9}, {"completions/epistemic_words": 0.0}, "healthy"),
-        ({"completions/epistemic_words": 1.0}, {"completions/epistemic_words": 0.0}, "watch"),
+        # Training removes words of doubt on purpose
+        ({"completions/epistemic_words": 60.0}, {"completions/epistemic_words": 0.0}, "healthy"),
         # Unlike prompts from the start on
         ({"topk_overlap": 0.6}, {"topk_overlap": 0.56}, "healthy"),
         ({"topk_overlap": 0.6}, {"topk_overlap": 0.54}, "watch"),
@@ -162,8 +160,9 @@ def test_events_are_changes_of_the_status_and_new_reasons():
         if (event := running.add(step, logs)) is not None:
             events.append((event["step"], event["status"], len(event["reasons"])))
         lost.append(running.unhealthy_steps)
-    # At step 10 the mean of the last 5 is 0.072, at 11 it is 0.104; at 21 that of the reverse KL is 0.056 and 0.092
-    assert events == [(11, "unhealthy", 1), (20, "unhealthy", 2), (34, "watch", 1), (35, "healthy", 0)] or events
+    # The means of 5 steps: of the entropy 0.072 at step 10, 0.104 at 11, 0.104 at 33, 0.072 at 34 (no less than 0.08: at 33);
+    # of the reverse KL 0.056 at step 20
+    assert events == [(11, "unhealthy", 1), (20, "unhealthy", 2), (34, "watch", 1), (35, "healthy", 0)]
     assert lost[9:13] == [0, 1, 2, 3]
     assert lost[-1] == 0
     assert running.unhealthy_entries == 0
@@ -201,7 +200,7 @@ def test_the_labs_committed_runs_are_judged_rightly():
     runs = lab_runs()
     kept = {name for name, (is_kept, *_) in runs.items() if is_kept}
     assert len(runs) == 78
-    assert len(kept) >= 48
+    assert len(kept) == 53
     assert {name for name in kept if runs[name][1:] != ("healthy", None)} == set()
     stopped = {name: stop for name, (_, _, stop) in runs.items() if stop is not None}
     assert stopped == {
@@ -212,10 +211,15 @@ def test_the_labs_committed_runs_are_judged_rightly():
         **{"stability-m1-seed0": 85, "stability-m1-seed1": 93, "stability-m1-seed2": 92},
     }
     watched = {name for name, (_, worst, stop) in runs.items() if worst == "watch" and stop is None}
-    assert watched >= {"m20-seed0", "m20-seed1", "m20-seed2"}
-    # Where the signals see nothing: 10 to 17 points are lost
+    assert watched == {"m20-seed0", "m20-seed1", "m20-seed2", "lora-3e-3-seed1"}
+    # Unhealthy in the last steps of the log
+    assert [name for name, (_, worst, stop) in runs.items() if worst == "unhealthy" and not stop] == ["m10-seed0"]
+    # Where the signals see nothing: 11 to 16 points are lost
     unseen = {name for name, (is_kept, worst, _) in runs.items() if not is_kept and worst == "healthy"}
-    assert unseen == {"?"}
+    assert unseen == {
+        *("stability-m20-seed0", "stability-m20-seed1", "stability-m20-seed2"),
+        *("short-m1-seed0", "short-m1-seed2", "lora-3e-3-seed2"),
+    }
 
 
 class Seen(TrainerCallback):
@@ -253,7 +257,7 @@ def test_a_resumed_run_has_the_same_events(tmp_path, capsys):
     output = capsys.readouterr().out
     events = events_of(tmp_path)
     assert [event["status"] for event in events] == ["watch", "unhealthy"]
-    assert events[1]["reasons"] == ["most rollouts end in repetition"] or len(events[1]["reasons"]) > 1
+    assert "most rollouts end in repetition" in events[1]["reasons"]
     assert events[1]["values"]["completions/repeats"] >= 0.5
     assert events[1]["first"]["completions/repeats"] == 0
     assert all(f"health at step {event['step']}: {event['status']} (" in output for event in events)

@@ -25,10 +25,13 @@ from trl_crisp.run.step_lines import StepLines, format_duration, format_line
             "3 min 5 s left",
         ),
         ({"loss": 1.0, "skipped_steps": 2.0}, None, "step 3/20  loss 1  skipped steps 2"),
+        ({"loss": 1.0, "health/status": 0.0}, None, "step 3/20  loss 1"),
+        ({"loss": 1.0, "health/status": 1.0}, None, "step 3/20  loss 1  watch"),
+        ({"loss": 1.0, "health/status": 2.0}, None, "step 3/20  loss 1  unhealthy"),
         ({"eval_facts_accuracy": 0.71239, "epoch": 1.0}, 5, "step 3/20  evaluation  facts_accuracy 0.7124"),
         ({"train_runtime": 61.2, "train_loss": 0.1}, 0, "step 3/20  trained in 1 min 1 s"),
     ],
-    ids=["step", "skipped", "evaluation", "end"],
+    ids=["step", "skipped", "healthy", "watch", "unhealthy", "evaluation", "end"],
 )
 def test_a_line_shows_what_the_log_has(logs, left_s, line):
     assert format_line(3, 20, logs, left_s) == line

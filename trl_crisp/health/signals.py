@@ -23,9 +23,9 @@ STATUS_KEY = "health/status"
 WINDOW_STEPS = 5
 
 # The figures below are of the lab's 78 runs with logs (benchmarks/results/lab; base 0.92 right, 0.93 in the form "stability"), with
-# means over 5 steps. "Kept" are the 48 runs that end at most 10 points below their base.
+# means over 5 steps. "Kept" are the 53 runs that end at most 10 points below their base.
 
-# The student's entropy against the first steps'. Runs that kept the accuracy stay below 1.98 times it. M = 20, which lost 17
+# The student's entropy against the first steps'. Kept runs stay below 1.98 times it. M = 20, which lost 17
 # points, reaches 2.05 to 2.09. Runs that lost 50 points and more reach 2.89 to 11.4.
 ENTROPY_WATCH_RATIO = 2.0
 ENTROPY_UNHEALTHY_RATIO = 2.5
@@ -34,18 +34,18 @@ ENTROPY_RISE_NATS = 0.03
 # A model that is certain of every token says one thing. Runs of the lab end at 0.45 times the first steps' entropy or above, also
 # the lost ones.
 ENTROPY_LEFT_WATCH_RATIO = 0.2
-# The teacher's entropy. Runs that kept the accuracy stay below 1.62 times the first steps', lost ones reach 2.0 to 7.0.
+# The teacher's entropy. Kept runs stay below 1.62 times the first steps', lost ones reach 2.0 to 7.0.
 TEACHER_ENTROPY_WATCH_RATIO = 2.0
-# Training lowers the reverse KL, except that a refresh brings it back to about the start's. Runs that kept the accuracy stay
+# Training lowers the reverse KL, except that a refresh brings it back to about the start's. Kept runs stay
 # below 1.83 times it (a LoRA run at 100 times the paper's rate), lost ones reach up to 7.6.
 REVERSE_KL_WATCH_RATIO = 2.0
 # A rise below this is noise if both models get nearly the same prompt (the lab's start: 0.02 nats)
 REVERSE_KL_RISE_NATS = 0.01
-# The mean and the 95th percentile of the rollouts' length. Training shortens; the largest mean of a run that kept the accuracy is
+# The mean and the 95th percentile of the rollouts' length. Training shortens; the largest mean of a kept run is
 # 1.32 times the first steps' (the same LoRA rate).
 LENGTH_GROWTH_WATCH_RATIO = 1.5
-# The paper's largest shortening, 64% with M = 10, lost 26 points on AIME 2024; its sweet spot is half. Runs of the lab that kept
-# the accuracy have at least 39% of the length left, and M = 5 goes down to 33%.
+# The paper's largest shortening, 64% with M = 10, lost 26 points on AIME 2024; its sweet spot is half. Kept runs
+# have at least 39% of the length left, and M = 5 goes down to 33%.
 LENGTH_LEFT_WATCH_RATIO = 0.35
 # Rollouts that run on to the cap: most are clipped, and they are longer than at the start. M = 1 in the lab ends so (1.34 to 1.44
 # times the length), as in the paper's collapse. A cap that clips most rollouts from the start meets neither condition.
@@ -55,11 +55,6 @@ MAJORITY = 0.5
 MAJORITY_RISE = 0.25
 # At the paper's batch, shares of 160 rollouts differ by 0.2 by chance in fewer than one of 1,000 comparisons
 SHARE_WATCH_RISE = 0.2
-# Words of doubt and checking. Training removes many of them on purpose; in self-distillation, fewer than that went along with lost
-# accuracy (epistemic suppression).
-EPISTEMIC_LEFT_WATCH_RATIO = 0.25
-# Fewer words per 1,000 tokens than this at the start say nothing
-EPISTEMIC_FEW = 1.0
 # The mass of both models on their common top tokens is 0.97 to 0.99 where distillation works (arXiv 2604.13016)
 OVERLAP_WATCH = 0.9
 # Some pairs of prompts begin lower
@@ -72,6 +67,7 @@ AVERAGED = (
     "completions/clipped_ratio",
     "completions/repeats",
     "completions/empty",
+    # Reported without a rule: a healthy lab run whose checks are waste loses 87% of these words by step 20
     "completions/epistemic_words",
     "entropy",
     "teacher_entropy",
@@ -189,13 +185,6 @@ _RULES = (
         f"the longest rollouts (95th percentile) are {LENGTH_GROWTH_WATCH_RATIO:g} times as long as at the start or more",
         ("completions/p95_length",),
         _rises(LENGTH_GROWTH_WATCH_RATIO, 0.0),
-    ),
-    _Rule(
-        "watch",
-        "epistemic",
-        f"words of doubt and checking have fallen to {EPISTEMIC_LEFT_WATCH_RATIO:.0%} or less of their rate at the start",
-        ("completions/epistemic_words",),
-        lambda now, first: first >= EPISTEMIC_FEW and now <= EPISTEMIC_LEFT_WATCH_RATIO * first,
     ),
 )
 

@@ -1,0 +1,129 @@
+"""The collapse guard: when it stops, what it leaves on disk, and the training script around it."""
+
+import json
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from tests.health.test_signals import FIRST, LOST
+from tests.helpers import config, make_trainer, rows
+from tests.tiny_models import save_tiny
+from trl_crisp.health.attach import attach_signals
+from trl_crisp.health.guard import CollapseGuard
+from trl_crisp.health.signals import HealthSignals
+from trl_crisp.train import main, parse_args
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The global batch is", "ignore:teacher_sync_steps=", "ignore:The teacher follows the student"
+)
+
+
+def fed(directory, entropies, every=1):
+    """Return a guard that was fed with a log entry of each entropy, its args, and the controls it gave back."""
+    args = config(directory, push_to_hub=False, save_total_limit=2)
+    args.push_to_hub = True
+    state, signals = TrainerState(), HealthSignals()
+    guard, controls = CollapseGuard(signals), []
+    for callback in (signals, guard):
+        callback.on_train_begin(args, state, TrainerControl())
+    for number, entropy in enumerate(entropies, start=1):
+        state.global_step = every * number
+        logs = FIRST | {"entropy": entropy, "loss": 1.0}
+        state.log_history.append(dict(logs))
+        controls.append(TrainerControl())
+        for callback in (signals, guard):
+            callback.on_log(args, state, controls[-1], logs=logs)
+        if controls[-1].should_training_stop:
+            break
+    return guard, args, controls
+
+
+# Ten unhealthy steps are 6 to 15 with these: the mean of 5 passes 2.5 times the start's with the first value
+HIGH = 1.0
+
+
+def test_it_stops_after_ten_unhealthy_steps_on_end(tmp_path):
+    guard, args, controls = fed(tmp_path, [0.04] * 5 + [HIGH] * 20)
+    assert guard.stopped_at_step == len(controls) == 15
+    assert (controls[-1].should_save, controls[-1].should_training_stop) == (True, True)
+    assert not any(control.should_save or control.should_training_stop for control in controls[:-1])
+    assert guard.reasons == ["the student's entropy is 2.5 times that of the first steps or more"]
+    words = guard.describe()
+    assert words.startswith(
+        "Stopped after step 15: the run looks lost. For 10 steps on end:\n  - the student's entropy"
+    )
+    assert "--collapse_guard false" in words
+    # Its checkpoint is not uploaded, and no other makes room for it; the next training has the user's settings again
+    assert (args.push_to_hub, args.save_total_limit) == (False, None)
+    guard.on_train_begin(args, TrainerState(), TrainerControl())
+    assert (args.push_to_hub, args.save_total_limit) == (True, 2)
+    assert (guard.stopped_at_step, guard.reasons) == (None, [])
+
+
+def test_a_step_that_is_not_unhealthy_starts_the_count_again(tmp_path):
+    # A mean of 5 stays high for 4 steps after the last high value, so high values for 5 steps are 9 unhealthy ones
+    guard, _, controls = fed(tmp_path, [0.04] * 5 + [HIGH] * 5 + [0.04] * 5 + [HIGH] * 5 + [0.04] * 5)
+    assert guard.stopped_at_step is None
+    assert len(controls) == 25
+    guard, *_ = fed(tmp_path, [0.04] * 5 + [HIGH] * 6 + [0.04] * 5)
+    assert guard.stopped_at_step == 15
+
+
+@pytest.mark.parametrize(("every", "stop"), [(2, 16), (10, 30), (50, 150)])
+def test_an_entry_counts_the_steps_that_it_covers_and_one_is_not_enough(tmp_path, every, stop):
+    first = -(-5 // every)
+    guard, *_ = fed(tmp_path, [0.04] * first + [HIGH] * 10, every)
+    assert guard.stopped_at_step == stop
+
+
+def test_the_config_turns_it_off(tmp_path):
+    trainer = make_trainer(tmp_path, collapse_guard=False)
+    _, guard = attach_signals(trainer)
+    assert guard is None
+    assert not any(isinstance(callback, CollapseGuard) for callback in trainer.callback_handler.callbacks)
+
+
+def train(model, rows_file, output_dir, *flags):
+    """Run the training script in this process, and return its exit status."""
+    fields = {
+        **{"model_name_or_path": model, "dataset_name": rows_file, "output_dir": output_dir, "report_to": "none"},
+        **{"use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False},
+        **{
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "logging_steps": 1,
+            "instruction": "v1",
+        },
+        **{"save_strategy": "steps", "save_steps": 12, "save_total_limit": 1, "max_steps": 30, **LOST},
+    }
+    argv = [item for name, value in fields.items() for item in (f"--{name}", str(value))]
+    try:
+        main(*parse_args([*argv, *flags]))
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_the_training_script_ends_a_lost_run_with_status_3(tmp_path, capsys):
+    """And a run that is killed before and resumed stops at the same step, with the same events."""
+    model, rows_file, output_dir = save_tiny(tmp_path / "model"), tmp_path / "rows.jsonl", tmp_path / "out"
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    assert train(model, rows_file, output_dir) == 3
+    output = capsys.readouterr().out
+    assert "the run looks lost" in output
+    assert "  - most rollouts end in repetition" in output
+    assert "The model is in" not in output
+    assert not (output_dir / "model.safetensors").exists()
+    stop = max(int(path.name.split("-")[1]) for path in output_dir.glob("checkpoint-*"))
+    assert 15 <= stop < 30
+    assert f"Stopped after step {stop}:" in output
+    # save_total_limit 1 would have removed the earlier one
+    assert {path.name for path in output_dir.glob("checkpoint-*")} == {"checkpoint-12", f"checkpoint-{stop}"}
+
+    events = (output_dir / "health_events.jsonl").read_text()
+    assert train(model, rows_file, output_dir, "--resume_from_checkpoint", str(output_dir / "checkpoint-12")) == 3
+    assert f"Stopped after step {stop}:" in capsys.readouterr().out
+    assert (output_dir / "health_events.jsonl").read_text() == events
+    # From the stop's own checkpoint: one more step
+    assert train(model, rows_file, output_dir, "--resume_from_checkpoint", "true") == 3
+    assert f"Stopped after step {stop + 1}:" in capsys.readouterr().out
