@@ -48,6 +48,7 @@ DEFAULTS = [
     ("max_prompt_length", 1024, "Table Hyperparameters"),
     ("resume_from_checkpoint", None, "TRL's"),
     ("allow_changed_resume", False, "ours, because a silent change trains toward something else"),
+    ("collapse_guard", True, "ours, because a lost model should not be saved as the result"),
     ("beta", 1.0, "Eq. 1: reverse KL"),
     ("instruction", "v2", "the paper's default"),
     ("instruction_replaces", SENTENCE, "Figure 2"),
@@ -84,6 +85,7 @@ def test_every_field_that_crisp_sets_is_in_the_table_of_defaults():
         "loss_temperature",
         "max_prompt_length",
         "allow_changed_resume",
+        "collapse_guard",
     }
 
 
