@@ -131,6 +131,7 @@ def test_all_reasons_are_told_and_each_subject_once():
         # The entries that cover the first 5 steps: 6 steps, and the last 5: those at 8, 10, 12
         (range(2, 13, 2), 4.0, 10.0),
         (range(3, 13, 3), 4.5, 10.5),
+        ((5, 10, 15), 5.0, 15.0),
         ((10, 20, 30), 10.0, 30.0),
         # logging_first_step: 1 step of value 1, and 9 steps of value 10
         ((1, 10, 20), 9.1, 20.0),
