@@ -339,22 +339,24 @@ def test_the_quickstarts_table_is_that_of_the_committed_results():
             assert committed["by_seed"][seed][arm] == pytest.approx(values)
 
 
-def test_the_first_look_chose_the_questions_and_gave_the_numbers_that_are_told():
-    look = result("smollm2/first-look.json")
-    arms = {
-        arm: {name: np.array([look[arm][str(seed)][name] for seed in range(3)]).T for name in look[arm]["0"]}
-        for arm in ("base", "after")
-    }
-    lines = (ROOT / "examples" / "facts" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    known = arms["base"]["first_sentence"].sum(axis=1) >= 2
-    assert {json.loads(line)["id"] for line in lines} == set(np.array(look["ids"])[known])
-    text = " ".join(section(BENCHMARKS, "## SmolLM2 on questions about facts").split())
-    assert f"of {len(look['ids'])} questions" in text
-    cut = paired_bootstrap_reduction(arms["base"]["tokens"], arms["after"]["tokens"])
-    assert f"cut {cut.estimate:.0%} of the tokens" in text
-    for name in ("first_sentence", "anywhere"):
-        change = paired_bootstrap_difference(arms["base"][name], arms["after"][name])
-        low, estimate, high = (100 * value for value in (change.low, change.estimate, change.high))
-        assert f"at {estimate:+.1f} points [{low:+.1f}, {high:+.1f}]" in text or (
-            f"and {estimate:+.1f} points [{low:+.1f}, {high:+.1f}]" in text
-        ), (name, estimate, low, high)
+def test_the_instructions_that_were_tried_are_told_with_their_numbers():
+    """And they were tried on questions that the table does not use."""
+    tried = result("smollm2/instructions.json")
+    facts = ROOT / "examples" / "facts"
+    ids = {split: [json.loads(line)["id"] for line in (facts / f"{split}.jsonl").open(encoding="utf-8")] for split in ("train", "tune", "test")}
+    assert tried["ids"] == ids["tune"] + ids["train"][::3]
+    text = section(BENCHMARKS, "## SmolLM2 on questions about facts")
+    assert table_rows(text) == [
+        [
+            f"`{row['instruction']}`" if row["instruction"] else "none: the plain prompt",
+            f"{row['mean_tokens']:.1f}",
+            f"{row['first_sentence']:.1%}",
+            f"{row['anywhere']:.1%}",
+        ]
+        for row in tried["table"]
+    ]
+    counts = [len(ids[split]) for split in ("train", "tune", "test")]
+    assert "{} questions".format(sum(counts)) in " ".join(text.split())
+    assert "{} to train on, {} to choose settings by, {} for the table".format(*counts) in " ".join(text.split())
+    config = yaml.safe_load((ROOT / "examples" / "configs" / "smollm2-cpu.yaml").read_text(encoding="utf-8"))
+    assert config["instruction"] in {row["instruction"] for row in tried["table"]}
