@@ -7,14 +7,12 @@ import shlex
 from dataclasses import MISSING
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
 
 from tests.helpers import load_example
 from tests.tiny_models import save_tiny
-from trl_crisp.evaluation.metrics import paired_bootstrap_difference, paired_bootstrap_reduction
 from trl_crisp.evaluation.results import load_results
 
 ROOT = Path(__file__).parent.parent
@@ -339,24 +337,28 @@ def test_the_quickstarts_table_is_that_of_the_committed_results():
             assert committed["by_seed"][seed][arm] == pytest.approx(values)
 
 
-def test_the_instructions_that_were_tried_are_told_with_their_numbers():
+def test_the_settings_that_were_tried_are_told_with_their_numbers():
     """And they were tried on questions that the table does not use."""
-    tried = result("smollm2/instructions.json")
-    facts = ROOT / "examples" / "facts"
-    ids = {split: [json.loads(line)["id"] for line in (facts / f"{split}.jsonl").open(encoding="utf-8")] for split in ("train", "tune", "test")}
+    tried = result("smollm2/choice.json")
+    ids = {}
+    for split in ("train", "tune", "test"):
+        lines = (ROOT / "examples" / "facts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        ids[split] = [json.loads(line)["id"] for line in lines]
     assert tried["ids"] == ids["tune"] + ids["train"][::3]
     text = section(BENCHMARKS, "## SmolLM2 on questions about facts")
     assert table_rows(text) == [
         [
-            f"`{row['instruction']}`" if row["instruction"] else "none: the plain prompt",
+            row["setting"],
             f"{row['mean_tokens']:.1f}",
-            f"{row['first_sentence']:.1%}",
-            f"{row['anywhere']:.1%}",
+            *(f"{row[flag]:.1%}" for flag in ("first_sentence", "anywhere")),
         ]
         for row in tried["table"]
     ]
+    text = " ".join(text.split())
+    assert f"has {sum(map(len, ids.values()))} questions" in text
     counts = [len(ids[split]) for split in ("train", "tune", "test")]
-    assert "{} questions".format(sum(counts)) in " ".join(text.split())
-    assert "{} to train on, {} to choose settings by, {} for the table".format(*counts) in " ".join(text.split())
+    assert "{} to train on, {} to choose settings by, {} for the table".format(*counts) in text
     config = yaml.safe_load((ROOT / "examples" / "configs" / "smollm2-cpu.yaml").read_text(encoding="utf-8"))
-    assert config["instruction"] in {row["instruction"] for row in tried["table"]}
+    settings = [row["setting"] for row in tried["table"]]
+    assert f"told `{config['instruction']}`" in settings
+    assert any(f"{config['max_steps']} steps" in setting for setting in settings)
