@@ -279,8 +279,10 @@ def main(
     """
     from trl import get_peft_config, get_quantization_config
 
+    from trl_crisp.health.monitor import attach_monitor
     from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction
+    from trl_crisp.report.console import progress
     from trl_crisp.rows.loading import is_hub_id, unreadable_rows_named
     from trl_crisp.rows.prompts import load_prompts
     from trl_crisp.run.identity import resolve_checkpoint
@@ -329,6 +331,8 @@ def main(
             callbacks=[interrupt],
         )
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
+    if training_args.monitor_prompts is not None:
+        attach_monitor(trainer, progress=progress)
     try:
         with unreadable_rows_named(rows_file):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)

@@ -76,7 +76,8 @@ def test_letters_agree_by_the_letter():
 def test_texts_vote_by_an_answer_line_only():
     (votes,) = count_votes([["Oslo is it.\nAnswer: Oslo", "Answer: **oslo**.", "It is Oslo."]], "text")
     assert votes.answers == ["Oslo", "oslo", None]
-    assert [row[0] for row in votes.agrees][:2] == [True, True]
+    # The last one says it in its first sentence only
+    assert [row[0] for row in votes.agrees] == [True, True, False]
 
 
 def test_what_is_said_in_the_thinking_does_not_vote():

@@ -410,3 +410,23 @@ def test_made_up_rollouts_are_what_they_say():
     assert batch["completion_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (batch["completion_mask"] * batch["tool_mask"]).tolist() == [[1, 0, 1], [1, 0, 0]]
     assert batch["prompt_ids"][0].tolist()[-3:] == plain["students"][0]
+
+
+def test_the_gate_postpones_a_due_refresh_until_the_next_one(tmp_path):
+    teacher = teacher_of(tiny_model(), tmp_path, **KINDS["periodic"])
+    asked = []
+
+    def allow_from_step_6(step: int) -> bool:
+        asked.append(step)
+        return step >= 6
+
+    teacher.refresh_gate = allow_from_step_6
+    counts = []
+    for step in range(1, 8):
+        teacher.begin_step(step)
+        counts.append((teacher.refreshes, teacher.postponed, teacher.age_steps))
+    assert asked == [3, 6]
+    assert counts == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 4), (1, 1, 0), (1, 1, 1)]
+    restored = teacher_of(tiny_model(), tmp_path, **KINDS["periodic"])
+    restored.load_state_dict(teacher.state_dict())
+    assert (restored.refreshes, restored.postponed) == (1, 1)

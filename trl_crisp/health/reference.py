@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trl_crisp.evaluation.answers import find_answer, find_box, find_letter
-from trl_crisp.evaluation.grading import Grader, Kind
+from trl_crisp.evaluation.grading import Grade, Grader, Kind
 from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
 from trl_crisp.evaluation.text_answers import after_thinking, words
 from trl_crisp.prompts.instructions import Prompt
@@ -90,11 +90,16 @@ def count_votes(
             for j in range(len(row))
         ]
         grades = grader.grade_all([(texts[number][j], gold) for number, gold, j in jobs], kind)
-    right = {job for job, grade in zip(jobs, grades, strict=True) if grade.correct}
+    right = {job for job, grade in zip(jobs, grades, strict=True) if agrees(grade, kind)}
     return [
         Votes(row, [[answer is not None and (number, answer, j) in right for answer in row] for j in range(len(row))])
         for number, row in enumerate(answers)
     ]
+
+
+def agrees(grade: Grade, kind: Kind) -> bool:
+    """Whether a graded sample gives the reference's answer. A text's first sentence is no final answer, so only its answer line counts."""
+    return grade.answer_correct if kind == "text" else grade.correct
 
 
 def _final_answer(text: str, kind: Kind) -> str | None:
@@ -128,18 +133,18 @@ def find_reference(votes: Votes) -> Reference | None:
 
 def _leave_one_out(votes: Votes) -> float:
     """Return the share of samples that agree with the majority of the others; if several answers lead there, their mean."""
-    agrees = np.asarray(votes.agrees, dtype=float)
+    matrix = np.asarray(votes.agrees, dtype=float)
     levels = []
-    for j in range(len(agrees)):
-        others = [i for i in range(len(agrees)) if i != j and votes.answers[i] is not None]
+    for j in range(len(matrix)):
+        others = [i for i in range(len(matrix)) if i != j and votes.answers[i] is not None]
         # The votes of the others for the answers of the others
-        counts = [agrees[[k for k in range(len(agrees)) if k != j], i].sum() for i in others]
+        counts = [matrix[[k for k in range(len(matrix)) if k != j], i].sum() for i in others]
         leading = [i for i, count in zip(others, counts, strict=True) if count == max(counts)]
-        levels.append(agrees[j, leading].mean() if leading else 0.0)
+        levels.append(matrix[j, leading].mean() if leading else 0.0)
     return float(np.mean(levels))
 
 
-def compare_agreement(references: Sequence[Reference], agrees: Sequence[Sequence[bool]]) -> Interval:
+def compare_agreement(references: Sequence[Reference], agreed: Sequence[Sequence[bool]]) -> Interval:
     """
     Return the change of agreement from the base's own level, with a paired 95% bootstrap interval over prompts.
 
@@ -147,13 +152,13 @@ def compare_agreement(references: Sequence[Reference], agrees: Sequence[Sequence
 
     Args:
         references: One for each prompt.
-        agrees: Whether each of the student's samples gives the reference's answer, [prompts, samples].
+        agreed: Whether each of the student's samples gives the reference's answer, [prompts, samples].
 
     Raises:
         ValueError: If the numbers of prompts differ, or there are fewer than two.
     """
     base = [reference.base_agreement for reference in references]
-    return paired_bootstrap_difference(base, [float(np.mean(row)) for row in agrees])
+    return paired_bootstrap_difference(base, [float(np.mean(row)) for row in agreed])
 
 
 def write_references(path: Path, prompts: Sequence[Prompt], references: Sequence[Reference | None]) -> int:
