@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.helpers import make_trainer, parameters_of, rows
+from tests.tiny_models import save_tiny
 from trl_crisp.health.monitor import AgreementMonitor, attach_monitor
+from trl_crisp.train import main, parse_args
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
 
@@ -150,3 +152,21 @@ def test_too_few_rows_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, dataset=rows(8), **FIELDS)
     with pytest.raises(ValueError, match="have 8 different prompts, so none would be left"):
         AgreementMonitor(trainer, first_characters)
+
+
+def test_the_script_attaches_the_monitor(tmp_path, capsys):
+    save_tiny(tmp_path / "model", "qwen3")
+    lines = [json.dumps({"prompt": [{"role": "user", "content": f"What is {i} + 1?"}]}) for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    argv = [
+        *("--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")),
+        *("--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_completion_length", "8"),
+        *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--report_to", "none"),
+        *("--use_cpu", "--monitor_prompts", "8", "--monitor_samples", "2", "--teacher_refresh_gate", "agreement"),
+    ]
+    main(*parse_args(argv))
+    said = capsys.readouterr()
+    assert "is measured: 8 prompts, left out of the training rows, 2 answers each" in said.out
+    assert "sampling: 16/16" in said.err
+    # The answers of this untrained model are no math
+    assert "only 0 of 8 monitor prompts" in said.out

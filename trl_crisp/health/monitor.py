@@ -39,7 +39,7 @@ class AgreementMonitor(TrainerCallback):
 
     Before the first step the base answers each monitor prompt `monitor_samples` times, and the majority is the prompt's reference
     ([`~trl_crisp.health.reference`]). The references are in `output_dir/agreement/reference.jsonl`, which `trl-crisp eval --benchmark`
-    reads. Every `monitor_steps` steps the student answers the same prompts, at the rollouts' temperature and cap. The log gets
+    reads. Every `monitor_steps` steps the student answers the same prompts, at the rollouts' temperature, top_p, top_k and cap. The log gets
     `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
     (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds).
 
