@@ -88,8 +88,8 @@ class CRISPConfig(DistillationConfig):
         monitor_prompts (`int`, *optional*):
             Number of training prompts that the base answers before the first step and that are left out of training. The majority
             of its answers to a prompt is the reference, and how often the student still gives it is measured during training
-            ([`~trl_crisp.health.monitor.AgreementMonitor`]). Nothing is measured if unset. 64 or more; with 64 the mean has a standard
-            error of some points.
+            ([`~trl_crisp.health.monitor.AgreementMonitor`]). Nothing is measured if unset. Give 64 or more. The training script measures
+            by itself; in Python, call [`~trl_crisp.health.monitor.attach_monitor`].
         monitor_samples (`int`, defaults to `5`; ours, as in the trials on which the rule was tried):
             Answers per monitor prompt, of the base and at each measurement.
         monitor_steps (`int`, *optional*):

@@ -60,9 +60,9 @@ class CRISPTrainer(ResumableTrainer):
       own temperature (`loss_temperature`).
 
     In addition to the parent's metrics it logs `reverse_kl` and `teacher_entropy` (nats per token, at `loss_temperature`, like
-    `entropy`), `teacher/age_steps`, `teacher/refreshes`, with a gate `teacher/postponed`, `skipped_steps`, `completions/relative_length` (relative to the mean of
-    the first 5 steps), and, if the chat template has thinking tokens, `completions/mean_thinking_length` and
-    `completions/mean_answer_length` (tokens).
+    `entropy`), `teacher/age_steps`, `teacher/refreshes`, with a gate `teacher/postponed`, `skipped_steps`,
+    `completions/relative_length` (relative to the mean of the first 5 steps), and, if the chat template has thinking tokens,
+    `completions/mean_thinking_length` and `completions/mean_answer_length` (tokens).
 
     Args:
         model: A model, a PEFT model with a LoRA adapter, or the id or path of a model.

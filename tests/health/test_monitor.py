@@ -170,3 +170,16 @@ def test_the_script_attaches_the_monitor(tmp_path, capsys):
     assert "sampling: 16/16" in said.err
     # The answers of this untrained model are no math
     assert "only 0 of 8 monitor prompts" in said.out
+
+
+def test_tools_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS)
+    trainer.tools = [len]
+    with pytest.raises(ValueError, match="call tools cannot be sampled"):
+        AgreementMonitor(trainer, first_characters)
+
+
+def test_sampling_fields_that_the_monitor_lacks_warn(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, min_p=0.1, repetition_penalty=1.2)
+    with pytest.warns(UserWarning, match="min_p, repetition_penalty has no effect on the answers to monitor prompts"):
+        AgreementMonitor(trainer, first_characters)

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl_crisp.evaluation.grading import Grader, require_math_verify
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
-from trl_crisp.evaluation.prompts import check_positions, prompt_token_ids
+from trl_crisp.evaluation.prompts import check_positions
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.reference import (
     Reference,
@@ -31,6 +32,12 @@ from trl_crisp.health.student_answers import log_values, sample_student, tokeniz
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
 _PREFIX = "eval_agreement"
+# Fields that shape the rollouts and that the evaluation's sampler does not have, with their values that change nothing
+_UNUSED_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "generation_kwargs": (None, {}),
+}
 
 
 class AgreementMonitor(TrainerCallback):
@@ -39,8 +46,8 @@ class AgreementMonitor(TrainerCallback):
 
     Before the first step the base answers each monitor prompt `monitor_samples` times, and the majority is the prompt's reference
     ([`~trl_crisp.health.reference`]). The references are in `output_dir/agreement/reference.jsonl`, which `trl-crisp eval --benchmark`
-    reads. Every `monitor_steps` steps the student answers the same prompts, at the rollouts' temperature, top_p, top_k and cap. The log gets
-    `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
+    reads. Every `monitor_steps` steps the student answers the same prompts, at the rollouts' temperature, top_p, top_k and cap. The log
+    gets `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
     (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds).
 
     The monitor prompts are taken from the training rows and left out of them. If fewer than half of them get a reference, nothing
@@ -54,7 +61,7 @@ class AgreementMonitor(TrainerCallback):
         progress: As in [`~trl_crisp.health.measuring.BenchmarkCallback`].
 
     Raises:
-        ValueError: If the rows are a stream or too few, or the model is sharded by FSDP.
+        ValueError: If the rows are a stream or too few, the model is sharded by FSDP, or the rollouts call tools.
         ImportError: If math-verify is needed and not installed.
     """
 
@@ -68,6 +75,16 @@ class AgreementMonitor(TrainerCallback):
         if trainer.is_fsdp_enabled:
             raise ValueError(
                 "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, or train with DeepSpeed."
+            )
+        if trainer.tools:
+            raise ValueError(
+                "monitor_prompts: answers that call tools cannot be sampled here, so agreement would be measured on other answers than the "
+                "rollouts. Leave it unset."
+            )
+        if ignored := [name for name, plain in _UNUSED_SAMPLING.items() if getattr(args, name) not in plain]:
+            warnings.warn(
+                f"{', '.join(ignored)} has no effect on the answers to monitor prompts, of the base and of the student; it shapes the rollouts only.",
+                stacklevel=3,
             )
         if answer_of is None and args.monitor_grader == "math":
             require_math_verify()
@@ -83,12 +100,9 @@ class AgreementMonitor(TrainerCallback):
             top_k=args.top_k or 0,
             max_new_tokens=args.max_completion_length,
             seed=args.seed,
-            chat_template_kwargs=args.chat_template_kwargs,
         )
         self._problems = [Problem(str(i), prompt, "", is_whole_prompt=True) for i, prompt in enumerate(prompts)]
-        self._token_ids = prompt_token_ids(
-            self._problems, "", self._tokenizer, self.settings.chat_template_kwargs, None
-        )
+        self._token_ids = trainer.prompt_pairs.tokenize_students(prompts, 0)
         check_positions(trainer.model.config, self._problems, self._token_ids, self.settings.max_new_tokens)
         # By the number of the monitor prompt
         self.references: dict[int, Reference] = {}
