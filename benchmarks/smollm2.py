@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct on questions about facts: runs the quickstart with several seeds and pools them.
 
-Writes benchmarks/results/smollm2.json, copies each run's results beside it, and puts the table into README.md. The base's answers
-with seeds 0 to 2 chose the questions, so the default seeds are others.
+Writes benchmarks/results/smollm2.json, copies each run's results beside it, and puts the table into README.md. The settings
+were chosen with seeds 0 to 2 on other questions, so the default seeds are others.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 # CRISP on a small real model, on a CPU, in minutes: four commands of the product, then what to look at.
 #
 #   bash examples/quickstart.sh              SmolLM2-135M-Instruct on questions about facts
-#   bash examples/quickstart.sh --seed 4     another seed (the base with seeds 0 to 2 chose the questions: right in two of three answers)
+#   bash examples/quickstart.sh --seed 4     another seed
 #   bash examples/quickstart.sh --quick      one minute, too short for a verdict
 #
 # QUICKSTART_VENV names another environment than .venv, PYTHON another interpreter. A second call uses again what is there:

@@ -20,10 +20,14 @@ from trl_crisp.prompts.instructions import DAPO_OPENING_SENTENCE
 InstructionRole = Literal["user", "system"]
 TeacherModelKind = Literal["periodic", "base", "ema", "live"]
 LossNormalization = Literal["sequence", "token"]
+MonitorGrader = Literal["math", "choice", "text"]
+RefreshGate = Literal["agreement"]
 
 PAPER_GLOBAL_BATCH_SIZE = 32
 PAPER_TEACHER_SYNC_STEPS = 50
 PAPER_LEARNING_RATE = 1e-6
+# Ours: with fewer prompts the mean agreement says nothing
+MIN_MONITOR_PROMPTS = 8
 # Each tracker and the package that it needs
 _TRACKER_PACKAGES = {
     **{
@@ -81,6 +85,23 @@ class CRISPConfig(DistillationConfig):
         teacher_update_rate (`float`, *optional*):
             The student's share in the moving average at each update of `"ema"`. If unset: 0.005 (the paper's appendix: decay
             0.99 to 0.999).
+        monitor_prompts (`int`, *optional*):
+            Number of training prompts that the base answers before the first step and that are left out of training. The majority
+            of its answers to a prompt is the reference, and how often the student still gives it is measured during training
+            ([`~trl_crisp.health.monitor.AgreementMonitor`]). Nothing is measured if unset. Give 64 or more. The training script measures
+            by itself; in Python, call [`~trl_crisp.health.monitor.attach_monitor`].
+        monitor_samples (`int`, defaults to `5`; ours, as in the trials on which the rule was tried):
+            Answers per monitor prompt, of the base and at each measurement.
+        monitor_steps (`int`, *optional*):
+            Optimizer steps between two measurements. If unset: `teacher_sync_steps`, and 50 for a teacher without one. Step k is
+            measured if k + 1 is a multiple, just before a refresh is due; so is the last step.
+        monitor_grader (`str`, defaults to `"math"`):
+            How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line.
+        monitor_margin (`float`, defaults to `0.03`; ours, as in the trials):
+            How far agreement may be below the base's own before it counts as fallen: 0.03 is three points.
+        teacher_refresh_gate (`str`, *optional*):
+            `"agreement"` postpones a due refresh while agreement is below the base's own by more than `monitor_margin`. If unset, each
+            due refresh happens, as in the paper.
         loss_normalization (`str`, defaults to `"sequence"`, Algorithm 1):
             `"sequence"`: the mean over each rollout's tokens, then over the global batch of rollouts. `"token"`: one mean over
             all tokens of the global batch, as in TRL.
@@ -156,6 +177,30 @@ class CRISPConfig(DistillationConfig):
         default=None,
         metadata={"help": "The student's share in the moving average at each update of ema: 0.005 if unset."},
     )
+    monitor_prompts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training prompts that are left out to measure agreement with the base's own majority answers."
+        },
+    )
+    monitor_samples: int = field(default=5, metadata={"help": "Answers per monitor prompt."})
+    monitor_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two measurements of agreement: teacher_sync_steps if unset."}
+    )
+    monitor_grader: str = field(
+        default="math",
+        metadata={"help": "How final answers are compared.", "choices": list(get_args(MonitorGrader))},
+    )
+    monitor_margin: float = field(
+        default=0.03, metadata={"help": "How far agreement may be below the base's own; 0.03 is three points."}
+    )
+    teacher_refresh_gate: str | None = field(
+        default=None,
+        metadata={
+            "help": "agreement postpones a due refresh while the student agrees less with the base's majority answers.",
+            "choices": list(get_args(RefreshGate)),
+        },
+    )
     loss_normalization: str = field(
         default="sequence",
         metadata={
@@ -191,6 +236,7 @@ class CRISPConfig(DistillationConfig):
         self._check_instruction()
         self._check_teacher_source()
         self._resolve_schedule()
+        self._check_monitor()
         self._warn_off_paper()
 
     def _check_device(self) -> None:
@@ -338,6 +384,59 @@ class CRISPConfig(DistillationConfig):
                 self._warn(f"teacher_update_rate has no effect with teacher_model_kind={kind!r}, only with 'ema'.")
         elif kind == "ema":
             self.teacher_update_rate = 0.005
+
+    def _check_monitor(self) -> None:
+        if self.teacher_refresh_gate not in (None, *get_args(RefreshGate)):
+            raise ValueError(
+                f"teacher_refresh_gate={self.teacher_refresh_gate!r} is unknown. Set 'agreement', or leave it unset to refresh "
+                "whenever that is due."
+            )
+        if self.monitor_grader not in get_args(MonitorGrader):
+            raise ValueError(
+                f"monitor_grader={self.monitor_grader!r} is unknown. Choose one of {', '.join(map(repr, get_args(MonitorGrader)))}."
+            )
+        if self.monitor_prompts is None:
+            if self.teacher_refresh_gate is not None:
+                raise ValueError(
+                    f"teacher_refresh_gate={self.teacher_refresh_gate!r} decides by the answers to monitor prompts, and there are none. Set "
+                    "monitor_prompts, such as 64."
+                )
+            defaults = CRISPConfig.__dataclass_fields__
+            names = ("monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin")
+            if changed := [name for name in names if getattr(self, name) != defaults[name].default]:
+                self._warn(f"{', '.join(changed)} has no effect without monitor_prompts.")
+            return
+        if self.monitor_prompts < MIN_MONITOR_PROMPTS:
+            raise ValueError(
+                f"monitor_prompts={self.monitor_prompts}: the agreement on so few prompts says nothing. Give at least "
+                f"{MIN_MONITOR_PROMPTS}, better 64 or more, or leave it unset to measure nothing."
+            )
+        if self.monitor_samples < 2:
+            raise ValueError(
+                f"monitor_samples={self.monitor_samples}: a majority needs at least 2 answers to a prompt. Give 5, or more."
+            )
+        if not 0 <= self.monitor_margin < 1:
+            raise ValueError(
+                f"monitor_margin={self.monitor_margin} is a share of all answers: give a number from 0 to below 1, such as 0.03 for three "
+                "points."
+            )
+        if self.monitor_steps is None:
+            has_steps = self.teacher_model_kind == "periodic"
+            self.monitor_steps = self.teacher_sync_steps if has_steps else PAPER_TEACHER_SYNC_STEPS
+        if self.monitor_steps < 1:  # type: ignore[operator]
+            raise ValueError(f"monitor_steps={self.monitor_steps} must be at least 1.")
+        if self.teacher_refresh_gate is None:
+            return
+        if self.teacher_model_kind != "periodic":
+            raise ValueError(
+                f"teacher_refresh_gate={self.teacher_refresh_gate!r} is for teacher_model_kind='periodic': a {self.teacher_model_kind!r} "
+                "teacher has no refreshes to postpone. Leave one of the two out."
+            )
+        if self.teacher_sync_steps % self.monitor_steps:  # type: ignore[operator]
+            raise ValueError(
+                f"teacher_refresh_gate needs a measurement before each refresh: teacher_sync_steps={self.teacher_sync_steps} is not a "
+                f"multiple of monitor_steps={self.monitor_steps}. Leave monitor_steps unset, or set a divisor."
+            )
 
     def _warn_off_paper(self) -> None:
         global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size

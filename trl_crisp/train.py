@@ -282,8 +282,10 @@ def main(
 
     from trl_crisp.health.attach import attach_signals
     from trl_crisp.health.guard import EXIT_CODE
+    from trl_crisp.health.monitor import attach_monitor
     from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction
+    from trl_crisp.report.console import progress
     from trl_crisp.rows.loading import is_hub_id, unreadable_rows_named
     from trl_crisp.rows.prompts import load_prompts
     from trl_crisp.run.identity import resolve_checkpoint
@@ -333,6 +335,8 @@ def main(
         )
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
     signals, guard = attach_signals(trainer)
+    if training_args.monitor_prompts is not None:
+        attach_monitor(trainer, progress=progress)
     try:
         with unreadable_rows_named(rows_file):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)

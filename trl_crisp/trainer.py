@@ -64,7 +64,7 @@ class CRISPTrainer(ResumableTrainer):
 
     - `reverse_kl` and `teacher_entropy` (nats per token, at `loss_temperature`, like `entropy`), and `topk_overlap` (a share:
       [`~trl_crisp.loss.divergence.topk_overlap_of`]);
-    - `teacher/age_steps`, `teacher/refreshes`, `skipped_steps`;
+    - `teacher/age_steps`, `teacher/refreshes`, with a gate `teacher/postponed`, and `skipped_steps`;
     - `completions/relative_length` (relative to the mean of the first 5 steps) and `completions/p95_length` (tokens);
     - the shares `completions/repeats` ([`~trl_crisp.rollouts.text_measures.repeats_itself`]) and `completions/empty` (the first
       token ends the rollout), and `completions/epistemic_words` (words of doubt per 1,000 tokens);
@@ -339,6 +339,8 @@ class CRISPTrainer(ResumableTrainer):
         if mode == "train":
             metrics["teacher/age_steps"] = [self.teacher.age_steps]
             metrics["teacher/refreshes"] = [self.teacher.refreshes]
+            if self.teacher.refresh_gate is not None:
+                metrics["teacher/postponed"] = [self.teacher.postponed]
             metrics["skipped_steps"] = [self._nonfinite.skipped_steps]
             mean_length = metrics["completions/mean_length"][-1]
             if len(self._baseline_lengths_tokens) < BASELINE_STEPS:
@@ -450,8 +452,13 @@ class CRISPTrainer(ResumableTrainer):
         Train, from the start or from a checkpoint; see [`~trl_crisp.run.resumable.ResumableTrainer.train`].
 
         Raises:
-            ValueError: As in the parent, and if there are fewer rows than a step needs.
+            ValueError: As in the parent, if there are fewer rows than a step needs, and if a gate is set but not attached.
         """
+        if self.args.teacher_refresh_gate is not None and self.teacher.refresh_gate is None:
+            raise ValueError(
+                f"teacher_refresh_gate={self.args.teacher_refresh_gate!r} is set and no gate is attached. Call "
+                "trl_crisp.health.monitor.attach_monitor(trainer) before training."
+            )
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.state.global_step == 0 < self.state.max_steps:
             raise ValueError(

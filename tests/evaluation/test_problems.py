@@ -216,3 +216,29 @@ def test_a_file_beside_a_file_is_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"question": "1?", "answer": "1"})
     with pytest.raises(ValueError, match="is a file of your own, and so is"):
         load_benchmark(str(path), file=path)
+
+
+def test_a_prompt_column_is_used_as_it_is(tmp_path):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1 + 1?"}]
+    (problem,) = load_benchmark(str(write(tmp_path / "m.jsonl", {"prompt": messages, "answer": "2"}))).problems
+    assert (problem.prompt, problem.is_whole_prompt) == (messages, True)
+    (problem,) = load_benchmark(str(write(tmp_path / "t.jsonl", {"prompt": "1 + 1 =", "answer": "2"}))).problems
+    assert (problem.prompt, problem.is_whole_prompt) == ("1 + 1 =", True)
+    # A question has a template, also beside a prompt
+    (problem,) = load_benchmark(
+        str(write(tmp_path / "q.jsonl", {"prompt": "p", "question": "1 + 1?", "answer": "2"}))
+    ).problems
+    assert problem.prompt == MATH_TEMPLATE.format(problem="1 + 1?")
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "words"),
+    [
+        ({"prompt": [], "answer": "2"}, None, r"row 0: its column 'prompt' holds an empty prompt"),
+        ({"prompt": [{"role": "user"}], "answer": "2"}, None, r"row 0: its column 'prompt': message 0"),
+        ({"prompt": "1 + 1 =", "answer": "2"}, "{prompt}!", r"prompt_template: the column 'prompt' of m.jsonl"),
+    ],
+)
+def test_a_bad_prompt_column_is_refused(tmp_path, row, template, words):
+    with pytest.raises(ValueError, match=words):
+        load_benchmark(str(write(tmp_path / "m.jsonl", row)), prompt_template=template)

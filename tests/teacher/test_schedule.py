@@ -410,3 +410,53 @@ def test_made_up_rollouts_are_what_they_say():
     assert batch["completion_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (batch["completion_mask"] * batch["tool_mask"]).tolist() == [[1, 0, 1], [1, 0, 0]]
     assert batch["prompt_ids"][0].tolist()[-3:] == plain["students"][0]
+
+
+def test_the_gate_postpones_a_due_refresh_until_the_next_one(tmp_path):
+    teacher = teacher_of(tiny_model(), tmp_path, **KINDS["periodic"])
+    asked = []
+
+    def allow_from_step_6(step: int) -> bool:
+        asked.append(step)
+        return step >= 6
+
+    teacher.refresh_gate = allow_from_step_6
+    counts = []
+    for step in range(1, 8):
+        teacher.begin_step(step)
+        counts.append((teacher.refreshes, teacher.postponed, teacher.age_steps))
+    assert asked == [3, 6]
+    assert counts == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 4), (1, 1, 0), (1, 1, 1)]
+    restored = teacher_of(tiny_model(), tmp_path, **KINDS["periodic"])
+    restored.load_state_dict(teacher.state_dict())
+    assert (restored.refreshes, restored.postponed) == (1, 1)
+
+
+def test_the_averages_of_a_bfloat16_adapter_survive_a_checkpoint(tmp_path):
+    model = lora_model().to(torch.bfloat16)
+    teacher = teacher_of(model, tmp_path, **KINDS["ema"])
+    perturb(model, 1)
+    teacher.refresh()
+    averages = {name: average.clone() for name, average in teacher.state_dict()["weights"].items()}
+    assert all(average.dtype == torch.float32 for average in averages.values())
+    # The test says nothing if rounding loses nothing
+    assert any(not torch.equal(average, average.bfloat16().float()) for average in averages.values())
+    teacher.save(tmp_path)
+    restored = teacher_of(lora_model(1).to(torch.bfloat16), tmp_path, **KINDS["ema"])
+    restored.load(tmp_path)
+    loaded = restored.state_dict()["weights"]
+    assert averages.keys() == loaded.keys()
+    assert all(torch.equal(average, loaded[name]) for name, average in averages.items())
+
+
+def test_the_teachers_adapter_has_the_scale_that_the_students_was_given(tmp_path):
+    from peft.tuners.lora import LoraLayer
+
+    model = lora_model()
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", 0.25)
+    expected = logits(model)
+    torch.testing.assert_close(
+        served_logits(teacher_of(model, tmp_path, **KINDS["periodic"])), expected, rtol=0, atol=0
+    )

@@ -14,6 +14,8 @@ from typing import Any
 from trl_crisp.evaluation.golds import gold_of, kind_of_file
 from trl_crisp.evaluation.grading import Kind
 from trl_crisp.evaluation.notation import read_gold
+from trl_crisp.prompts.checks import check_prompt
+from trl_crisp.prompts.instructions import Prompt
 from trl_crisp.rows.hub import raise_for_hub
 from trl_crisp.rows.loading import FILE_BUILDERS, load_file
 from trl_crisp.rows.prompts import check_template
@@ -47,17 +49,19 @@ class Problem:
 
     Attributes:
         id: Its name in the results.
-        prompt: The user's message.
+        prompt: The user's message. From a file's column `prompt`, which is used as it is: a text that continues, or a list of messages.
         answer: The right answer, for [`~trl_crisp.evaluation.grading.grade`]; for a text also a list, each of them right.
         kind: How it is graded.
         level: Its difficulty or subject, if the benchmark has one.
+        is_whole_prompt: Whether the prompt is used as it is, as a row to train on is.
     """
 
     id: str
-    prompt: str
+    prompt: Prompt
     answer: str | list[str]
     kind: Kind = "math"
     level: str | None = None
+    is_whole_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def load_benchmark(
 
     Args:
         name: One of [`BENCHMARKS`], or the path of a .jsonl, .json, .parquet or .csv file with `question` (or `problem`) and
-            `answer`, and optionally `id` and `level`.
+            `answer`, and optionally `id` and `level`. Instead of a question a row may have `prompt`, a text or a list of messages as in
+            training, which is used as it is.
         limit: Load only this many problems, from the first; all if `None`.
         file: A local copy of the named benchmark's rows, with its own columns.
         kind: How all problems are graded. By default a named benchmark has its own kind, and a file's kind follows from its answers
@@ -149,7 +154,7 @@ def load_benchmark(
                 + (
                     "Give a copy of the benchmark's own rows."
                     if known is not None
-                    else "It needs question (or problem) and answer."
+                    else "It needs question (or problem, or prompt) and answer."
                 )
             ) from error
         except ValueError as error:
@@ -161,7 +166,10 @@ def load_benchmark(
         problems = [replace(problem, kind=graded_as) for problem in problems]
     if known is None:
         template = OWN_TEMPLATES[graded_as]
-        problems = [replace(problem, prompt=template.format(problem=problem.prompt)) for problem in problems]
+        problems = [
+            problem if problem.is_whole_prompt else replace(problem, prompt=template.format(problem=problem.prompt))
+            for problem in problems
+        ]
     if prompt_template is not None:
         problems = _with_template(problems, rows[:limit], prompt_template, name, source)
     return Benchmark(name, source, revision, problems, reason)
@@ -170,7 +178,12 @@ def load_benchmark(
 def _with_template(
     problems: list[Problem], rows: list[dict[str, Any]], template: str, name: str, source: str
 ) -> list[Problem]:
-    if name in BENCHMARKS and problems[0].prompt.startswith(CHOICE_TEMPLATE.partition("{")[0]):
+    if any(problem.is_whole_prompt for problem in problems):
+        raise ValueError(
+            f"prompt_template: the column 'prompt' of {source} holds whole prompts, which are used as they are. Leave the template out, or "
+            "call the column 'question'."
+        )
+    if name in BENCHMARKS and str(problems[0].prompt).startswith(CHOICE_TEMPLATE.partition("{")[0]):
         raise ValueError(
             f"prompt_template: the prompt of {name} lists the choices under letters, and no column of a row does. Leave it out, or "
             "give a file with questions and letters of your own."
@@ -334,13 +347,16 @@ def _own_problem(row: _Row, number: int) -> Problem:
         raise _BadCell(
             f"its column {column!r} holds {row.get(column)!r}, and its column {other!r} a text. Call the column {column!r} in every row"
         )
-    question = row.text(column)
+    is_whole_prompt = "prompt" in row and not row.get(column)
+    if is_whole_prompt:
+        check_prompt(row["prompt"], "its column 'prompt'")
     level = row.get("level")
     return Problem(
         id=_text(row.get("id")) or str(number),
-        prompt=str(question),
+        prompt=row["prompt"] if is_whole_prompt else row.text(column),
         answer=_own_answer(row["answer"]),
         level=None if level is None else _text(level),
+        is_whole_prompt=is_whole_prompt,
     )
 
 

@@ -8,6 +8,8 @@ from trl_crisp.evaluation.problems import Problem
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from trl_crisp.prompts.instructions import Prompt
+
 
 def prompt_token_ids(
     problems: Sequence[Problem],
@@ -20,18 +22,22 @@ def prompt_token_ids(
     Return the token ids of each problem's prompt, with the instruction at the place where training puts it.
 
     Raises:
-        ValueError: If the model's chat template refuses the system message.
+        ValueError: If the model's chat template refuses the system message, or a whole prompt has no place for it.
     """
     import jinja2
 
-    from trl_crisp.prompts.instructions import DAPO_OPENING_SENTENCE, build_teacher_prompt
+    from trl_crisp.prompts.instructions import DAPO_OPENING_SENTENCE, Prompt, build_teacher_prompt
 
     prompts = []
     for problem in problems:
-        asked = [{"role": "user", "content": problem.prompt}]
+        asked: Prompt = problem.prompt if problem.is_whole_prompt else [{"role": "user", "content": problem.prompt}]
         if system is not None:
-            asked.insert(0, {"role": "system", "content": system})
+            asked = _with_system(asked, system, problem)
         messages, _ = build_teacher_prompt(asked, instruction, DAPO_OPENING_SENTENCE)
+        if isinstance(messages, str):
+            # As the trainer reads a prompt that is a text: without the chat template
+            prompts.append(list(tokenizer(text=messages)["input_ids"]))
+            continue
         try:
             rendered: Any = tokenizer.apply_chat_template(
                 messages,  # type: ignore[arg-type]
@@ -48,6 +54,15 @@ def prompt_token_ids(
             ) from error
         prompts.append(list(rendered["input_ids"]))
     return prompts
+
+
+def _with_system(prompt: "Prompt", system: str, problem: Problem) -> "Prompt":
+    if isinstance(prompt, str) or prompt[0]["role"] == "system":
+        has = "is a text without messages" if isinstance(prompt, str) else "has a system message already"
+        raise ValueError(
+            f"system={system!r}: the prompt of problem {problem.id!r} {has}, and it is used as it is. Leave it out."
+        )
+    return [{"role": "system", "content": system}, *prompt]
 
 
 def check_positions(

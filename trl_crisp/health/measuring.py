@@ -1,6 +1,5 @@
 """Measures accuracy and length during training, with the functions of `trl-crisp eval`, and finds the best checkpoint."""
 
-import copy
 import shutil
 import time
 from collections.abc import Callable
@@ -9,11 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_crisp._upstream import unwrap_model_for_generation
 from trl_crisp.evaluation.engines import TransformersEngine
 from trl_crisp.evaluation.evaluating import load_asked
 from trl_crisp.evaluation.grading import require_math_verify
@@ -22,10 +20,10 @@ from trl_crisp.evaluation.prompts import check_positions, prompt_token_ids
 from trl_crisp.evaluation.protocol import describe_grading, describe_sampling
 from trl_crisp.evaluation.results import SamplingPace, load_results, write_results
 from trl_crisp.evaluation.sample_file import Sample, SampleFile
-from trl_crisp.evaluation.sample_problems import all_draws, sample_problems
 from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.scoring import score_samples
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 
 # Ours: if more of the base's answers are cut than this share, lengths and accuracy say more about the cap than about the model
 _MUCH_CUT = 0.1
@@ -142,7 +140,7 @@ class BenchmarkCallback(TrainerCallback):
         self.every_steps, self.max_accuracy_drop, self.progress = every_steps, max_accuracy_drop, progress
         self.benchmark = load_asked(settings)
         self.name = Path(settings.benchmark).stem
-        self._tokenizer = _tokenizer_of(trainer)
+        self._tokenizer = tokenizer_of(trainer)
         self._prompts = prompt_token_ids(
             self.benchmark.problems, "", self._tokenizer, settings.chat_template_kwargs, settings.system
         )
@@ -252,18 +250,10 @@ class BenchmarkCallback(TrainerCallback):
         first = trainer.is_world_process_zero()
         if first and directory.is_dir():
             shutil.rmtree(directory)
-        model: Any = trainer.model
-        was_training = model.training
         with self.progress() if first else nullcontext(None) as on_progress:  # type: ignore[attr-defined]
-            with unwrap_model_for_generation(
-                trainer.model_wrapped,  # type: ignore[arg-type]
-                trainer.accelerator,
-                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
-            ) as unwrapped:
-                engine = TransformersEngine(unwrapped, self._tokenizer)  # type: ignore[arg-type]
-                sampling_start_s = time.monotonic()
-                samples = self._sample(engine, on_progress)
-                wall_s = time.monotonic() - sampling_start_s
+            engine, samples, wall_s = sample_student(
+                trainer, self._tokenizer, self.benchmark.problems, self._prompts, self.settings, on_progress
+            )
             shared: list[dict[str, float] | None] = [None]
             if first:
                 results = self._score_and_write(engine, samples, wall_s, state.global_step, directory, on_progress)
@@ -280,37 +270,8 @@ class BenchmarkCallback(TrainerCallback):
             "truncated": summary["truncated"],
             "runtime": time.monotonic() - start_s,
         }
-        # In training mode the trainer would log its training metrics with these values
-        model.eval()
-        should_log = trainer.control.should_log
-        trainer.log({f"eval_{self.name}_{key}": value for key, value in values.items()})
-        # trainer.log resets it, and the training's own line would be left out
-        trainer.control.should_log = should_log
-        model.train(was_training)
+        log_values(trainer, {f"eval_{self.name}_{key}": value for key, value in values.items()})
         return values["accuracy"], values["mean_tokens"]
-
-    def _sample(self, engine: TransformersEngine, on_progress: Tell | None) -> list[Sample]:
-        """Sample this process's share of the answers, and return those of all processes in the order of sampling."""
-        accelerator = self.trainer.accelerator
-        draws = all_draws(len(self._prompts), self.settings.samples)
-        mine = range(accelerator.process_index, len(draws), accelerator.num_processes)
-        samples: list[tuple[int, Sample]] = []
-
-        def tell(done: int, note: str) -> None:
-            if on_progress is not None:
-                on_progress("sampling", done, len(mine), note)
-
-        sample_problems(
-            engine,
-            self.benchmark.problems,
-            self._prompts,
-            [draws[index] for index in mine],
-            self.settings,
-            lambda index, sample: samples.append((mine[index], sample)),
-            tell,
-        )
-        everyones = gather_object(samples) if accelerator.num_processes > 1 else samples
-        return [sample for _, sample in sorted(everyones, key=lambda pair: pair[0])]
 
     def _score_and_write(
         self,
@@ -342,10 +303,3 @@ class BenchmarkCallback(TrainerCallback):
             score_samples(problems, file.samples, settings, self._tokenizer, on_progress),
             SamplingPace(sum(len(sample.token_ids) for sample in samples), wall_s),
         )
-
-
-def _tokenizer_of(trainer: Trainer) -> Any:
-    """Return the trainer's tokenizer, with the chat template that the rollouts have."""
-    tokenizer: Any = copy.copy(trainer.processing_class)
-    tokenizer.chat_template = getattr(trainer, "chat_template", None) or tokenizer.chat_template
-    return tokenizer

@@ -29,7 +29,10 @@ _COMPARED_FIELDS = (
     "teacher_model_kind",
     "teacher_sync_steps",
     "teacher_update_rate",
+    "teacher_refresh_gate",
 )
+# With other values, the numbers of a run before and after its interruption could not be compared
+_MONITOR_FIELDS = ("monitor_prompts", "monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin")
 
 
 def start_run(output_dir: str | Path, run_id: str | None = None) -> str:
@@ -198,6 +201,8 @@ def describe_run(
             "lora_alpha": adapter.lora_alpha,
             "target_modules": modules if isinstance(modules, str | None) else sorted(modules),
         }
+    if getattr(args, "monitor_prompts", None) is not None:
+        run["monitor"] = {name: getattr(args, name) for name in _MONITOR_FIELDS}
     name = getattr(config, "_name_or_path", None)
     run["model"] = {
         "name": name,
@@ -213,7 +218,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     models = [side.pop("model") for side in (before, after)]
     lines = [
         f"{name}: {before.get(name)!r} in the checkpoint, {after.get(name)!r} now"
-        for name in (*_COMPARED_FIELDS, "lora")
+        for name in (*_COMPARED_FIELDS, "lora", "monitor")
         if before.get(name) != after.get(name)
     ]
     # The same weights may have moved to another directory, so their hashes decide. Sharded weights have no hash: then the name

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,20 @@ class Teacher(ABC):
     Attributes:
         wrapped_model: The teacher's module as the distributed backend wrapped it, `None` if the teacher uses the student's module.
         refreshes: How many times the teacher took the student's weights since the start.
+        postponed: How many due refreshes the gate did not allow.
+        refresh_gate: Receives the step at whose start a refresh is due, and says whether it happens. If it does not, the refresh is
+            asked for again when the next one is due. `None` allows all, as in the paper.
     """
 
     wrapped_model: nn.Module | None = None
+    refresh_gate: Callable[[int], bool] | None = None
 
     def __init__(self, student: nn.Module, args: CRISPConfig) -> None:
         self.student = student
         self.kind = args.teacher_model_kind
         self.sync_steps = args.teacher_sync_steps
         self.update_rate = (args.teacher_update_rate or 1.0) if self.kind == "ema" else 1.0
-        self.refreshes = 0
+        self.refreshes = self.postponed = 0
         self._completed_steps = self._begun_steps = 0
         self._refreshed_at_step = 0
         # float32 moving averages by parameter name, for parameters of a lower precision
@@ -62,10 +66,14 @@ class Teacher(ABC):
         self._completed_steps = self._begun_steps = 0
 
     def begin_step(self, step: int) -> None:
-        """Begin optimizer step `step`, counted from 1: refresh the teacher if that is due."""
+        """Begin optimizer step `step`, counted from 1: refresh the teacher if that is due and the gate allows it."""
         self._completed_steps, self._begun_steps = step - 1, step
-        if self.is_due(step):
+        if not self.is_due(step):
+            return
+        if self.refresh_gate is None or self.refresh_gate(step):
             self.refresh()
+        else:
+            self.postponed += 1
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -94,6 +102,7 @@ class Teacher(ABC):
         return {
             "kind": self.kind,
             "refreshes": self.refreshes,
+            "postponed": self.postponed,
             "completed_steps": self._completed_steps,
             "refreshed_at_step": self._refreshed_at_step,
             "weights": weights,
@@ -115,6 +124,8 @@ class Teacher(ABC):
         if "weights" in state:
             self._load_weights(state["weights"])
         self.refreshes = state["refreshes"]
+        # Checkpoints of versions without a gate do not have it
+        self.postponed = state.get("postponed", 0)
         self._completed_steps = self._begun_steps = state["completed_steps"]
         self._refreshed_at_step = state["refreshed_at_step"]
 

@@ -1,0 +1,185 @@
+"""Agreement with the base's majority: the prompts are left out, training is left alone, the gate follows the log, runs resume."""
+
+import json
+
+import pytest
+import torch
+
+from tests.helpers import make_trainer, parameters_of, rows
+from tests.tiny_models import save_tiny
+from trl_crisp.health.monitor import AgreementMonitor, attach_monitor
+from trl_crisp.train import main, parse_args
+
+pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
+
+# At this temperature the tiny model repeats itself, so its answers have majorities
+FIELDS = {"monitor_prompts": 8, "monitor_samples": 3, "teacher_sync_steps": 2, "max_steps": 6, "temperature": 0.02}
+
+
+def first_characters(text: str) -> str | None:
+    return text[:2] or None
+
+
+def train(output_dir, resume=None, answer_of=first_characters, **fields):
+    trainer = make_trainer(output_dir, dataset=rows(24), **{**FIELDS, "learning_rate": 1e-2, **fields})
+    monitor = attach_monitor(trainer, answer_of)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, monitor
+
+
+def measured(trainer) -> dict[int, dict]:
+    return {log["step"]: log for log in trainer.state.log_history if "eval_agreement" in log}
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gated")
+    fields = {"teacher_refresh_gate": "agreement", "save_strategy": "steps", "save_steps": 3}
+    return directory, fields, *train(directory, **fields)
+
+
+def test_the_base_is_asked_once_and_its_level_is_logged(gated):
+    directory, _, trainer, _ = gated
+    lines = [json.loads(line) for line in (directory / "agreement" / "reference.jsonl").read_text().splitlines()]
+    assert 4 <= len(lines) <= 8
+    log = measured(trainer)
+    # Just before each refresh is due, and after the last step
+    assert list(log) == [0, 1, 3, 5, 6]
+    assert log[0]["eval_agreement"] == pytest.approx(sum(line["base_agreement"] for line in lines) / len(lines))
+    for step in (1, 3, 5, 6):
+        change = log[step]["eval_agreement"] - log[0]["eval_agreement"]
+        assert log[step]["eval_agreement_change"] == pytest.approx(change)
+        assert log[step]["eval_agreement_change_low"] <= log[step]["eval_agreement_change"]
+        reduction = 1 - log[step]["eval_agreement_mean_tokens"] / log[0]["eval_agreement_mean_tokens"]
+        assert log[step]["eval_agreement_reduction"] == pytest.approx(reduction)
+
+
+def test_monitor_prompts_are_not_trained_on(gated):
+    directory, _, trainer, _ = gated
+    lines = (directory / "agreement" / "reference.jsonl").read_text().splitlines()
+    asked = [json.dumps(json.loads(line)["prompt"]) for line in lines]
+    trained = [json.dumps(prompt) for prompt in trainer.train_dataset["prompt"]]
+    assert len(trained) == 24 - 8
+    assert not set(asked) & set(trained)
+
+
+def test_the_gate_follows_the_last_measurement(gated):
+    _, _, trainer, _ = gated
+    log = measured(trainer)
+    fallen = [log[step - 1]["eval_agreement_change"] < -trainer.args.monitor_margin for step in (2, 4, 6)]
+    assert any(fallen), "this run should break the model"
+    assert (trainer.teacher.postponed, trainer.teacher.refreshes) == (sum(fallen), 3 - sum(fallen))
+    assert [entry["teacher/postponed"] for entry in trainer.state.log_history if "loss" in entry][-1] == sum(fallen)
+
+
+def test_a_killed_gated_run_ends_with_the_same_bits(gated):
+    directory, fields, whole, _ = gated
+    resumed, _ = train(directory, resume=str(directory / "checkpoint-3"), **fields)
+    assert all(
+        torch.equal(value, parameters_of(whole.model)[name]) for name, value in parameters_of(resumed.model).items()
+    )
+    assert (resumed.teacher.postponed, resumed.teacher.refreshes) == (whole.teacher.postponed, whole.teacher.refreshes)
+    for step, log in measured(whole).items():
+        assert {k: v for k, v in log.items() if "runtime" not in k} == {
+            k: v for k, v in measured(resumed)[step].items() if "runtime" not in k
+        }
+
+
+def test_a_run_with_another_monitor_is_not_resumed(gated):
+    directory, fields, _, _ = gated
+    with pytest.raises(ValueError, match=r"monitor: .*'monitor_samples': 3.*'monitor_samples': 4"):
+        train(directory, resume=str(directory / "checkpoint-3"), **{**fields, "monitor_samples": 4})
+
+
+def test_measuring_leaves_the_training_alone(tmp_path):
+    trainer, _ = train(tmp_path / "measured")
+    plain = make_trainer(
+        tmp_path / "plain",
+        dataset=trainer.train_dataset.select_columns(["prompt"]),
+        **{name: value for name, value in FIELDS.items() if not name.startswith("monitor")},
+        learning_rate=1e-2,
+    )
+    plain.train()
+    assert all(
+        torch.equal(value, parameters_of(plain.model)[name]) for name, value in parameters_of(trainer.model).items()
+    )
+
+
+def test_without_majorities_nothing_is_measured_and_each_refresh_happens(tmp_path, capsys):
+    trainer, monitor = train(
+        tmp_path, answer_of=lambda text: None, teacher_refresh_gate="agreement", max_steps=3, teacher_sync_steps=1
+    )
+    assert "only 0 of 8 monitor prompts" in capsys.readouterr().out
+    assert not monitor.is_on
+    assert measured(trainer) == {}
+    assert (trainer.teacher.refreshes, trainer.teacher.postponed) == (3, 0)
+
+
+def test_a_gate_that_is_not_attached_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, teacher_refresh_gate="agreement")
+    with pytest.raises(ValueError, match=r"no gate is attached.*attach_monitor"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"monitor_prompts": 7}, "Give at least 8"),
+        ({"monitor_samples": 1}, "at least 2 answers"),
+        ({"monitor_margin": 3.0}, "a number from 0 to below 1"),
+        ({"monitor_steps": 0}, "at least 1"),
+        ({"monitor_grader": "essay"}, "'math', 'choice', 'text'"),
+        ({"teacher_refresh_gate": "length"}, "Set 'agreement'"),
+        ({"teacher_refresh_gate": "agreement", "monitor_prompts": None}, "Set monitor_prompts"),
+        ({"teacher_refresh_gate": "agreement", "monitor_steps": 3}, "not a multiple of monitor_steps=3"),
+        (
+            {"teacher_refresh_gate": "agreement", "teacher_model_kind": "base", "teacher_sync_steps": None},
+            "no refreshes",
+        ),
+    ],
+)
+def test_bad_fields_are_refused(tmp_path, fields, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, **{**FIELDS, **fields})
+
+
+def test_fields_without_monitor_prompts_warn(tmp_path):
+    with pytest.warns(UserWarning, match="monitor_samples, monitor_margin has no effect without monitor_prompts"):
+        make_trainer(tmp_path, monitor_samples=3, monitor_margin=0.1)
+
+
+def test_too_few_rows_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(8), **FIELDS)
+    with pytest.raises(ValueError, match="have 8 different prompts, so none would be left"):
+        AgreementMonitor(trainer, first_characters)
+
+
+def test_the_script_attaches_the_monitor(tmp_path, capsys):
+    save_tiny(tmp_path / "model", "qwen3")
+    lines = [json.dumps({"prompt": [{"role": "user", "content": f"What is {i} + 1?"}]}) for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    argv = [
+        *("--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")),
+        *("--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_completion_length", "8"),
+        *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--report_to", "none"),
+        *("--use_cpu", "--monitor_prompts", "8", "--monitor_samples", "2", "--teacher_refresh_gate", "agreement"),
+    ]
+    main(*parse_args(argv))
+    said = capsys.readouterr()
+    assert "is measured: 8 prompts, left out of the training rows, 2 answers each" in said.out
+    assert "sampling: 16/16" in said.err
+    # The answers of this untrained model are no math
+    assert "only 0 of 8 monitor prompts" in said.out
+
+
+def test_tools_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS)
+    trainer.tools = [len]
+    with pytest.raises(ValueError, match="call tools cannot be sampled"):
+        AgreementMonitor(trainer, first_characters)
+
+
+def test_sampling_fields_that_the_monitor_lacks_warn(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, min_p=0.1, repetition_penalty=1.2)
+    with pytest.warns(UserWarning, match="min_p, repetition_penalty has no effect on the answers to monitor prompts"):
+        AgreementMonitor(trainer, first_characters)
