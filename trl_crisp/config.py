@@ -89,7 +89,10 @@ class CRISPConfig(DistillationConfig):
             Number of training prompts that the base answers before the first step and that are left out of training. The majority
             of its answers to a prompt is the reference, and how often the student still gives it is measured during training
             ([`~trl_crisp.health.monitor.AgreementMonitor`]). Nothing is measured if unset. Give 64 or more. The training script measures
-            by itself; in Python, call [`~trl_crisp.health.monitor.attach_monitor`].
+            by itself; in Python, call [`~trl_crisp.health.attach.attach_health`].
+        monitor_file (`str`, *optional*):
+            A .jsonl, .json, .parquet or .csv file with prompts of its own to measure on, in the form of the training rows, instead of
+            training prompts. With `monitor_prompts`, its first ones; else all.
         monitor_samples (`int`, defaults to `5`; ours, as in the trials on which the rule was tried):
             Answers per monitor prompt, of the base and at each measurement.
         monitor_steps (`int`, *optional*):
@@ -102,6 +105,14 @@ class CRISPConfig(DistillationConfig):
         teacher_refresh_gate (`str`, *optional*):
             `"agreement"` postpones a due refresh while agreement is below the base's own by more than `monitor_margin`. If unset, each
             due refresh happens, as in the paper.
+        stop_at_sweet_spot (`bool`, defaults to `False`):
+            End the run when accuracy (with `eval_benchmark`, or if the monitor prompts have right answers), else agreement, has fallen: two
+            measurements in a row are below the base by more than the margin, with a paired 95% interval below zero. The result of the run
+            is its best checkpoint, the shortest that holds ([`~trl_crisp.health.sweet_spot.SweetSpot`]). Needs `monitor_prompts`,
+            `monitor_file` or `eval_benchmark`.
+        target_reduction (`float`, *optional*):
+            End the run when the answers to the monitor prompts, or to `eval_benchmark`, are shorter than the base's by this share. The paper's
+            sweet spot is about 0.5. Nothing ends it if unset.
         loss_normalization (`str`, defaults to `"sequence"`, Algorithm 1):
             `"sequence"`: the mean over each rollout's tokens, then over the global batch of rollouts. `"token"`: one mean over
             all tokens of the global batch, as in TRL.
@@ -117,7 +128,7 @@ class CRISPConfig(DistillationConfig):
             Resume from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this run's.
         collapse_guard (`bool`, defaults to `True`; ours, because training on a lost model costs time and saves it as the result):
             For the training script: stop a run that its signals call lost ([`~trl_crisp.health.guard.CollapseGuard`]), save no final
-            model, push nothing, and exit with status 3. In Python, [`~trl_crisp.health.attach.attach_signals`] attaches it.
+            model, push nothing, and exit with status 3. In Python, [`~trl_crisp.health.attach.attach_health`] attaches it.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -183,6 +194,9 @@ class CRISPConfig(DistillationConfig):
             "help": "Training prompts that are left out to measure agreement with the base's own majority answers."
         },
     )
+    monitor_file: str | None = field(
+        default=None, metadata={"help": "A file with prompts to measure agreement on, instead of training prompts."}
+    )
     monitor_samples: int = field(default=5, metadata={"help": "Answers per monitor prompt."})
     monitor_steps: int | None = field(
         default=None, metadata={"help": "Steps between two measurements of agreement: teacher_sync_steps if unset."}
@@ -199,6 +213,18 @@ class CRISPConfig(DistillationConfig):
         metadata={
             "help": "agreement postpones a due refresh while the student agrees less with the base's majority answers.",
             "choices": list(get_args(RefreshGate)),
+        },
+    )
+    stop_at_sweet_spot: bool = field(
+        default=False,
+        metadata={
+            "help": "End the run when accuracy or agreement has fallen; its result is the best checkpoint measured."
+        },
+    )
+    target_reduction: float | None = field(
+        default=None,
+        metadata={
+            "help": "End the run when the measured answers are shorter than the base's by this share, such as 0.5."
         },
     )
     loss_normalization: str = field(
@@ -385,6 +411,11 @@ class CRISPConfig(DistillationConfig):
         elif kind == "ema":
             self.teacher_update_rate = 0.005
 
+    @property
+    def is_monitored(self) -> bool:
+        """Whether agreement is measured."""
+        return self.monitor_prompts is not None or self.monitor_file is not None
+
     def _check_monitor(self) -> None:
         if self.teacher_refresh_gate not in (None, *get_args(RefreshGate)):
             raise ValueError(
@@ -395,18 +426,28 @@ class CRISPConfig(DistillationConfig):
             raise ValueError(
                 f"monitor_grader={self.monitor_grader!r} is unknown. Choose one of {', '.join(map(repr, get_args(MonitorGrader)))}."
             )
-        if self.monitor_prompts is None:
+        if self.target_reduction is not None and not 0 < self.target_reduction < 1:
+            raise ValueError(
+                f"target_reduction={self.target_reduction} is a share of the base's tokens: give a number between 0 and 1, such as 0.5, or "
+                "leave it unset."
+            )
+        if not self.is_monitored:
             if self.teacher_refresh_gate is not None:
                 raise ValueError(
                     f"teacher_refresh_gate={self.teacher_refresh_gate!r} decides by the answers to monitor prompts, and there are none. Set "
-                    "monitor_prompts, such as 64."
+                    "monitor_prompts, such as 64, or monitor_file."
                 )
             defaults = CRISPConfig.__dataclass_fields__
             names = ("monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin")
             if changed := [name for name in names if getattr(self, name) != defaults[name].default]:
-                self._warn(f"{', '.join(changed)} has no effect without monitor_prompts.")
+                self._warn(f"{', '.join(changed)} has no effect without monitor_prompts or monitor_file.")
             return
-        if self.monitor_prompts < MIN_MONITOR_PROMPTS:
+        self._check_monitor_values()
+        if self.teacher_refresh_gate is not None:
+            self._check_gate()
+
+    def _check_monitor_values(self) -> None:
+        if self.monitor_prompts is not None and self.monitor_prompts < MIN_MONITOR_PROMPTS:
             raise ValueError(
                 f"monitor_prompts={self.monitor_prompts}: the agreement on so few prompts says nothing. Give at least "
                 f"{MIN_MONITOR_PROMPTS}, better 64 or more, or leave it unset to measure nothing."
@@ -425,8 +466,8 @@ class CRISPConfig(DistillationConfig):
             self.monitor_steps = self.teacher_sync_steps if has_steps else PAPER_TEACHER_SYNC_STEPS
         if self.monitor_steps < 1:  # type: ignore[operator]
             raise ValueError(f"monitor_steps={self.monitor_steps} must be at least 1.")
-        if self.teacher_refresh_gate is None:
-            return
+
+    def _check_gate(self) -> None:
         if self.teacher_model_kind != "periodic":
             raise ValueError(
                 f"teacher_refresh_gate={self.teacher_refresh_gate!r} is for teacher_model_kind='periodic': a {self.teacher_model_kind!r} "

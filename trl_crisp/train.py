@@ -275,14 +275,16 @@ def main(
     Raises:
         ValueError: If arguments do not fit each other or the rows.
         FileNotFoundError, PermissionError, ConnectionError: If the model, the rows or the checkpoint cannot be loaded.
-        SystemExit: After Ctrl-C (status 130) and SIGTERM (143), if the collapse guard stopped the run (status 3), and if the push
-            of the finished model failed (status 1).
+        SystemExit: After Ctrl-C (status 130) and SIGTERM (143), if the model is lost (status 3;
+            [`~trl_crisp.health.ending.describe_lost`]), and if the
+            push of the finished model failed (status 1).
     """
     from trl import get_peft_config, get_quantization_config
 
-    from trl_crisp.health.attach import attach_signals
+    from trl_crisp.health.attach import attach_health
     from trl_crisp.health.guard import EXIT_CODE
-    from trl_crisp.health.monitor import attach_monitor
+    from trl_crisp.health.ending import describe_end, describe_lost
+    from trl_crisp.health.monitor_prompts import load_monitor_file
     from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction
     from trl_crisp.report.console import progress
@@ -334,20 +336,21 @@ def main(
             callbacks=[interrupt],
         )
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
-    signals, guard = attach_signals(trainer)
-    if training_args.monitor_prompts is not None:
-        attach_monitor(trainer, progress=progress)
+    file = training_args.monitor_file
+    health = attach_health(
+        trainer, monitor_dataset=load_monitor_file(file, script_args) if file is not None else None, progress=progress
+    )
     try:
         with unreadable_rows_named(rows_file):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
         interrupt.restore()
     accelerator = trainer.accelerator
-    if guard is not None and guard.stopped_at_step is not None:
+    if (why := describe_lost(trainer, health)) is not None:
         ignore_signals()
-        accelerator.print(f"{guard.describe()}\nThe last step's checkpoint is in {output_dir}.")
+        accelerator.print(f"{describe_end(trainer, health)}\n{why}\nThe last step's checkpoint is in {output_dir}.")
         accelerator.wait_for_everyone()
-        del trainer, benchmark, signals, guard
+        del trainer, benchmark, health
         _end(accelerator)
         sys.exit(EXIT_CODE)
     if interrupt.stopped_at_step is not None:
@@ -358,7 +361,7 @@ def main(
             + resume_command()
         )
         accelerator.wait_for_everyone()
-        del trainer, benchmark, signals, guard
+        del trainer, benchmark, health
         _end(accelerator)
         sys.exit(interrupt.exit_code)
     # Without _internal_call, save_model would also push to the Hub, which happens below
@@ -367,6 +370,7 @@ def main(
     trainer.save_state()
     if benchmark is not None:
         trainer.accelerator.print(benchmark.describe_best(trainer.state))
+    trainer.accelerator.print(describe_end(trainer, health))
     prompts = [row["prompt"] for row in itertools.islice(trainer.train_dataset, _HINTED_ROWS)]
     trainer.accelerator.print(next_steps(output_dir, model_args.use_peft, prompts))
 
@@ -381,7 +385,7 @@ def main(
             sys.exit(1)
         trainer.accelerator.print(f"The model is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
-    del trainer, benchmark, signals, guard
+    del trainer, benchmark, health
     _end(accelerator)
 
 

@@ -177,6 +177,8 @@ class CRISPTrainer(ResumableTrainer):
         # Whether padded rows need position ids. One answer serves both models, because they have the same architecture
         self._passes_positions = self._check_model()
 
+        # Set by the call that attaches what the config's monitor fields ask for
+        self.is_watched = False
         self._baseline_lengths_tokens: list[float] = []
         # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
         self._step_entropies_nats: list[tuple[float, float]] = []
@@ -452,12 +454,14 @@ class CRISPTrainer(ResumableTrainer):
         Train, from the start or from a checkpoint; see [`~trl_crisp.run.resumable.ResumableTrainer.train`].
 
         Raises:
-            ValueError: As in the parent, if there are fewer rows than a step needs, and if a gate is set but not attached.
+            ValueError: As in the parent, if there are fewer rows than a step needs, and if the config asks for measurements and none is attached.
         """
-        if self.args.teacher_refresh_gate is not None and self.teacher.refresh_gate is None:
+        watched = ("monitor_prompts", "monitor_file", "teacher_refresh_gate", "stop_at_sweet_spot", "target_reduction")
+        unattached = [f"{name}={value!r}" for name in watched if (value := getattr(self.args, name))]
+        if unattached and not self.is_watched:
             raise ValueError(
-                f"teacher_refresh_gate={self.args.teacher_refresh_gate!r} is set and no gate is attached. Call "
-                "trl_crisp.health.monitor.attach_monitor(trainer) before training."
+                f"{', '.join(unattached)}: nothing measures this trainer, so it has no effect. Call "
+                "trl_crisp.health.attach.attach_health(trainer) before training."
             )
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.state.global_step == 0 < self.state.max_steps:

@@ -1,23 +1,91 @@
-"""Attaches what watches a run's health to a trainer."""
+"""Attaches what watches a run's health to a trainer, by one call."""
 
-from transformers import Trainer
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
+from datasets import Dataset
+
+from trl_crisp.evaluation.progress import Tell
 from trl_crisp.health.guard import CollapseGuard
+from trl_crisp.health.measuring import BenchmarkCallback
+from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.health.signals import HealthSignals
+from trl_crisp.health.sweet_spot import SweetSpot, check_sole_owner
 
 
-def attach_signals(trainer: Trainer) -> tuple[HealthSignals, CollapseGuard | None]:
+@dataclass(frozen=True)
+class Health:
     """
-    Make a trainer judge its own signals, and stop if they say that the run is lost.
+    What watches a trainer. All but the signals are `None` if the config does not ask for them.
+
+    Attributes:
+        signals: Judges the training's log.
+        guard: Stops a run that is lost by its signals (`collapse_guard`).
+        monitor: Measures agreement (`monitor_prompts`, `monitor_file`).
+        benchmark: Measures accuracy on a benchmark, if the trainer has a [`~trl_crisp.BenchmarkCallback`].
+        sweet_spot: Finds the best checkpoint by the benchmark, else by the monitor, and stops (`stop_at_sweet_spot`, `target_reduction`).
+    """
+
+    signals: HealthSignals
+    guard: CollapseGuard | None
+    monitor: AgreementMonitor | None
+    benchmark: BenchmarkCallback | None
+    sweet_spot: SweetSpot | None
+
+
+def attach_health(
+    trainer: Any,
+    answer_of: Callable[[str], str | None] | None = None,
+    monitor_dataset: Dataset | None = None,
+    progress: Callable[[], AbstractContextManager[Tell]] = lambda: nullcontext(lambda *args: None),
+) -> Health:
+    """
+    Attach to a trainer what its config asks for. Call it once, before `train`, and after adding a [`~trl_crisp.BenchmarkCallback`].
 
     Args:
-        trainer: A [`~trl_crisp.CRISPTrainer`]. The guard is attached if its config's `collapse_guard` is set.
+        trainer: A [`~trl_crisp.CRISPTrainer`].
+        answer_of: Returns the final answer of a text, or `None` if it has none; two answers are the same if these strings are. It replaces
+            `monitor_grader`.
+        monitor_dataset: Rows with a column `prompt`, and optionally `answer`, instead of those in `monitor_file`.
+        progress: As in [`~trl_crisp.BenchmarkCallback`].
 
-    Returns:
-        The two callbacks; the guard is `None` if it is off.
+    Raises:
+        ValueError: If the config's fields do not fit each other or the trainer; see [`~trl_crisp.health.monitor.AgreementMonitor`].
     """
+    args = trainer.args
+    if trainer.is_watched:
+        raise ValueError("this trainer is watched already. Call attach_health once.")
+    benchmark = next((one for one in trainer.callback_handler.callbacks if isinstance(one, BenchmarkCallback)), None)
+    asked = [name for name in ("stop_at_sweet_spot", "target_reduction") if getattr(args, name)]
+    if asked and not args.is_monitored and benchmark is None:
+        raise ValueError(
+            f"{' and '.join(asked)}: nothing is measured to decide by. Set monitor_prompts, such as 64, monitor_file or eval_benchmark."
+        )
+    if args.stop_at_sweet_spot and args.save_only_model and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "stop_at_sweet_spot loads the best checkpoint at the end, and DeepSpeed cannot load one that was saved with save_only_model. Leave "
+            "one of the two out."
+        )
+    monitor = None
+    if args.is_monitored:
+        check_sole_owner(args, "monitor_prompts")
+        if benchmark is not None and benchmark.name == "agreement":
+            raise ValueError(
+                "eval_benchmark: its measurements and those of the monitor prompts would have the same names, eval_agreement. Rename the file."
+            )
+        monitor = AgreementMonitor(trainer, answer_of, progress, monitor_dataset)
+        trainer.add_callback(monitor)
+        trainer.accelerator.print(monitor.describe_start())
+    sweet_spot = None
+    if (source := benchmark or monitor) is not None:
+        sweet_spot = SweetSpot(trainer, source)
+        trainer.add_callback(sweet_spot)
+        trainer.is_over = lambda state: sweet_spot.reason_to_stop(state) is not None
     signals = HealthSignals()
-    guard = CollapseGuard(signals) if trainer.args.collapse_guard else None  # type: ignore[attr-defined]
+    guard = CollapseGuard(signals) if args.collapse_guard else None
     # Before the trackers and the line of the terminal, which report what the signals add to the log
     trainer.callback_handler.callbacks[:0] = [signals, *([guard] if guard is not None else [])]
-    return signals, guard
+    trainer.is_watched = True
+    return Health(signals, guard, monitor, benchmark, sweet_spot)

@@ -1,5 +1,6 @@
 """Stops a run that is lost, by its signals alone."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -62,13 +63,25 @@ class CollapseGuard(TrainerCallback):
         self._before = args.push_to_hub, args.save_total_limit
         args.push_to_hub, args.save_total_limit = False, None
 
-    def describe(self) -> str:
-        """Return why training was stopped, in words. Call it after a stop."""
+    def describe(self, held: Path | None = None, command: str | None = None) -> str:
+        """
+        Return why training was stopped, and what to do. Call it after a stop.
+
+        Args:
+            held: The latest checkpoint whose measurement held, if there is one.
+            command: The command that resumes from it with a gentler setting.
+        """
         steps = self.signals.running.unhealthy_steps
         reasons = "".join(f"\n  - {reason}" for reason in self.reasons)
+        advice = (
+            "An earlier checkpoint may still be good: measure it with `trl-crisp eval`. A larger teacher_sync_steps, a lower learning_rate or "
+            "fewer steps may keep the model."
+        )
+        if held is not None:
+            advice = f"{held} is the last checkpoint that held when it was measured: use it"
+            advice += "." if command is None else f", or go on from it more gently:\n  {command}"
         return (
             f"Stopped after step {self.stopped_at_step}: the run looks lost. For {steps} steps on end:{reasons}\n"
-            "The model was not saved as the result, and nothing was pushed. An earlier checkpoint may still be good: measure it with "
-            "`trl-crisp eval`. A larger teacher_sync_steps, a lower learning_rate or fewer steps may keep the model. "
+            f"The model was not saved as the result, and nothing was pushed. {advice}\n"
             "`--collapse_guard false` trains on."
         )

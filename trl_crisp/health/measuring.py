@@ -1,5 +1,6 @@
 """Measures accuracy and length during training, with the functions of `trl-crisp eval`, and finds the best checkpoint."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trl_crisp.evaluation.comparison import compare
 from trl_crisp.evaluation.engines import TransformersEngine
 from trl_crisp.evaluation.evaluating import load_asked
 from trl_crisp.evaluation.grading import require_math_verify
@@ -24,6 +25,7 @@ from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.scoring import score_samples
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
+from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, offer_best
 
 # Ours: if more of the base's answers are cut than this share, lengths and accuracy say more about the cap than about the model
 _MUCH_CUT = 0.1
@@ -125,11 +127,7 @@ class BenchmarkCallback(TrainerCallback):
                     f"{name}={value!r} has no effect during training: the student answers the plain prompt, with transformers. Leave it "
                     "out, and measure checkpoints with `trl-crisp eval`."
                 )
-        if trainer.args.load_best_model_at_end or trainer.args.metric_for_best_model:
-            raise ValueError(
-                "eval_benchmark finds the best checkpoint by a rule of its own, and so do load_best_model_at_end and "
-                "metric_for_best_model. Leave out one of the two."
-            )
+        check_sole_owner(trainer.args, "eval_benchmark")
         if trainer.is_fsdp_enabled:
             raise ValueError(
                 "eval_benchmark: answers cannot be sampled from a model that FSDP has sharded. Leave it unset and measure the "
@@ -137,9 +135,10 @@ class BenchmarkCallback(TrainerCallback):
             )
         require_math_verify()
         self.trainer, self.settings = trainer, settings
-        self.every_steps, self.max_accuracy_drop, self.progress = every_steps, max_accuracy_drop, progress
+        self.every_steps, self.margin, self.progress = every_steps, max_accuracy_drop, progress
         self.benchmark = load_asked(settings)
         self.name = Path(settings.benchmark).stem
+        self.subject = f"accuracy on {self.name}"
         self._tokenizer = tokenizer_of(trainer)
         self._prompts = prompt_token_ids(
             self.benchmark.problems, "", self._tokenizer, settings.chat_template_kwargs, settings.system
@@ -170,14 +169,11 @@ class BenchmarkCallback(TrainerCallback):
                 "step, so there is nothing to compare with. Leave eval_benchmark as it was, and measure checkpoints with "
                 "`trl-crisp eval`."
             )
-        else:
+        elif self.trainer.is_world_process_zero():
             self._check_protocol(args)
 
     def _check_protocol(self, args: TrainingArguments) -> None:
-        path = self._directory(args, 0) / "results.json"
-        if not path.is_file():
-            return
-        base = load_results(path)
+        base = load_results(self._directory(args, 0))
         settings = {**asdict(self.settings), "benchmark_revision": self.benchmark.revision}
         before = {**base["protocol"], "samples": base["samples"], "limit": base["protocol"]["problems"]}
         settings["limit"] = len(self.benchmark.problems)
@@ -199,15 +195,10 @@ class BenchmarkCallback(TrainerCallback):
             return
         accuracy, mean_tokens = self._measure(args, state)
         base = self.measured(state)[0]
-        # Rounding of the shares must not turn a drop of exactly max_accuracy_drop into a larger one
-        enough = accuracy >= base["accuracy"] - self.max_accuracy_drop - 1e-9
-        shortest = base["mean_tokens"] if state.best_metric is None else state.best_metric
-        if enough and mean_tokens < shortest:
-            state.best_metric, state.best_global_step = mean_tokens, state.global_step
-            state.best_model_checkpoint = str(
-                Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            )
-            control.should_save = True
+        now = Measurement(
+            state.global_step, mean_tokens, 1 - mean_tokens / base["mean_tokens"], accuracy - base["accuracy"]
+        )
+        offer_best(args, state, control, now, self.margin)
 
     def measured(self, state: TrainerState) -> list[dict[str, float]]:
         """Return step, accuracy and mean_tokens of each measurement so far, the base's first."""
@@ -218,10 +209,26 @@ class BenchmarkCallback(TrainerCallback):
             if keys["accuracy"] in log
         ]
 
+    def measurements(self, state: TrainerState) -> list[Measurement]:
+        """Return what was measured so far, without the base's own."""
+        base, *others = self.measured(state) or [{}]
+        key = f"eval_{self.name}_accuracy_change_high"
+        highs = {log["step"]: log[key] for log in state.log_history if key in log}
+        return [
+            Measurement(
+                int(point["step"]),
+                point["mean_tokens"],
+                1 - point["mean_tokens"] / base["mean_tokens"],
+                point["accuracy"] - base["accuracy"],
+                highs.get(point["step"], math.nan),
+            )
+            for point in others
+        ]
+
     def describe_best(self, state: TrainerState) -> str:
         """Return a sentence about the best checkpoint and the rule."""
         measured = {point["step"]: point for point in self.measured(state)}
-        points = f"{100 * self.max_accuracy_drop:g} points"
+        points = f"{100 * self.margin:g} points"
         rule = f"fewest mean tokens on {self.name}, fewer than the base, with at most {points} of accuracy below it"
         if 0 not in measured:
             return f"Nothing was measured on {self.name}."
@@ -246,18 +253,21 @@ class BenchmarkCallback(TrainerCallback):
     def _measure(self, args: TrainingArguments, state: TrainerState) -> tuple[float, float]:
         trainer, start_s = self.trainer, time.monotonic()
         directory = self._directory(args, state.global_step)
-        # An earlier run, or one that was killed, may have left samples of other weights
         first = trainer.is_world_process_zero()
+        base = load_results(self._directory(args, 0)) if first and state.global_step else None
+        # An earlier run, or one that was killed, may have left samples of other weights
         if first and directory.is_dir():
             shutil.rmtree(directory)
         with self.progress() if first else nullcontext(None) as on_progress:  # type: ignore[attr-defined]
             engine, samples, wall_s = sample_student(
                 trainer, self._tokenizer, self.benchmark.problems, self._prompts, self.settings, on_progress
             )
-            shared: list[dict[str, float] | None] = [None]
+            shared: list[dict[str, Any] | None] = [None]
             if first:
                 results = self._score_and_write(engine, samples, wall_s, state.global_step, directory, on_progress)
-                shared = [results["summary"][str(self.settings.max_new_tokens)]["all"]]
+                budget = self.settings.max_new_tokens
+                change = compare(base, results, budget)["accuracy_change"] if base is not None else None
+                shared = [{**results["summary"][str(budget)]["all"], "change": change}]
         if trainer.accelerator.num_processes > 1:
             shared = broadcast_object_list(shared)
         summary = shared[0]
@@ -268,6 +278,7 @@ class BenchmarkCallback(TrainerCallback):
             "mean_tokens": summary["mean_tokens"],
             "reduction": 1 - summary["mean_tokens"] / base_tokens,
             "truncated": summary["truncated"],
+            **_interval_of(summary["change"]),
             "runtime": time.monotonic() - start_s,
         }
         log_values(trainer, {f"eval_{self.name}_{key}": value for key, value in values.items()})
@@ -303,3 +314,11 @@ class BenchmarkCallback(TrainerCallback):
             score_samples(problems, file.samples, settings, self._tokenizer, on_progress),
             SamplingPace(sum(len(sample.token_ids) for sample in samples), wall_s),
         )
+
+
+def _interval_of(change: dict[str, float] | None) -> dict[str, float]:
+    # One problem has no interval
+    if change is None:
+        return {}
+    names = {"accuracy_change": "estimate", "accuracy_change_low": "low", "accuracy_change_high": "high"}
+    return {name: change[field] for name, field in names.items()}

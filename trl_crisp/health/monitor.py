@@ -1,10 +1,11 @@
 """Measures during training how often the student still gives the base's own majority answers: accuracy seen without labels."""
 
+import itertools
 import json
-import random
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_crisp.evaluation.grading import Grader, require_math_verify
+from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.prompts import check_positions
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.monitor_prompts import find_unreadable, take_prompts
 from trl_crisp.health.reference import (
     Reference,
     agrees,
@@ -28,6 +31,7 @@ from trl_crisp.health.reference import (
     write_references,
 )
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
+from trl_crisp.health.sweet_spot import Measurement
 
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
@@ -46,22 +50,31 @@ class AgreementMonitor(TrainerCallback):
 
     Before the first step the base answers each monitor prompt `monitor_samples` times, and the majority is the prompt's reference
     ([`~trl_crisp.health.reference`]). The references are in `output_dir/agreement/reference.jsonl`, which `trl-crisp eval --benchmark`
-    reads. Every `monitor_steps` steps the student answers the same prompts, at the rollouts' temperature, top_p, top_k and cap. The log
-    gets `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
-    (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds).
+    reads. Every `monitor_steps` steps the student answers the prompts that have one, at the rollouts' temperature, top_p, top_k and cap.
+    The log gets `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
+    (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds). If the
+    prompts have right answers, it also gets `eval_agreement_accuracy` of the same answers, with its change and interval in the same way.
 
-    The monitor prompts are taken from the training rows and left out of them. If fewer than half of them get a reference, nothing
-    more is measured, and a gate allows each refresh, with a message.
+    The monitor prompts are taken from the training rows and left out of them, or are those of `monitor_file`. If fewer than half of them
+    get a reference, agreement is not measured, and a gate allows each refresh, with a message.
 
     The rule of the gate: a due refresh is postponed while the last `eval_agreement_change` is below `-monitor_margin`.
 
     Args:
-        trainer: A [`~trl_crisp.CRISPTrainer`]; use [`attach_monitor`].
+        trainer: A [`~trl_crisp.CRISPTrainer`]; use [`~trl_crisp.health.attach.attach_health`].
         answer_of: Returns the final answer of a text, or `None`. It replaces `monitor_grader`.
         progress: As in [`~trl_crisp.health.measuring.BenchmarkCallback`].
+        monitor_dataset: See [`~trl_crisp.health.monitor_prompts.take_prompts`].
+
+    Attributes:
+        references: By the number of the monitor prompt.
+        is_on: Whether agreement is measured.
+        margin, subject: See [`~trl_crisp.health.sweet_spot.Source`].
 
     Raises:
-        ValueError: If the rows are a stream or too few, the model is sharded by FSDP, or the rollouts call tools.
+        ValueError: If the rows are a stream or too few, a monitor prompt is trained on, the model is sharded by FSDP, or the rollouts call
+            tools.
+        FileNotFoundError: If there is no `monitor_file`.
         ImportError: If math-verify is needed and not installed.
     """
 
@@ -70,26 +83,20 @@ class AgreementMonitor(TrainerCallback):
         trainer: Any,
         answer_of: Callable[[str], str | None] | None = None,
         progress: Callable[[], AbstractContextManager[Tell]] = lambda: nullcontext(lambda *args: None),
+        monitor_dataset: Dataset | None = None,
     ) -> None:
         args = trainer.args
-        if trainer.is_fsdp_enabled:
-            raise ValueError(
-                "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, or train with DeepSpeed."
-            )
-        if trainer.tools:
-            raise ValueError(
-                "monitor_prompts: answers that call tools cannot be sampled here, so agreement would be measured on other answers than the "
-                "rollouts. Leave it unset."
-            )
-        if ignored := [name for name, plain in _UNUSED_SAMPLING.items() if getattr(args, name) not in plain]:
-            warnings.warn(
-                f"{', '.join(ignored)} has no effect on the answers to monitor prompts, of the base and of the student; it shapes the rollouts only.",
-                stacklevel=3,
-            )
+        _check_sampling(trainer)
         if answer_of is None and args.monitor_grader == "math":
             require_math_verify()
         self.trainer, self.answer_of, self.progress = trainer, answer_of, progress
-        prompts = self._take_prompts(trainer, args)
+        self.margin: float = args.monitor_margin
+        taken = take_prompts(args, trainer.train_dataset, monitor_dataset)
+        trainer.train_dataset, prompts = taken.rows, taken.prompts
+        self._golds = self._readable(taken.golds)
+        self.subject = (
+            "accuracy on the monitor prompts" if self._golds else "agreement with the base's majority answers"
+        )
         self._tokenizer = tokenizer_of(trainer)
         self.settings = EvaluationSettings(
             model=trainer.model.config._name_or_path,
@@ -104,37 +111,31 @@ class AgreementMonitor(TrainerCallback):
         self._problems = [Problem(str(i), prompt, "", is_whole_prompt=True) for i, prompt in enumerate(prompts)]
         self._token_ids = trainer.prompt_pairs.tokenize_students(prompts, 0)
         check_positions(trainer.model.config, self._problems, self._token_ids, self.settings.max_new_tokens)
-        # By the number of the monitor prompt
         self.references: dict[int, Reference] = {}
+        self._base_accuracies: dict[int, float] = {}
         self.is_on = True
         if args.teacher_refresh_gate == "agreement":
             trainer.teacher.refresh_gate = self.allows_refresh
 
-    def _take_prompts(self, trainer: Any, args: Any) -> list[Any]:
-        dataset = trainer.train_dataset
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"monitor_prompts={args.monitor_prompts} are taken from the training rows, and a stream has no rows to leave out. Load the "
-                "rows without streaming, or leave it unset."
-            )
-        keys = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
-        distinct = list({key: row for row, key in reversed(list(enumerate(keys)))}.values())
-        if len(distinct) <= args.monitor_prompts:
-            raise ValueError(
-                f"monitor_prompts={args.monitor_prompts}: the training rows have {len(distinct)} different prompts, so none would be left to "
-                "train on. Give more rows, or fewer monitor prompts."
-            )
-        rows = sorted(random.Random(args.seed).sample(sorted(distinct), args.monitor_prompts))
-        taken = {keys[row] for row in rows}
-        prompts = [dataset[row]["prompt"] for row in rows]
-        trainer.train_dataset = dataset.select([row for row, key in enumerate(keys) if key not in taken])
-        return prompts
+    def _readable(self, golds: list[str | list[str]] | None) -> list[str | list[str]] | None:
+        if golds is None:
+            return None
+        kind = self.trainer.args.monitor_grader
+        unreadable = find_unreadable(golds, kind, self.answer_of)
+        if unreadable is None:
+            return golds
+        self.trainer.accelerator.print(
+            f"The monitor prompts' answers cannot be graded as {kind!r}, so accuracy is not measured beside agreement: that of prompt "
+            f"{unreadable} is {str(golds[unreadable])[:80]!r}."
+        )
+        return None
 
     def describe_start(self) -> str:
         """Return what is measured."""
+        where = "left out of the training rows" if self.trainer.args.monitor_file is None else "of monitor_file"
         return (
-            f"During training, agreement with the base's majority answers is measured: {len(self._problems)} prompts, left out of the "
-            f"training rows, {self.settings.samples} answers each."
+            f"During training, agreement with the base's majority answers is measured: {len(self._problems)} prompts, {where}, "
+            f"{self.settings.samples} answers each{', and their accuracy' if self._golds else ''}."
         )
 
     def on_train_begin(
@@ -149,26 +150,29 @@ class AgreementMonitor(TrainerCallback):
 
     def _ask_base(self, path: Path) -> None:
         start_s = time.monotonic()
-        texts, lengths_tokens = self._sample(range(len(self._problems)), self.settings.seed)
+        numbers = range(len(self._problems))
+        texts, lengths_tokens = self._sample(numbers, self.settings.seed)
         found: list[Reference | None] = []
+        accuracies: list[float] | None = None
         if self.trainer.is_world_process_zero():
             found = [
                 find_reference(votes) for votes in count_votes(texts, self.trainer.args.monitor_grader, self.answer_of)
             ]
-            write_references(path, [problem.prompt for problem in self._problems], found)
-        found = self._from_first(found)
+            if self._golds is not None:
+                accuracies = [float(np.mean(row)) for row in self._right(texts, numbers)]
+            write_references(path, [problem.prompt for problem in self._problems], found, accuracies)
+        found, accuracies = self._from_first((found, accuracies))
         self.references = {i: reference for i, reference in enumerate(found) if reference is not None}
+        self._base_accuracies = {i: accuracies[i] for i in self.references} if accuracies is not None else {}
         self._turn_off_without_references()
-        if not self.is_on:
+        if not self._measures:
             return
-        log_values(
-            self.trainer,
-            {
-                _PREFIX: float(np.mean([one.base_agreement for one in self.references.values()])),
-                f"{_PREFIX}_mean_tokens": float(np.mean([np.mean(lengths_tokens[i]) for i in self.references])),
-                f"{_PREFIX}_runtime": time.monotonic() - start_s,
-            },
-        )
+        values = {f"{_PREFIX}_mean_tokens": float(np.mean([np.mean(lengths_tokens[i]) for i in self._asked]))}
+        if self.is_on:
+            values[_PREFIX] = float(np.mean([one.base_agreement for one in self.references.values()]))
+        if self.is_on and self._base_accuracies:
+            values[f"{_PREFIX}_accuracy"] = float(np.mean(list(self._base_accuracies.values())))
+        log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
 
     def _read_references(self, path: Path, state: TrainerState) -> None:
         if not path.is_file():
@@ -180,54 +184,90 @@ class AgreementMonitor(TrainerCallback):
         self.references = {
             int(line["id"]): Reference(line["answer"], line["votes"], line["base_agreement"]) for line in lines
         }
+        self._base_accuracies = {int(line["id"]): line["base_accuracy"] for line in lines if "base_accuracy" in line}
         for line in lines:
             if int(line["id"]) >= len(self._problems) or self._problems[int(line["id"])].prompt != line["prompt"]:
                 raise ValueError(
-                    f"{path}: prompt {line['id']} is not the one that this run leaves out of its rows. The rows or the seed have changed: set "
-                    "them back, or start again in another output_dir."
+                    f"{path}: prompt {line['id']} is not the one that this run monitors. The rows, the monitor_file or the seed have changed: "
+                    "set them back, or start again in another output_dir."
                 )
+        if bool(self._golds) != bool(self._base_accuracies) and lines:
+            raise ValueError(
+                f"{path}: the right answers of the monitor prompts were {'known' if self._base_accuracies else 'not known'} when this run "
+                f"began, and now they are {'known' if self._golds else 'not known'}. Use the rows that it began with, or start again in another "
+                "output_dir."
+            )
         self._turn_off_without_references()
 
     def _turn_off_without_references(self) -> None:
         share = len(self.references) / len(self._problems)
         self.is_on = share >= MIN_SHARE_WITH_REFERENCE and len(self.references) > 1
-        if not self.is_on:
-            self.trainer.accelerator.print(
-                f"The base has a majority answer to only {len(self.references)} of {len(self._problems)} monitor prompts, so agreement is "
-                "not measured and no refresh is postponed. The task may have no final answers that can be compared."
-            )
+        if self.is_on:
+            return
+        args = self.trainer.args
+        effects = ["agreement is not measured"]
+        effects += ["no refresh is postponed"] if args.teacher_refresh_gate is not None else []
+        effects += ["stop_at_sweet_spot does not end the run"] if args.stop_at_sweet_spot else []
+        self.trainer.accelerator.print(
+            f"The base has a majority answer to only {len(self.references)} of {len(self._problems)} monitor prompts, so "
+            f"{' and '.join(effects)}. The task may have no final answers that can be compared."
+        )
+
+    @property
+    def _measures(self) -> bool:
+        # Lengths need no reference
+        return self.is_on or self.trainer.args.target_reduction is not None
+
+    @property
+    def _asked(self) -> list[int]:
+        return sorted(self.references) if self.is_on else list(range(len(self._problems)))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         steps = self.trainer.args.monitor_steps
-        if self.is_on and ((state.global_step + 1) % steps == 0 or state.global_step == state.max_steps):
+        if self._measures and ((state.global_step + 1) % steps == 0 or state.global_step == state.max_steps):
             self._measure(state)
 
     def _measure(self, state: TrainerState) -> None:
         start_s = time.monotonic()
-        asked = sorted(self.references)
+        asked = self._asked
         texts, lengths_tokens = self._sample(asked, self.settings.seed + state.global_step)
         values: dict[str, float] = {}
         if self.trainer.is_world_process_zero():
-            agreed = self._agreed(texts, [self.references[i] for i in asked])
-            change = compare_agreement([self.references[i] for i in asked], agreed)
             base_tokens = next(
                 log[f"{_PREFIX}_mean_tokens"] for log in state.log_history if f"{_PREFIX}_mean_tokens" in log
             )
             mean_tokens = float(np.mean([np.mean(row) for row in lengths_tokens]))
-            values = {
-                _PREFIX: float(np.mean(agreed)),
-                f"{_PREFIX}_change": change.estimate,
-                f"{_PREFIX}_change_low": change.low,
-                f"{_PREFIX}_change_high": change.high,
-                f"{_PREFIX}_mean_tokens": mean_tokens,
-                f"{_PREFIX}_reduction": 1 - mean_tokens / base_tokens,
-            }
+            values = {f"{_PREFIX}_mean_tokens": mean_tokens, f"{_PREFIX}_reduction": 1 - mean_tokens / base_tokens}
+            if self.is_on:
+                references = [self.references[i] for i in asked]
+                agreed = self._grade(texts, [one.answer for one in references], by_answer_line=True)
+                values |= _with_change(_PREFIX, agreed, compare_agreement(references, agreed))
+            if self.is_on and self._base_accuracies:
+                right = self._right(texts, asked)
+                base = [self._base_accuracies[i] for i in asked]
+                change = paired_bootstrap_difference(base, [float(np.mean(row)) for row in right])
+                values |= _with_change(f"{_PREFIX}_accuracy", right, change)
         values = self._from_first(values)
         log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
 
-    def _sample(self, asked: Any, seed: int) -> tuple[list[list[str]], list[list[int]]]:
+    def measurements(self, state: TrainerState) -> list[Measurement]:
+        """Return what was measured so far, with the change of accuracy if the prompts have right answers, else of agreement."""
+        key = f"{_PREFIX}_accuracy" if self._golds else _PREFIX
+        return [
+            Measurement(
+                int(log["step"]),
+                log[f"{_PREFIX}_mean_tokens"],
+                log[f"{_PREFIX}_reduction"],
+                log.get(f"{key}_change", math.nan),
+                log.get(f"{key}_change_high", math.nan),
+            )
+            for log in state.log_history
+            if f"{_PREFIX}_reduction" in log
+        ]
+
+    def _sample(self, asked: Sequence[int], seed: int) -> tuple[list[list[str]], list[list[int]]]:
         """Return the texts and the lengths in tokens of the answers to some of the prompts, both [prompts, samples]."""
         settings = EvaluationSettings(**{**vars(self.settings), "seed": seed})
         first = self.trainer.is_world_process_zero()
@@ -248,17 +288,26 @@ class AgreementMonitor(TrainerCallback):
             [[len(sample.token_ids) for sample in by_prompt[i]] for i in asked],
         )
 
-    def _agreed(self, texts: list[list[str]], references: list[Reference]) -> list[list[bool]]:
+    def _right(self, texts: Sequence[Sequence[str]], asked: Sequence[int]) -> list[list[bool]]:
+        assert self._golds is not None
+        return self._grade(texts, [self._golds[i] for i in asked], by_answer_line=False)
+
+    def _grade(
+        self, texts: Sequence[Sequence[str]], golds: Sequence[str | list[str]], by_answer_line: bool
+    ) -> list[list[bool]]:
+        """Return whether each text gives the gold answer of its prompt, [prompts, samples]."""
         if self.answer_of is not None:
-            return [
-                [self.answer_of(text) == reference.answer for text in row]
-                for row, reference in zip(texts, references, strict=True)
-            ]
-        pairs = [(text, reference.answer) for row, reference in zip(texts, references, strict=True) for text in row]
+            return [[self.answer_of(text) == gold for text in row] for row, gold in zip(texts, golds, strict=True)]
         kind = self.trainer.args.monitor_grader
         with Grader() as grader:
-            grades = iter(grader.grade_all(pairs, kind))
-        return [[agrees(next(grades), kind) for _ in row] for row in texts]
+            grades = iter(
+                grader.grade_all([(text, gold) for row, gold in zip(texts, golds, strict=True) for text in row], kind)
+            )
+        # A text's first sentence may be right, but no two samples have the same one
+        return [
+            [agrees(g, kind) if by_answer_line else g.correct for g in itertools.islice(grades, len(row))]
+            for row in texts
+        ]
 
     def _from_first(self, value: Any) -> Any:
         if self.trainer.accelerator.num_processes == 1:
@@ -281,23 +330,27 @@ class AgreementMonitor(TrainerCallback):
         return False
 
 
-def attach_monitor(
-    trainer: Any,
-    answer_of: Callable[[str], str | None] | None = None,
-    progress: Callable[[], AbstractContextManager[Tell]] = lambda: nullcontext(lambda *args: None),
-) -> AgreementMonitor:
-    """
-    Attach agreement, and the gate if `teacher_refresh_gate` is set, to a trainer. Call it before `train`.
+def _with_change(name: str, flags: Sequence[Sequence[bool]], change: Interval) -> dict[str, float]:
+    return {
+        name: float(np.mean(flags)),
+        f"{name}_change": change.estimate,
+        f"{name}_change_low": change.low,
+        f"{name}_change_high": change.high,
+    }
 
-    Args:
-        trainer, answer_of, progress: See [`AgreementMonitor`].
 
-    Raises:
-        ValueError: As [`AgreementMonitor`], and if `monitor_prompts` is unset.
-    """
-    if trainer.args.monitor_prompts is None:
-        raise ValueError("monitor_prompts is unset, so there is nothing to measure. Set it in the config, such as 64.")
-    monitor = AgreementMonitor(trainer, answer_of, progress)
-    trainer.add_callback(monitor)
-    trainer.accelerator.print(monitor.describe_start())
-    return monitor
+def _check_sampling(trainer: Any) -> None:
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, or train with DeepSpeed."
+        )
+    if trainer.tools:
+        raise ValueError(
+            "monitor_prompts: answers that call tools cannot be sampled here, so agreement would be measured on other answers than the "
+            "rollouts. Leave it unset."
+        )
+    if ignored := [name for name, plain in _UNUSED_SAMPLING.items() if getattr(trainer.args, name) not in plain]:
+        warnings.warn(
+            f"{', '.join(ignored)} has no effect on the answers to monitor prompts, of the base and of the student; it shapes the rollouts only.",
+            stacklevel=4,
+        )

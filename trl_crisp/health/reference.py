@@ -161,18 +161,28 @@ def compare_agreement(references: Sequence[Reference], agreed: Sequence[Sequence
     return paired_bootstrap_difference(base, [float(np.mean(row)) for row in agreed])
 
 
-def write_references(path: Path, prompts: Sequence[Prompt], references: Sequence[Reference | None]) -> int:
+def write_references(
+    path: Path,
+    prompts: Sequence[Prompt],
+    references: Sequence[Reference | None],
+    base_accuracies: Sequence[float] | None = None,
+) -> int:
     """
     Write the prompts that have a reference as a file that `trl-crisp eval --benchmark FILE` reads.
 
     Args:
-        path: The .jsonl file. Each line has `id` (the prompt's number), `prompt` as it is, `answer`, `votes` and `base_agreement`.
+        path: The .jsonl file. Each line has `id` (the prompt's number), `prompt` as it is, `answer`, `votes`, `base_agreement`, and
+            `base_accuracy` if it is known.
         prompts: As the student has them.
         references: One for each prompt; those without one are left out.
+        base_accuracies: The share of the base's samples that are right, for each prompt.
 
     Returns:
         How many prompts were left out.
     """
+    accuracies = (
+        [{}] * len(prompts) if base_accuracies is None else [{"base_accuracy": one} for one in base_accuracies]
+    )
     lines = [
         {
             "id": str(number),
@@ -180,6 +190,7 @@ def write_references(path: Path, prompts: Sequence[Prompt], references: Sequence
             "answer": reference.answer,
             "votes": reference.votes,
             "base_agreement": reference.base_agreement,
+            **accuracies[number],
         }
         for number, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
         if reference is not None

@@ -72,12 +72,15 @@ def run_id_of(path: str | Path) -> str | None:
 
 def own_checkpoints(output_dir: str | Path) -> list[Path]:
     """
-    Return the whole checkpoints in `output_dir` that belong to its run, the latest step first.
+    Return the whole checkpoints in `output_dir` that belong to its run, the one that was saved last first.
+
+    Usually that is the order of the steps. A run that went back to an earlier checkpoint leaves later steps behind, which it has given up.
 
     Raises:
         ValueError: If `output_dir` does not say which run it belongs to, and has checkpoints of several runs.
     """
     whole = [path for path in checkpoints_in(output_dir) if find_fault(path) is None]
+    whole.sort(key=_saved_at, reverse=True)
     own = run_id_of(output_dir)
     if own is not None:
         return [path for path in whole if run_id_of(path) == own]
@@ -91,8 +94,16 @@ def own_checkpoints(output_dir: str | Path) -> list[Path]:
     return whole
 
 
+def _saved_at(checkpoint: Path) -> float:
+    # The sort keeps the order of the steps if there is no time
+    try:
+        return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8")).get("saved_at", 0.0)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0.0
+
+
 def last_own_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the latest checkpoint in `output_dir` that its run can resume from."""
+    """Return the checkpoint in `output_dir` that its run saved last and can resume from."""
     return next(iter(own_checkpoints(output_dir)), None)
 
 
@@ -144,6 +155,11 @@ def _last_own(output_dir: Path, own: list[Path]) -> str | None:
             say(f"resume_from_checkpoint: {path} is skipped: {fault}.", flush=True)
         elif path not in own:
             say(f"resume_from_checkpoint: {path} is skipped: it is of another run, {run_id_of(path)}.", flush=True)
+        else:
+            say(
+                f"resume_from_checkpoint: {path} is skipped: after saving it, this run went back to an earlier step.",
+                flush=True,
+            )
     if last is None:
         say(
             f"resume_from_checkpoint: {output_dir} has no whole checkpoint of this run yet, so training starts afresh.",

@@ -144,15 +144,24 @@ def ignore_signals() -> None:
             signal.signal(signum, signal.SIG_IGN)
 
 
-def resume_command() -> str:
-    """Return the command that resumes the training of this process."""
+def resume_command(checkpoint: str = "true", **changes: Any) -> str:
+    """
+    Return the command that resumes the training of this process.
+
+    Args:
+        checkpoint: The value of `resume_from_checkpoint`.
+        changes: Fields that get other values than in this process.
+    """
     command = os.environ.get(COMMAND_VARIABLE)
     if command is None:
         # The launcher's own options are unknown in this process, so the command lacks them
         module = getattr(sys.modules["__main__"], "__spec__", None)
         script = ["-m", module.name] if module is not None else [sys.argv[0]]
         command = shlex.join(["accelerate", "launch", *script, *sys.argv[1:]])
-    return f"{command} --resume_from_checkpoint true"
+    flags = {"resume_from_checkpoint": checkpoint, **changes}
+    return shlex.join(
+        [*shlex.split(command), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    )
 
 
 def _is_launcher(pid: int) -> bool:

@@ -3,7 +3,8 @@
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import DistillationTrainer
 
@@ -51,9 +52,12 @@ class ResumableTrainer(DistillationTrainer):
     Attributes:
         run_description: The settings that identify a run ([`~trl_crisp.run.identity.describe_run`]). A checkpoint of a run with
             another description is refused.
+        is_over: Receives the state of a checkpoint, and says whether the run had ended there before its last step. Then nothing more is
+            trained from it. `None` if only the last step ends a run.
     """
 
     run_description: dict[str, Any]
+    is_over: Callable[[TrainerState], bool] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,7 +96,7 @@ class ResumableTrainer(DistillationTrainer):
         Args:
             resume_from_checkpoint: A checkpoint's path, or `True` for the run's own last whole checkpoint in `output_dir`. Torn
                 checkpoints and those of other runs are skipped with a message. If no checkpoint is left, training starts afresh.
-                A checkpoint of the last step is loaded and no further step is trained.
+                A checkpoint of the run's end is loaded and no further step is trained.
             trial, ignore_keys_for_eval: As in the parent.
 
         Raises:
@@ -180,8 +184,9 @@ class ResumableTrainer(DistillationTrainer):
             epochs, started_at_step = record["index"], record["started_at_step"]
             batches = (step - started_at_step) * self.args.gradient_accumulation_steps
         self._passes.resume(epochs, started_at_step)
-        # From a checkpoint of the last step transformers would train one more step
-        return (num_train_epochs, 0) if step == max_steps else (epochs, batches)
+        # From the checkpoint of a run's end transformers would train one more step
+        is_over = step == max_steps or (self.is_over is not None and self.is_over(self.state))
+        return (num_train_epochs, 0) if is_over else (epochs, batches)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._unlogged is not None:  # type: ignore[union-attr]
@@ -258,6 +263,7 @@ class ResumableTrainer(DistillationTrainer):
         if self.args.should_save:
             record = {
                 "run_id": self._run_id,
+                "saved_at": time.time(),
                 "run": self.run_description,
                 "pass": {"index": self._passes.index, "started_at_step": self._passes.started_at_step},
                 "skipped_steps": self._nonfinite.skipped_steps,

@@ -1,0 +1,166 @@
+"""Which prompts are monitored: some of the training rows, which are left out of them, or a file of the user's; and their right answers."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from trl_crisp.config import MIN_MONITOR_PROMPTS
+from trl_crisp.evaluation.answers import find_box, find_letter
+from trl_crisp.evaluation.golds import gold_of
+from trl_crisp.evaluation.grading import Grader, Kind
+from trl_crisp.evaluation.text_answers import words
+from trl_crisp.prompts.instructions import Prompt
+from trl_crisp.rows.arguments import CRISPScriptArguments
+from trl_crisp.rows.loading import load_file
+from trl_crisp.rows.prompts import to_prompts
+
+# The columns in which datasets of problems have their right answers, the one that is read first
+ANSWER_COLUMNS = ("answer", "solution")
+
+
+@dataclass(frozen=True)
+class MonitorPrompts:
+    """
+    The prompts that are monitored.
+
+    Attributes:
+        prompts: As the student has them.
+        golds: The right answer to each prompt, as [`~trl_crisp.evaluation.grading.grade`] reads them; `None` if the rows have none.
+        rows: The rows that are left to train on.
+    """
+
+    prompts: list[Prompt]
+    golds: list[str | list[str]] | None
+    rows: Any
+
+
+def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None = None) -> MonitorPrompts:
+    """
+    Return the prompts to monitor, and the training rows without them.
+
+    Args:
+        args: The config; `monitor_prompts`, `monitor_file` and `seed` are read.
+        train_dataset: The training rows.
+        monitor_dataset: The rows of `monitor_file`, with a column `prompt`. If `None`, the file is loaded.
+
+    Raises:
+        ValueError: If the rows are a stream or too few, or if a prompt of the file is a training prompt.
+        FileNotFoundError: If there is no such file.
+    """
+    if args.monitor_file is None:
+        return _from_training_rows(args, train_dataset)
+    if monitor_dataset is None:
+        monitor_dataset = load_monitor_file(args.monitor_file)
+    distinct = list(
+        dict(zip(reversed(_keys(monitor_dataset)), reversed(range(len(monitor_dataset))), strict=True)).values()
+    )
+    distinct.sort()
+    wanted = len(distinct) if args.monitor_prompts is None else args.monitor_prompts
+    if len(distinct) < max(wanted, MIN_MONITOR_PROMPTS):
+        raise ValueError(
+            f"monitor_file={args.monitor_file!r} has {len(distinct)} different prompts, and "
+            + (f"monitor_prompts={wanted}" if wanted > len(distinct) else f"at least {MIN_MONITOR_PROMPTS} are needed")
+            + ". Give more rows, better 64 or more, or fewer monitor_prompts."
+        )
+    chosen = monitor_dataset.select(distinct[:wanted])
+    if isinstance(train_dataset, Dataset):
+        trained = {key: number for number, key in enumerate(_keys(train_dataset))}
+        if shared := [(number, trained[key]) for number, key in enumerate(_keys(chosen)) if key in trained]:
+            raise ValueError(
+                f"monitor_file={args.monitor_file!r}: {len(shared)} of its prompts are training prompts, such as the file's prompt {shared[0][0]} "
+                f"(row {shared[0][1]} of the training rows). What is trained on cannot be held out: remove them from the file or from the rows, "
+                "or set monitor_prompts alone, which leaves prompts out of the rows."
+            )
+    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), train_dataset)
+
+
+def load_monitor_file(path: str, script_args: CRISPScriptArguments | None = None) -> Dataset:
+    """
+    Load the rows of a monitor file, and give each its prompt as the training rows get it.
+
+    Args:
+        path: A .jsonl, .json, .parquet or .csv file.
+        script_args: How the training rows become prompts; by default by their column `prompt`.
+    """
+    args = CRISPScriptArguments(
+        **{**vars(script_args or CRISPScriptArguments()), "dataset_name": path, "teacher_prompt_column": None}
+    )
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(
+            f"monitor_file={path!r}: there is no such file (looked for {Path(path).expanduser().absolute()})."
+        )
+    rows = to_prompts(load_file(Path(path).expanduser(), streaming=False, field_name="monitor_file"), args)
+    assert isinstance(rows, Dataset)
+    return rows
+
+
+def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
+    if not isinstance(train_dataset, Dataset):
+        raise ValueError(
+            f"monitor_prompts={args.monitor_prompts} are taken from the training rows, and a stream has no rows to leave out. Load the "
+            "rows without streaming, give the prompts as a monitor_file, or leave it unset."
+        )
+    keys = _keys(train_dataset)
+    distinct = {key: row for row, key in reversed(list(enumerate(keys)))}
+    if len(distinct) <= args.monitor_prompts:
+        raise ValueError(
+            f"monitor_prompts={args.monitor_prompts}: the training rows have {len(distinct)} different prompts, so none would be left to "
+            "train on. Give more rows, or fewer monitor prompts."
+        )
+    rows = sorted(random.Random(args.seed).sample(sorted(distinct.values()), args.monitor_prompts))
+    taken = {keys[row] for row in rows}
+    chosen = train_dataset.select(rows)
+    left = train_dataset.select([row for row, key in enumerate(keys) if key not in taken])
+    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), left)
+
+
+def _keys(dataset: Dataset) -> list[str]:
+    return [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+
+
+def golds_of(rows: Dataset) -> list[str | list[str]] | None:
+    r"""
+    Return the right answer of each row, or `None` if there is no column of them or a row has none.
+
+    The answer is what follows `####` (GSM8K), else the last `\boxed{...}`, else the whole cell.
+    """
+    column = next((name for name in ANSWER_COLUMNS if name in rows.column_names), None)
+    if column is None:
+        return None
+    golds = []
+    for cell in rows[column]:
+        try:
+            gold = gold_of(cell)
+        except ValueError:
+            return None
+        golds.append(_final(gold) if isinstance(gold, str) else gold)
+    return golds if all(golds) else None
+
+
+def _final(text: str) -> str:
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    box = find_box(text)
+    return text if box is None else box
+
+
+def find_unreadable(
+    golds: list[str | list[str]], kind: Kind, answer_of: Callable[[str], str | None] | None
+) -> int | None:
+    """Return the number of the first right answer that answers cannot be graded by, or `None` if all are fine."""
+    if answer_of is not None:
+        return next((number for number, gold in enumerate(golds) if not isinstance(gold, str)), None)
+    if kind == "text":
+        fits = [all(words(one) for one in ([gold] if isinstance(gold, str) else gold)) for gold in golds]
+    elif kind == "choice":
+        fits = [isinstance(gold, str) and find_letter(gold) is not None for gold in golds]
+    else:
+        with Grader() as grader:
+            readable = grader.readable([gold if isinstance(gold, str) else "" for gold in golds])
+        fits = [isinstance(gold, str) and is_read for gold, is_read in zip(golds, readable, strict=True)]
+    return fits.index(False) if False in fits else None

@@ -1,0 +1,176 @@
+"""The sweet spot: which measured step is the best checkpoint, when a run stops there, and what its result is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+# Ours: one measurement of 64 prompts x 5 answers that is below by chance does not end a run, two on end hardly occur
+MEASUREMENTS_IN_A_ROW = 2
+# Rounding of the shares must not turn a drop of exactly the margin into a larger one
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    What was measured of the student after a step, against the base.
+
+    Attributes:
+        step: The optimizer steps that were done.
+        mean_tokens: The mean length of the answers.
+        reduction: The share of the base's tokens that is gone; negative if the answers are longer.
+        change: How far accuracy, or agreement, is from the base's own: -0.03 is three points below. NaN if only lengths were measured.
+        change_high: The upper end of the paired 95% interval of the change. NaN if there is none.
+    """
+
+    step: int
+    mean_tokens: float
+    reduction: float
+    change: float = math.nan
+    change_high: float = math.nan
+
+
+class Source(Protocol):
+    """What measures the student along a run. Labels count more than agreement where there are both."""
+
+    margin: float
+    subject: str
+
+    def measurements(self, state: TrainerState) -> list[Measurement]:
+        """Return what was measured so far, without the base's own, from the log alone."""
+        ...
+
+
+def holds(measured: Measurement, margin: float) -> bool:
+    """Whether the change is not below the base by more than the margin. False if it is unknown."""
+    return measured.change >= -margin - _ROUNDING
+
+
+def has_fallen(measured: Sequence[Measurement], margin: float) -> bool:
+    """
+    The rule of the stop: whether the last two measurements are both below the margin, and each one's interval is below zero.
+
+    The interval is paired over prompts. With the margin alone a noisy measurement would end a run; with the interval alone, a loss too
+    small to matter.
+    """
+    last = measured[-MEASUREMENTS_IN_A_ROW:]
+    return len(last) == MEASUREMENTS_IN_A_ROW and all(
+        one.change < -margin - _ROUNDING and one.change_high < 0 for one in last
+    )
+
+
+def check_sole_owner(args: TrainingArguments, field_name: str) -> None:
+    """Raise `ValueError` if transformers would choose a best checkpoint too."""
+    if args.load_best_model_at_end or args.metric_for_best_model:
+        raise ValueError(
+            f"{field_name} finds the best checkpoint by a rule of its own, and so do load_best_model_at_end and "
+            "metric_for_best_model. Leave out one of the two."
+        )
+
+
+def offer_best(
+    args: TrainingArguments, state: TrainerState, control: TrainerControl, measured: Measurement, margin: float
+) -> None:
+    """
+    Make the current step the best checkpoint, and have it saved, if it is shorter than the base and the best so far, and holds.
+
+    Only this function sets `best_model_checkpoint`, which `save_total_limit` keeps.
+    """
+    shortest = math.inf if state.best_metric is None else state.best_metric
+    if holds(measured, margin) and measured.reduction > 0 and measured.mean_tokens < shortest:
+        state.best_metric, state.best_global_step = measured.mean_tokens, measured.step
+        state.best_model_checkpoint = str(_checkpoint(args, measured.step))
+        control.should_save = True
+
+
+class SweetSpot(TrainerCallback):
+    """
+    Finds the best checkpoint by what a source measures, and ends the run there if the config says so.
+
+    - The best checkpoint is the measured step with the fewest mean tokens, fewer than the base's, whose change holds ([`holds`]).
+    - `stop_at_sweet_spot` ends the run once the change has fallen ([`has_fallen`]). When such a run ends, by this or at its last step, the
+      trainer's model gets the weights of the best checkpoint, so these are what is saved and pushed.
+    - `target_reduction` ends the run once the measured mean length has fallen by that share.
+
+    Args:
+        trainer: A [`~trl_crisp.CRISPTrainer`]; use [`~trl_crisp.health.attach.attach_health`].
+        source: What measures the student. Its callback must come before this one.
+
+    Attributes:
+        loaded_step: The step of the best checkpoint whose weights the model has, `None` if it has those of the last step.
+    """
+
+    def __init__(self, trainer: Any, source: Source) -> None:
+        self.trainer, self.source = trainer, source
+        self.loaded_step: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.loaded_step = None
+        if args.save_total_limit == 1:
+            # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
+            args.save_total_limit = 2
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        measured = self.source.measurements(state)
+        if not measured or measured[-1].step != state.global_step:
+            return
+        offer_best(args, state, control, measured[-1], self.source.margin)
+        if (reason := self.reason_to_stop(state)) is not None:
+            control.should_training_stop = control.should_save = True
+            self.trainer.accelerator.print(f"Training ends after step {state.global_step}: {reason}")
+
+    def reason_to_stop(self, state: TrainerState) -> str | None:
+        """Return why the run ends at its current step, in words, or `None`. It follows from the log, so a resumed run agrees."""
+        measured = self.source.measurements(state)
+        if not measured or measured[-1].step != state.global_step:
+            return None
+        args, last = self.trainer.args, measured[-1]
+        target = args.target_reduction
+        if target is not None and last.reduction >= target - _ROUNDING:
+            return f"answers are {last.reduction:.0%} shorter than the base's (target_reduction={target:g})."
+        if args.stop_at_sweet_spot and has_fallen(measured, self.source.margin):
+            return (
+                f"{self.source.subject} is {100 * last.change:+.1f} points from the base's, and more than "
+                f"{100 * self.source.margin:g} points below it at {MEASUREMENTS_IN_A_ROW} measurements in a row (stop_at_sweet_spot)."
+            )
+        return None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        ended = state.global_step >= state.max_steps or self.reason_to_stop(state) is not None
+        if not (ended and self.trainer.args.stop_at_sweet_spot) or state.best_model_checkpoint is None:
+            return
+        if state.best_global_step != state.global_step:
+            if not Path(state.best_model_checkpoint).is_dir():
+                self.trainer.accelerator.print(
+                    f"The best checkpoint, {state.best_model_checkpoint}, no longer exists, so the result is the last step's model."
+                )
+                return
+            self.trainer._load_best_model()
+        self.loaded_step = state.best_global_step
+
+    def is_lost(self, state: TrainerState) -> bool:
+        """Whether the run was stopped because the measure had fallen, and no measured step qualifies as its result."""
+        fallen = has_fallen(self.source.measurements(state), self.source.margin)
+        return self.trainer.args.stop_at_sweet_spot and fallen and self.loaded_step is None
+
+    def last_held(self, args: TrainingArguments, state: TrainerState) -> Path | None:
+        """Return the latest checkpoint on disk whose measurement holds."""
+        for one in reversed(self.source.measurements(state)):
+            if holds(one, self.source.margin) and _checkpoint(args, one.step).is_dir():
+                return _checkpoint(args, one.step)
+        return None
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    return Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{step}")
