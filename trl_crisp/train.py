@@ -282,8 +282,8 @@ def main(
     from trl import get_peft_config, get_quantization_config
 
     from trl_crisp.health.attach import attach_health
-    from trl_crisp.health.guard import EXIT_CODE
     from trl_crisp.health.ending import describe_end, describe_lost
+    from trl_crisp.health.guard import EXIT_CODE
     from trl_crisp.health.monitor_prompts import load_monitor_file
     from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction

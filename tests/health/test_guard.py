@@ -8,7 +8,7 @@ from transformers import TrainerControl, TrainerState
 from tests.health.test_signals import FIRST, LOST
 from tests.helpers import config, make_trainer, rows
 from tests.tiny_models import save_tiny
-from trl_crisp.health.attach import attach_signals
+from trl_crisp.health.attach import attach_health
 from trl_crisp.health.guard import CollapseGuard
 from trl_crisp.health.signals import HealthSignals
 from trl_crisp.train import main, parse_args
@@ -78,7 +78,7 @@ def test_an_entry_counts_the_steps_that_it_covers_and_one_is_not_enough(tmp_path
 
 def test_the_config_turns_it_off(tmp_path):
     trainer = make_trainer(tmp_path, collapse_guard=False)
-    _, guard = attach_signals(trainer)
+    guard = attach_health(trainer).guard
     assert guard is None
     assert not any(isinstance(callback, CollapseGuard) for callback in trainer.callback_handler.callbacks)
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.helpers import make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny
-from trl_crisp.health.monitor import AgreementMonitor, attach_monitor
+from trl_crisp.health.attach import attach_health
+from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.train import main, parse_args
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
@@ -22,7 +23,7 @@ def first_characters(text: str) -> str | None:
 
 def train(output_dir, resume=None, answer_of=first_characters, **fields):
     trainer = make_trainer(output_dir, dataset=rows(24), **{**FIELDS, "learning_rate": 1e-2, **fields})
-    monitor = attach_monitor(trainer, answer_of)
+    monitor = attach_health(trainer, answer_of).monitor
     trainer.train(resume_from_checkpoint=resume)
     return trainer, monitor
 
@@ -117,7 +118,7 @@ def test_without_majorities_nothing_is_measured_and_each_refresh_happens(tmp_pat
 
 def test_a_gate_that_is_not_attached_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, teacher_refresh_gate="agreement")
-    with pytest.raises(ValueError, match=r"no gate is attached.*attach_monitor"):
+    with pytest.raises(ValueError, match=r"(?s)teacher_refresh_gate='agreement'.*nothing measures.*attach_health"):
         trainer.train()
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.helpers import make_trainer, parameters_of
-from trl_crisp.health.attach import attach_signals
+from trl_crisp.health.attach import attach_health
 from trl_crisp.health.guard import GUARD_ENTRIES, GUARD_STEPS
 from trl_crisp.health.signals import EVENTS_FILE, RunningSignals, Verdict, judge
 
@@ -241,7 +241,8 @@ LOST = {"learning_rate": 0.3, "teacher_model_kind": "live", "max_completion_leng
 def lost_run(directory, max_steps, **overrides):
     seen = Seen()
     trainer = make_trainer(directory, max_steps=max_steps, callbacks=[seen], **{**LOST, **overrides})
-    signals, guard = attach_signals(trainer)
+    health = attach_health(trainer)
+    signals, guard = health.signals, health.guard
     return trainer, signals, guard, seen
 
 
@@ -283,7 +284,7 @@ def test_signals_leave_the_weights_as_they_are(tmp_path):
     plain = make_trainer(tmp_path / "plain", max_steps=3)
     plain.train()
     watched = make_trainer(tmp_path / "watched", max_steps=3)
-    attach_signals(watched)
+    attach_health(watched)
     (tmp_path / "watched" / EVENTS_FILE).parent.mkdir(exist_ok=True)
     (tmp_path / "watched" / EVENTS_FILE).write_text("{}\n")
     watched.train()

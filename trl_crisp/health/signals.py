@@ -289,7 +289,8 @@ class RunningSignals:
         """The means over the entries that were logged in the last 5 steps, and the last value of the teacher's age."""
         entries = [entry for step, entry in self._last if step > self.step - WINDOW_STEPS]
         means = {name: mean for name in AVERAGED if (mean := _mean(entries, name)) is not None}
-        return means | {name: entries[-1].values[name] for name in LATEST if name in entries[-1].values}
+        latest = entries[-1].values if entries else {}
+        return means | {name: latest[name] for name in LATEST if name in latest}
 
 
 def _without_nonfinite(values: Values) -> dict[str, float | None]:

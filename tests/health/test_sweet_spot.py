@@ -1,0 +1,430 @@
+"""The stop: its rule, the best checkpoint, what a run ends with, and the same after a kill."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
+
+from tests.helpers import config, make_trainer, parameters_of, rows
+from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from trl_crisp.health.attach import attach_health
+from trl_crisp.health.ending import describe_end, describe_lost, gentler
+from trl_crisp.health.sweet_spot import Measurement, SweetSpot, has_fallen, holds, offer_best
+from trl_crisp.run.interruption import resume_command
+from trl_crisp.train import main, parse_args
+
+pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
+
+MARGIN = 0.03
+# A change and the upper end of its interval: fine, below by noise, below for sure but within the margin, fallen
+KINDS = {"fine": (0.01, 0.03), "noise": (-0.05, 0.01), "small": (-0.02, -0.005), "fallen": (-0.06, -0.02)}
+
+
+def measured(step: int, kind: str, tokens: float = 50.0) -> Measurement:
+    return Measurement(step, tokens, 1 - tokens / 100, *KINDS[kind])
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(KINDS, repeat=3)))
+def test_a_run_has_fallen_after_two_sure_drops_in_a_row(kinds):
+    found = [has_fallen([measured(i, kind) for i, kind in enumerate(kinds[: n + 1])], MARGIN) for n in range(3)]
+    expected = [n > 0 and kinds[n] == "fallen" and kinds[n - 1] == "fallen" for n in range(3)]
+    assert found == expected
+
+
+def test_a_drop_of_exactly_the_margin_holds_and_an_unknown_change_does_not():
+    assert holds(Measurement(1, 50, 0.5, 0.87 - 0.9, -0.01), MARGIN)
+    assert not holds(Measurement(1, 50, 0.5, -0.0301, -0.01), MARGIN)
+    assert not holds(Measurement(1, 50, 0.5), MARGIN)
+    assert not has_fallen([Measurement(1, 50, 0.5), Measurement(2, 50, 0.5)], MARGIN)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_checkpoint_is_the_shortest_that_holds(tmp_path, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(80, 106, (8,), generator=generator).tolist()
+    kinds = [list(KINDS)[k] for k in torch.randint(0, 4, (8,), generator=generator).tolist()]
+    args, state = config(tmp_path), TrainerState()
+    for n in range(8):
+        control = TrainerControl()
+        offer_best(args, state, control, measured(n + 1, kinds[n], tokens[n]), MARGIN)
+        fitting = [i for i in range(n + 1) if tokens[i] < 100 and kinds[i] in ("fine", "small")]
+        best = min(fitting, key=lambda i: (tokens[i], i)) + 1 if fitting else None
+        assert state.best_global_step == best
+        assert control.should_save == (best == n + 1)
+        assert state.best_model_checkpoint == (None if best is None else str(tmp_path / f"checkpoint-{best}"))
+
+
+class Given:
+    """Measurements that are given: (tokens, kind) by step; the base has 100 tokens."""
+
+    margin, subject = MARGIN, "agreement"
+
+    def __init__(self, given):
+        self.given = given
+
+    def measurements(self, state):
+        return [measured(s, kind, tokens) for s, (tokens, kind) in self.given.items() if s <= state.global_step]
+
+
+# The best is step 2; step 4 is the second sure drop in a row
+GIVEN = {1: (90, "fine"), 2: (70, "small"), 3: (60, "fallen"), 4: (50, "fallen"), 5: (40, "fine"), 6: (40, "fine")}
+
+
+def run(output_dir, given=GIVEN, resume=None, **fields):
+    fields = {"max_steps": 6, "learning_rate": 1e-2, "stop_at_sweet_spot": True, **fields}
+    trainer = make_trainer(output_dir, dataset=rows(24), **fields)
+    spot = SweetSpot(trainer, Given(given))
+    trainer.add_callback(spot)
+    trainer.is_over = lambda state: spot.reason_to_stop(state) is not None
+    trainer.is_watched = True
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, spot
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in parameters_of(trainer.model).items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_the_result_of_a_stopped_run_is_its_best_checkpoint(tmp_path, capsys):
+    trainer, spot = run(tmp_path, save_total_limit=1)
+    assert trainer.state.global_step == 4
+    assert "Training ends after step 4: agreement is -6.0 points from the base's" in capsys.readouterr().out
+    assert spot.loaded_step == 2
+    assert not spot.is_lost(trainer.state)
+    trainer.save_model(str(tmp_path / "result"))
+    assert same(
+        load_file(tmp_path / "result/model.safetensors"), load_file(tmp_path / "checkpoint-2/model.safetensors")
+    )
+    # Despite the limit of 1, both are there: the best, and the last, which can be resumed
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert not same(weights(trainer), load_file(tmp_path / "checkpoint-4/model.safetensors"))
+
+
+def test_a_killed_run_ends_with_the_same_result(tmp_path):
+    whole, _ = run(tmp_path)
+    for checkpoint in ("checkpoint-1", "checkpoint-2", "checkpoint-4"):
+        resumed, spot = run(tmp_path, resume=str(tmp_path / checkpoint))
+        assert (resumed.state.global_step, spot.loaded_step) == (4, 2)
+        assert same(weights(whole), weights(resumed))
+
+
+def test_without_the_field_a_run_keeps_its_last_step_and_names_the_best(tmp_path):
+    trainer, spot = run(tmp_path, stop_at_sweet_spot=False)
+    assert trainer.state.global_step == 6
+    assert spot.loaded_step is None
+    assert (trainer.state.best_global_step, trainer.state.best_metric) == (5, 40)
+    plain = make_trainer(tmp_path / "plain", dataset=rows(24), max_steps=6, learning_rate=1e-2)
+    plain.train()
+    assert same(weights(plain), weights(trainer))
+
+
+def test_a_run_that_reaches_its_last_step_ends_with_the_best_too(tmp_path):
+    trainer, spot = run(tmp_path, given={1: (60, "fine"), 3: (70, "fine")}, max_steps=3)
+    assert (trainer.state.global_step, spot.loaded_step) == (3, 1)
+    assert same(weights(trainer), load_file(tmp_path / "checkpoint-1/model.safetensors"))
+
+
+def test_a_run_with_an_adapter_ends_with_its_best_adapter(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        dataset=rows(24),
+        max_steps=6,
+        learning_rate=1e-1,
+        stop_at_sweet_spot=True,
+        peft_config=LoraConfig(r=4),
+    )
+    spot = SweetSpot(trainer, Given(GIVEN))
+    trainer.add_callback(spot)
+    trainer.is_watched = True
+    base = {name: value.clone() for name, value in trainer.model.state_dict().items() if "lora_" not in name}
+    trainer.train()
+    assert (trainer.state.global_step, spot.loaded_step) == (4, 2)
+    trainer.save_model(str(tmp_path / "result"))
+    saved = [
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("result", "checkpoint-2", "checkpoint-4")
+    ]
+    assert same(saved[0], saved[1])
+    assert not same(saved[0], saved[2])
+    now = {name: value for name, value in trainer.model.state_dict().items() if "lora_" not in name}
+    assert same(base, now)
+
+
+@pytest.mark.parametrize(("target", "step"), [(0.3, 2), (0.299, 2), (0.31, 3), (0.99, 6)])
+def test_a_target_ends_the_run(tmp_path, target, step):
+    trainer, spot = run(tmp_path, stop_at_sweet_spot=False, target_reduction=target)
+    assert trainer.state.global_step == step
+    assert spot.loaded_step is None
+
+
+def test_a_run_without_a_step_that_holds_is_lost(tmp_path):
+    trainer, spot = run(tmp_path, given={1: (60, "fallen"), 2: (50, "fallen"), 3: (40, "fine")})
+    assert trainer.state.global_step == 2
+    assert spot.is_lost(trainer.state)
+    # Nothing that was trained is gone
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, capsys):
+    import shutil
+
+    class Remove(SweetSpot):
+        def on_train_end(self, args, state, control, **kwargs):
+            shutil.rmtree(state.best_model_checkpoint)
+            super().on_train_end(args, state, control, **kwargs)
+
+    trainer = make_trainer(tmp_path, dataset=rows(24), max_steps=4, stop_at_sweet_spot=True)
+    spot = Remove(trainer, Given(GIVEN))
+    trainer.add_callback(spot)
+    trainer.is_watched = True
+    trainer.train()
+    assert spot.loaded_step is None
+    assert "no longer exists, so the result is the last step's model" in capsys.readouterr().out
+
+
+def test_going_on_from_the_last_that_held_leaves_the_given_up_steps_behind(tmp_path, capsys):
+    trainer, spot = run(tmp_path, save_strategy="steps", save_steps=1)
+    assert spot.last_held(trainer.args, trainer.state) == tmp_path / "checkpoint-2"
+    changes = gentler(trainer.args)
+    assert changes == {"teacher_sync_steps": 100, "allow_changed_resume": "true"}
+    command = resume_command(str(tmp_path / "checkpoint-2"), **changes)
+    assert command.endswith(
+        f"--resume_from_checkpoint {tmp_path}/checkpoint-2 --teacher_sync_steps 100 --allow_changed_resume true"
+    )
+    healthy = dict.fromkeys(range(1, 7), (70, "fine"))
+    fields = {"teacher_sync_steps": 100, "allow_changed_resume": True, "save_strategy": "steps", "save_steps": 1}
+    again, _ = run(tmp_path, given=healthy, resume=str(tmp_path / "checkpoint-2"), max_steps=3, **fields)
+    assert again.state.global_step == 3
+    capsys.readouterr()
+    # checkpoint-4 is a later step of what was given up
+    last, _ = run(tmp_path, given=healthy, resume=True, max_steps=3, **fields)
+    assert last.state.global_step == 3
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/checkpoint-4 is skipped: after saving it, this run went back to an earlier step" in said
+    assert f"resuming from {tmp_path}/checkpoint-3" in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"teacher_sync_steps": 4, "monitor_prompts": 8},
+            {"teacher_sync_steps": 8, "monitor_steps": 4, "allow_changed_resume": "true"},
+        ),
+        (
+            {"teacher_model_kind": "ema", "teacher_update_rate": 0.1},
+            {"teacher_update_rate": 0.05, "allow_changed_resume": "true"},
+        ),
+        ({"teacher_model_kind": "base"}, None),
+    ],
+)
+def test_a_gentler_setting_is_one_that_a_resume_accepts(tmp_path, fields, expected):
+    assert gentler(config(tmp_path, **fields)) == expected
+
+
+def test_stopping_needs_something_that_is_measured(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), stop_at_sweet_spot=True, target_reduction=0.5)
+    with pytest.raises(ValueError, match="stop_at_sweet_spot and target_reduction: nothing is measured"):
+        attach_health(trainer)
+    with pytest.raises(ValueError, match=r"stop_at_sweet_spot=True, target_reduction=0\.5: nothing measures"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0, -0.5, 50, math.nan])
+def test_a_target_is_a_share(tmp_path, target):
+    with pytest.raises(ValueError, match="a number between 0 and 1"):
+        config(tmp_path, target_reduction=target)
+
+
+def test_health_is_attached_once_and_owns_the_best_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path)
+    attach_health(trainer)
+    with pytest.raises(ValueError, match="watched already"):
+        attach_health(trainer)
+    other = make_trainer(tmp_path, dataset=rows(24), monitor_prompts=8, metric_for_best_model="loss")
+    with pytest.raises(ValueError, match="monitor_prompts finds the best checkpoint by a rule of its own"):
+        attach_health(other, str)
+
+
+# The training script, with a model that has learned to answer
+
+
+def answering_model(directory, answers: dict[str, str]):
+    """Save a tiny model that was trained to give each prompt its answer, and return its directory."""
+    torch.manual_seed(0)
+    tokenizer, model = tiny_tokenizer(), tiny_model(scale=1.0)
+    sides = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers.values()]
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for prompt in answers
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    for _ in range(60):
+        for prompt, side in zip(prompts[:3], sides[:3], strict=True):
+            ids = torch.tensor([[*prompt, *side, tokenizer.eos_token_id]])
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_tiny(directory)
+    model.eval().save_pretrained(directory)
+    return directory
+
+
+QUESTIONS = {f"What is {'9' * (1 + i % 5)} + {i}?": "So. Answer: 12" for i in range(24)}
+
+
+def script(tmp_path, *flags):
+    lines = [json.dumps({"prompt": [{"role": "user", "content": q}], "answer": "12"}) for q in QUESTIONS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:16]) + "\n")
+    (tmp_path / "monitor.jsonl").write_text("\n".join(lines[16:]) + "\n")
+    argv = [
+        *("--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")),
+        *("--output_dir", str(tmp_path / "run"), "--max_steps", "6", "--max_completion_length", "24"),
+        *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"),
+        *("--use_cpu", "--bf16", "false", "--monitor_samples", "2", "--monitor_steps", "1", "--temperature", "0.2"),
+        *("--gradient_checkpointing", "false", "--save_strategy", "no", "--logging_steps", "1", *flags),
+    ]
+    try:
+        main(*parse_args(argv))
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_the_script_measures_a_file_of_prompts_and_stops_a_run_that_loses_its_answers(tmp_path, capsys):
+    answering_model(tmp_path / "model", QUESTIONS)
+    file = ("--monitor_file", str(tmp_path / "monitor.jsonl"))
+    # A rate at which one step destroys the model
+    assert script(tmp_path, *file, "--learning_rate", "0.5", "--stop_at_sweet_spot") == 3
+    out = capsys.readouterr().out
+    assert "is measured: 8 prompts, of monitor_file, 2 answers each, and their accuracy" in out
+    assert "Training ends after step 2: accuracy on the monitor prompts is -100.0 points from the base's" in out
+    assert "agreement 100.0% -> 0.0% (-100.0 points [-100.0, -100.0])" in out
+    assert "accuracy 100.0% -> 0.0% (-100.0 points [-100.0, -100.0])" in out
+    assert "The model was not saved as the result, and nothing was pushed: no measured step" in out
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_file_whose_prompts_are_trained_on_is_refused(tmp_path):
+    answering_model(tmp_path / "model", QUESTIONS)
+    with pytest.raises(ValueError, match="16 of its prompts are training prompts, such as the file's prompt 0"):
+        script(tmp_path, "--monitor_file", str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "count", "words"),
+    [
+        ({}, 7, "has 7 different prompts, and at least 8 are needed"),
+        ({"monitor_prompts": 9}, 8, "has 8 different prompts, and monitor_prompts=9"),
+    ],
+)
+def test_a_small_file_is_refused(tmp_path, fields, count, words):
+    trainer = make_trainer(tmp_path, dataset=rows(8), monitor_file="own.jsonl", **fields)
+    with pytest.raises(ValueError, match=words):
+        attach_health(trainer, str, monitor_dataset=rows(count, "Now: "))
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path):
+    trainer = make_trainer(tmp_path, monitor_file=str(tmp_path / "none.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"monitor_file='.*none\.jsonl': there is no such file"):
+        attach_health(trainer, str)
+
+
+@pytest.mark.parametrize(
+    ("cells", "golds"),
+    [
+        ({"answer": ["6 + 6\n#### 12", "7", "x"]}, ["12", "7", "x"]),
+        ({"solution": ["So \\boxed{\\frac{1}{2}}.", "\\boxed{3} or \\boxed{4}", "5"]}, ["\\frac{1}{2}", "4", "5"]),
+        ({"answer": ["1", "2", "3"], "solution": ["a", "b", "c"]}, ["1", "2", "3"]),
+        ({"answer": [1, 2.0, 0.5]}, ["1", "2", "0.5"]),
+        ({"answer": ["1", None, "3"]}, None),
+        ({"answer": ["1", "", "3"]}, None),
+        ({"other": ["1", "2", "3"]}, None),
+    ],
+)
+def test_right_answers_are_found_in_the_rows(cells, golds):
+    from trl_crisp.health.monitor_prompts import golds_of
+
+    assert golds_of(Dataset.from_dict({"prompt": ["a", "b", "c"], **cells})) == golds
+
+
+@pytest.mark.parametrize(
+    ("kind", "golds", "unreadable"),
+    [
+        ("math", ["12", "\\frac{1}{2}", "the \\frac{"], 2),
+        ("math", ["12", ["1", "2"]], 1),
+        ("math", ["12", "7"], None),
+        ("choice", ["A", "(B)", "12"], 2),
+        ("text", ["Paris", ["Rome", "Roma"]], None),
+        ("text", ["Paris", "..."], 1),
+    ],
+)
+def test_answers_that_cannot_be_graded_are_found(kind, golds, unreadable):
+    from trl_crisp.health.monitor_prompts import find_unreadable
+
+    assert find_unreadable(golds, kind, None) == unreadable
+
+
+def test_answers_that_cannot_be_graded_leave_agreement_alone(tmp_path, capsys):
+    data = rows(24).add_column("answer", ["an essay \\frac{"] * 24)
+    trainer = make_trainer(tmp_path, dataset=data, monitor_prompts=8)
+    health = attach_health(trainer)
+    out = capsys.readouterr().out
+    assert (
+        "cannot be graded as 'math', so accuracy is not measured beside agreement: that of prompt 0 is 'an essay"
+        in out
+    )
+    assert health.monitor.subject == "agreement with the base's majority answers"
+
+
+def first_characters(text: str) -> str | None:
+    return text[:2] or None
+
+
+def test_a_target_is_measured_where_answers_cannot_be_compared(tmp_path, capsys):
+    trainer = make_trainer(
+        tmp_path, dataset=rows(24), monitor_prompts=8, monitor_steps=1, monitor_samples=2, target_reduction=0.9
+    )
+    health = attach_health(trainer, lambda text: None)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "only 0 of 8 monitor prompts, so agreement is not measured." in out
+    logs = [log for log in trainer.state.log_history if "eval_agreement_mean_tokens" in log]
+    assert [log["step"] for log in logs] == [0, 1, 2, 3]
+    assert all("eval_agreement" not in log for log in logs)
+    assert all(
+        log["eval_agreement_reduction"]
+        == 1 - log["eval_agreement_mean_tokens"] / logs[0]["eval_agreement_mean_tokens"]
+        for log in logs[1:]
+    )
+    line = describe_end(trainer, health)
+    assert "tokens (" in line
+    assert "No measured step is shorter than the base and holds" in line
+    assert describe_lost(trainer, health) is None
+
+
+def test_the_last_line_of_a_run_that_measured_nothing_says_so(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    health = attach_health(trainer)
+    trainer.train()
+    lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "loss" in log]
+    mean = sum(lengths) / 2
+    assert describe_end(trainer, health) == (
+        f"rollouts {mean:,.0f} -> {mean:,.0f} tokens (+0%); accuracy not measured; the teacher was refreshed 0 times. "
+        "The result is the model of step 2."
+    )
