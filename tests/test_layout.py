@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "evaluation": {"models", "prompts", "rollouts", "rows", "run"},
     # The trainer is attached to, by one call, and imported by nobody below it
     "health": {"_upstream", "config", "evaluation", "prompts", "rows", "run"},
-    "report": {"evaluation.results", "evaluation.metrics"},
+    # It reads results and compares them again; it never samples or grades
+    "report": {"evaluation.comparison", "evaluation.metrics", "evaluation.records", "evaluation.results"},
     "train": None,
     "cli": None,
 }

@@ -1,4 +1,4 @@
-"""The command line `trl-crisp`: `train` runs `accelerate launch -m trl_crisp.train`, and `eval` measures a model."""
+"""The command line `trl-crisp`: `train` runs `accelerate launch -m trl_crisp.train`, `eval` measures a model, `report` shows it."""
 
 import argparse
 import contextlib
@@ -364,7 +364,59 @@ class _EvalHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     pass
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate}
+def report(argv: list[str]) -> int:
+    """
+    Write the page of some results and runs.
+
+    Args:
+        argv: See `trl-crisp report --help`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: See [`~trl_crisp.report.page.write_report`].
+    """
+    parser = argparse.ArgumentParser(
+        prog="trl-crisp report",
+        description="Write one page about results of `trl-crisp eval` and a training: a verdict, tables, figures, and answers side by side. "
+        "It is a single file that needs no network.",
+        epilog="example:\n  trl-crisp report base concise after --run qwen3-0.6b-crisp --output report.html\n"
+        "  trl-crisp report base after-seed0 after-seed1 --output seeds.html\n\n"
+        "The first RESULT is the base. One of the same weights with an instruction is shown as told to be concise; all others are shown as "
+        "trained.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "results",
+        metavar="RESULT",
+        type=Path,
+        nargs="*",
+        help="an --output directory of `trl-crisp eval`, or its results.json; the base first",
+    )
+    add(
+        "--run",
+        metavar="OUTPUT_DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="output_dir of a training, of which the log is drawn; may be given again",
+    )
+    add(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="report.html writes the page and report.md beside it; report.md writes Markdown alone",
+    )
+    args = parser.parse_args(argv)
+
+    from trl_crisp.report.page import write_report
+
+    written = write_report(args.results, args.output, args.run)
+    print(f"Wrote {' and '.join(map(str, written))}.")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "report": report}
 
 
 def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:

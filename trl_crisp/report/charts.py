@@ -139,7 +139,7 @@ def _thousands(axis: Any) -> None:
 def _percents(axis: Any) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol="%"))
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def accuracy_against_length(compared: Compared, run: RunLog | None = None) -> Figure:
@@ -417,6 +417,29 @@ _PANELS = (
     ),
 )
 _LINES = ("-", "--", ":", "-.")
+# The marks in the curves of a single run: their names in the page's style sheet, and what they are
+MARKS = {
+    "refresh": "refresh of the teacher",
+    "postponed": "refresh postponed",
+    "best": "best checkpoint",
+    "stop": "ended early",
+    "watch": "health: watch",
+    "unhealthy": "health: unhealthy",
+    "healthy": "health: healthy again",
+}
+
+
+def marks_of(run: RunLog) -> dict[str, str]:
+    """Return those of [`MARKS`] that the curves of a run have."""
+    statuses = {event["status"] for event in run.events}
+    has = {
+        "refresh": run.refreshes,
+        "postponed": run.postponed,
+        "best": run.best_step is not None,
+        "stop": run.ended_early,
+        **{status: status in statuses for status in _STATUS_COLOURS},
+    }
+    return {name: text for name, text in MARKS.items() if has[name]}
 
 
 def training_curves(runs: Sequence[RunLog]) -> list[Figure]:
@@ -479,10 +502,12 @@ def _curves(panel: _Panel, runs: Sequence[RunLog]) -> Figure | None:
         if min(values) >= 0 and not panel.is_share:
             axes.set_ylim(bottom=0)
         if panel.is_share:
-            axes.set_ylim(-0.02, max(1.02 * max(values), 0.1) if max(values) < 0.5 else 1.02)
+            top = 1.0 if max(values) >= 0.5 else max(max(values), 0.1)
+            axes.set_ylim(-0.02 * top, 1.04 * top)
             _percents(axes.yaxis)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if len(lines) > 1:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=3)
 
     write = formats.percent if panel.is_share else _plain
     words = "; ".join(
@@ -494,34 +519,20 @@ def _curves(panel: _Panel, runs: Sequence[RunLog]) -> Figure | None:
 
 
 def _mark(axes: Any, run: RunLog) -> None:
-    """Mark the refreshes, the postponed ones, the health events, the best checkpoint and an early end."""
+    """Mark what happened; the page has the key ([`MARKS`])."""
     marks: list[tuple[Sequence[int], dict[str, Any]]] = [
-        (run.refreshes, {"color": _MUTED, "linestyle": "--", "linewidth": 0.8, "label": "refresh"}),
-        (run.postponed, {"color": _WATCH, "linestyle": ":", "linewidth": 1.4, "label": "refresh postponed"}),
-        ([run.last_step] if run.ended_early else [], {"color": _BAD, "linewidth": 1.4, "label": "ended early"}),
-        (
-            [] if run.best_step is None else [run.best_step],
-            {"color": _RUNS[0], "linestyle": "-.", "linewidth": 1.2, "label": "best checkpoint"},
-        ),
+        (run.refreshes, {"color": _MUTED, "linestyle": "--", "linewidth": 0.8}),
+        (run.postponed, {"color": _WATCH, "linestyle": ":", "linewidth": 1.4}),
+        ([run.last_step] if run.ended_early else [], {"color": _BAD, "linewidth": 1.4}),
+        ([] if run.best_step is None else [run.best_step], {"color": _RUNS[0], "linestyle": "-.", "linewidth": 1.2}),
     ]
     for steps, look in marks:
-        for number, step in enumerate(steps):
-            axes.axvline(step, **{**look, "label": look["label"] if number == 0 else None})
-    told: set[str] = set()
+        for step in steps:
+            axes.axvline(step, **look)
     for event in run.events:
-        status = event["status"]
-        axes.plot(
-            event["step"],
-            1,
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-            marker="v",
-            markersize=7,
-            linestyle="none",
-            color=_STATUS_COLOURS.get(status, _WATCH),
-            label=None if status in told else _label(status),
-        )
-        told.add(status)
+        colour = _STATUS_COLOURS.get(event["status"], _WATCH)
+        look = {"marker": "v", "markersize": 7, "linestyle": "none", "color": colour, "clip_on": False}
+        axes.plot(event["step"], 1, transform=axes.get_xaxis_transform(), **look)
 
 
 def _plain(value: float) -> str:
@@ -531,6 +542,6 @@ def _plain(value: float) -> str:
 def share_names(summary: Mapping[str, Any], kind: str) -> dict[str, str]:
     """Return the shares of right answers that a kind of answer has, and their names."""
     if "anywhere_accuracy" in summary:
-        return {"accuracy": "graded", "answer_accuracy": "answer line", "anywhere_accuracy": "anywhere"}
+        return {"accuracy": "as graded", "answer_accuracy": "answer line", "anywhere_accuracy": "anywhere"}
     either = "line or box" if kind == "choice" else "line or anywhere"
     return {"accuracy": either, "answer_accuracy": "answer line", "boxed_accuracy": "box"}

@@ -24,11 +24,12 @@ def points(change: float | None) -> str:
     return NOTHING if change is None or not math.isfinite(change) else f"{_signed(100 * change, 1)} points"
 
 
-def interval_in_points(change: Mapping[str, Any] | None) -> str:
+def interval_in_points(change: Mapping[str, Any] | None, unit: str = " points") -> str:
     """Write an interval of a difference of shares: `+3.7 points [-1.1, +9.0]`."""
     if change is None:
         return NOTHING
-    return f"{points(change['estimate'])} [{_signed(100 * change['low'], 1)}, {_signed(100 * change['high'], 1)}]"
+    estimate, low, high = (_signed(100 * change[key], 1) for key in ("estimate", "low", "high"))
+    return f"{estimate}{unit} [{low}, {high}]"
 
 
 def interval_of_tokens(reduction: Mapping[str, Any] | None) -> str:

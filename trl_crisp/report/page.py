@@ -152,6 +152,7 @@ def _make_page(compared: Compared | None, runs: Sequence[RunLog]) -> dict[str, A
         "compared": compared,
         "runs": runs,
         "curves": charts.training_curves(runs),
+        "marks": charts.marks_of(runs[0]) if len(runs) == 1 else {},
         "figures": [],
         "share_names": {},
         "shown": [],
@@ -249,7 +250,6 @@ def _choose_traces(compared: Compared) -> dict[str, Any]:
         return {}
     shown: list[_Shown] = []
     rows: list[dict[str, Any]] = []
-    notes: list[str] = []
     pairs_of = {
         one.name: choose_pairs(
             compared.base.problems, one.problems, compared.budget_tokens, max(1, MOST_IN_FULL // len(others))
@@ -259,7 +259,10 @@ def _choose_traces(compared: Compared) -> dict[str, Any]:
     full = {name: sorted((p for p in pairs if p.number is not None), key=_number) for name, pairs in pairs_of.items()}
     base_texts = load_texts(compared.base, {(p.id, p.before.shown_sample) for pairs in full.values() for p in pairs})
     texts_of = {one.name: load_texts(one, {(p.id, p.after.shown_sample) for p in full[one.name]}) for one in others}
-    notes += [one.note for one in (base_texts, *texts_of.values()) if one.note is not None]
+    loaded = (base_texts, *texts_of.values())
+    notes = list(dict.fromkeys(one.note for one in loaded if one.note is not None))
+    if not any(one.by_sample for one in loaded):
+        full = {name: [] for name in full}
     most_bytes = TEXT_BYTES // max(1, 3 * sum(map(len, full.values())))
     for run_number, one in enumerate(others):
         for pair in full[one.name]:
@@ -276,7 +279,7 @@ def _choose_traces(compared: Compared) -> dict[str, Any]:
             {
                 "pair": pair,
                 "after_name": one.name,
-                "anchor": None if pair.number is None else f"trace-{run_number}-{pair.number}",
+                "anchor": f"trace-{run_number}-{pair.number}" if pair in full[one.name] else None,
             }
             for pair in pairs_of[one.name]
         ]
@@ -401,6 +404,7 @@ def _render(template: str, page: Mapping[str, Any], is_html: bool) -> str:
         interval_of_tokens=formats.interval_of_tokens,
         change_of_tokens=formats.change_of_tokens,
         short=_short,
+        intervals_small=_intervals_small,
         cell=markdown_cell,
         # For what this package made itself: drawn figures, embedded JSON
         inert=Markup,
@@ -410,6 +414,12 @@ def _render(template: str, page: Mapping[str, Any], is_html: bool) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     style = (folder / "style.css").read_text(encoding="utf-8")
     return environment.get_template(template).render(page, script=script, script_sha256=digest, style=style)
+
+
+def _intervals_small(headline: str) -> Any:
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(\[[^\]]*\])", r'<span class="interval">\1</span>', str(escape(headline))))
 
 
 def _short(text: Any) -> str:
