@@ -500,7 +500,8 @@ def _curves(panel: _Panel, runs: Sequence[RunLog]) -> Figure | None:
         axes.set_ylabel(panel.unit)
         values = [value for line in lines for _, value in line[-1]]
         if min(values) >= 0 and not panel.is_share:
-            axes.set_ylim(bottom=0)
+            # Room for the marks of the health events
+            axes.set_ylim(0, 1.06 * max(values) or 1)
         if panel.is_share:
             top = 1.0 if max(values) >= 0.5 else max(max(values), 0.1)
             axes.set_ylim(-0.02 * top, 1.04 * top)

@@ -15,6 +15,22 @@ Role = Literal["base", "concise", "trained"]
 
 # More groups of problems than this would fill pages of a figure (MMLU has 57 subjects). Ours
 MOST_LEVELS = 16
+# The measures that a page shows
+_MEASURES = (
+    "accuracy",
+    "answer_accuracy",
+    "boxed_accuracy",
+    "pass_at",
+    "mean_tokens",
+    "median_tokens",
+    "p90_tokens",
+    "mean_thinking_tokens",
+    "mean_answer_tokens",
+    "truncated",
+    "repeats",
+    "unparseable",
+    "epistemic_words_per_1000_tokens",
+)
 # As `dataclasses.asdict` writes a sample; a line that does not begin so is read as a whole
 _LINE_START = re.compile(rb'\{"problem": ("(?:[^"\\]|\\.)*"), "number": (\d+),')
 
@@ -86,6 +102,7 @@ def load_compared(paths: Sequence[Path]) -> Compared:
     loaded = [(_file_of(path), _check_whole(load_results(path), _file_of(path))) for path in paths]
     _check_order(loaded)
     (base_path, base), *others = loaded
+    scored = [_problems(results, path) for path, results in loaded]
     for path, results in others:
         answers = {problem["id"]: problem["answer"] for problem in results["problems"]}
         try:
@@ -99,11 +116,10 @@ def load_compared(paths: Sequence[Path]) -> Compared:
         listed = "".join(f"\n  {path}: {', '.join(results['summary'])}" for path, results in loaded)
         raise ValueError(f"the results have no budget in common. Their budgets in tokens:{listed}")
     budget = max(shared)
-    base_problems = _problems(base, base_path)
+    base_problems = scored[0]
     names = _names(loaded)
     evaluated = [Evaluated(names[0], "base", base_path, base, base_problems)]
-    for (path, results), name in zip(others, names[1:], strict=True):
-        found = _problems(results, path)
+    for (path, results), name, found in zip(others, names[1:], scored[1:], strict=True):
         problems = {problem: found[problem] for problem in base_problems}
         comparison = compare(base, results, budget)
         role: Role = "concise" if _is_told_base(base, results) else "trained"
@@ -117,15 +133,19 @@ def _file_of(path: Path) -> Path:
 
 
 def _check_whole(results: dict[str, Any], path: Path) -> dict[str, Any]:
+    again = "Run the same `trl-crisp eval` command again: it keeps the finished answers."
     if missing := [key for key in ("protocol", "samples", "summary", "problems") if key not in results]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, so it is not as `trl-crisp eval` wrote it. {again}")
+    if not results["problems"] or not results["summary"]:
+        raise ValueError(f"{path} has no answers, so there is nothing to show. {again}")
+    try:
+        missing = [key for groups in results["summary"].values() for key in _MEASURES if key not in groups["all"]]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} lacks {', '.join(missing)}, so it is not as `trl-crisp eval` wrote it. Run the same `trl-crisp eval` command again: it "
-            "keeps the finished answers."
-        )
-    if not results["problems"] or not results["summary"] or not any(one["samples"] for one in results["problems"]):
-        raise ValueError(
-            f"{path} has no answers, so there is nothing to show. Run the same `trl-crisp eval` command again."
-        )
+            f"{path}: the summary is not as `trl-crisp eval` writes it ({type(error).__name__}: {error}). {again}"
+        ) from error
+    if missing:
+        raise ValueError(f"{path}: the summary lacks {', '.join(dict.fromkeys(missing))}. {again}")
     return results
 
 
@@ -243,10 +263,10 @@ def load_texts(evaluated: Evaluated, wanted: Collection[tuple[str, int]]) -> Tex
             if not line.endswith(b"\n"):
                 # The process was killed while it wrote this line
                 break
-            start = _LINE_START.match(line)
-            if start is not None and (json.loads(start[1]), int(start[2])) not in wanted:
-                continue
             try:
+                start = _LINE_START.match(line)
+                if start is not None and (json.loads(start[1]), int(start[2])) not in wanted:
+                    continue
                 sample = json.loads(line)
                 key, text = (sample["problem"], sample["number"]), sample["text"]
                 if not isinstance(text, str):
