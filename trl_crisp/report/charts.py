@@ -35,7 +35,7 @@ _RUN_MARKERS = ("o", "^", "v", "P")
 _STATUS_COLOURS = {"healthy": _RUNS[0], "watch": _WATCH, "unhealthy": _BAD}
 # Inches; matplotlib writes points, so that a figure of 5 inches is 360 CSS pixels wide, as a phone is
 _WIDTH = 5.0
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     # Names of models and levels may have dollar signs
     "text.parse_math": False,
