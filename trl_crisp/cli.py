@@ -374,6 +374,17 @@ def report(argv: list[str]) -> int:
     Raises:
         ValueError, FileNotFoundError, ImportError: See [`~trl_crisp.report.page.write_report`].
     """
+    args = make_report_parser().parse_args(argv)
+
+    from trl_crisp.report.page import write_report
+
+    written = write_report(args.results, args.output, args.run)
+    print(f"Wrote {' and '.join(map(str, written))}.")
+    return 0
+
+
+def make_report_parser() -> argparse.ArgumentParser:
+    """Return the parser of `trl-crisp report`."""
     parser = argparse.ArgumentParser(
         prog="trl-crisp report",
         description="Write one page about results of `trl-crisp eval` and a training: a verdict, tables, figures, and answers side by side. "
@@ -407,13 +418,7 @@ def report(argv: list[str]) -> int:
         required=True,
         help="report.html writes the page and report.md beside it; report.md writes Markdown alone",
     )
-    args = parser.parse_args(argv)
-
-    from trl_crisp.report.page import write_report
-
-    written = write_report(args.results, args.output, args.run)
-    print(f"Wrote {' and '.join(map(str, written))}.")
-    return 0
+    return parser
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "report": report}
