@@ -201,6 +201,17 @@ def test_zero3_with_lora_is_an_error_that_names_the_way_out(zero3):
     assert "ZeRO-2 or FSDP2" in zero3["lora"]
 
 
+@pytest.mark.parametrize(("stage", "name"), [("zero2", "best"), ("zero2", "best-lora"), ("zero3", "best")])
+def test_a_run_ends_with_the_weights_of_its_best_checkpoint(request, stage, name):
+    *by_steps, end = request.getfixturevalue(stage)[name]
+    assert len(by_steps) == 3
+    for parameter, weight in end.items():
+        # DeepSpeed keeps the teacher's adapter, which is no part of the student, as it was at the end
+        if ".teacher." not in parameter:
+            assert torch.equal(weight, by_steps[0][parameter]), parameter
+    assert any(not torch.equal(weight, by_steps[2][parameter]) for parameter, weight in end.items())
+
+
 @pytest.mark.parametrize("name", fsdp2.CASES)
 def test_fsdp2_trains_as_one_process(sharded, name):
     actual, expected = sharded[name]["sharded"], sharded[name]["whole"]
