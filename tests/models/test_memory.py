@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, PretrainedConfig, Qwen3Config, Qwen3MoeConfig, T5Config
+from transformers import GPT2Config, MambaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig, T5Config
 
 from tests.tiny_models import tiny_model
 from trl_crisp.models.memory import GIB_BYTES, RunMemory, estimate_memory
@@ -151,7 +151,14 @@ def test_bad_numbers_are_refused(fields, words):
         estimate_memory(tiny_model("llama").config, **{**RUN, **fields})
 
 
-@pytest.mark.parametrize("config", [T5Config(), PretrainedConfig()])
-def test_a_config_of_another_kind_of_model_is_refused(config):
-    with pytest.raises(ValueError, match=r"cannot be estimated.*Give a causal language model"):
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (T5Config(), r"a 't5' cannot be estimated: .* Give a causal language model"),
+        (PretrainedConfig(), "cannot be estimated: .* Give a causal language model"),
+        (MambaConfig(num_hidden_layers=1, vocab_size=8), r"a 'mamba' cannot be estimated: .* no num_attention_heads"),
+    ],
+)
+def test_a_config_of_another_kind_of_model_is_refused(config, words):
+    with pytest.raises(ValueError, match=words):
         estimate_memory(config, **RUN)

@@ -126,6 +126,9 @@ def estimate_memory(
     head = model.get_output_embeddings().weight
     is_tied = head is model.get_input_embeddings().weight
     text = config.get_text_config()
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(text, name, None) is None:
+            raise _unknown(config, f"its config has no {name}, and the formulas are for transformers with attention.")
     weight_bytes, compute_bytes = dtype.itemsize, compute_dtype.itemsize
     weights_bytes = parameters * weight_bytes
     if lora_r is None:
@@ -162,14 +165,18 @@ def estimate_memory(
     )
 
 
+def _unknown(config: PretrainedConfig, reason: str) -> ValueError:
+    return ValueError(f"the memory of a {config.model_type!r} cannot be estimated: {reason}")
+
+
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
-            raise ValueError(
-                f"the memory of a {config.model_type!r} cannot be estimated: {error} Give a causal language model of transformers."
-            ) from error
+            # The second line lists all classes
+            reason = str(error).partition("\n")[0]
+            raise _unknown(config, f"{reason} Give a causal language model of transformers.") from error
     # Moving to the meta device makes two parameters of a tied one in some models
     model.tie_weights()
     return model
