@@ -20,7 +20,10 @@ def test_it_is_the_first_reverse_kl_that_training_logs(tmp_path, kind):
     def record(inputs):
         output = generate(inputs)
         rollouts.extend(
-            [ids[mask.bool()].tolist() for ids, mask in zip(output[f"{name}_ids"], output[f"{name}_mask"], strict=True)]
+            [
+                ids[mask.bool()].tolist()
+                for ids, mask in zip(output[f"{name}_ids"], output[f"{name}_mask"], strict=True)
+            ]
             for name in ("prompt", "teacher_prompt", "completion")
         )
         return output

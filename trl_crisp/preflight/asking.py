@@ -143,7 +143,9 @@ def draw_prompts(dataset: Dataset, tokenizer: Any, settings: PreflightSettings) 
         if len(asked) == settings.prompts:
             break
     if len(asked) < settings.prompts:
-        long = f" that are short enough ({dropped} are longer than max_prompt_length={settings.max_prompt_length} tokens)"
+        long = (
+            f" that are short enough ({dropped} are longer than max_prompt_length={settings.max_prompt_length} tokens)"
+        )
         raise ValueError(
             f"prompts={settings.prompts}: the rows have only {len(asked)} different prompts{long if dropped else ''}. Give fewer prompts, or "
             f"more rows{', or a larger max_prompt_length' if dropped else ''}."
