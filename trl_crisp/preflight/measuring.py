@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from trl_crisp.evaluation.answers import find_box
-from trl_crisp.evaluation.grading import Grader
+from trl_crisp.evaluation.grading import Grader, Kind
 from trl_crisp.evaluation.metrics import (
     Interval,
     paired_bootstrap_difference,
@@ -138,6 +138,7 @@ def measure(
     told_ids: Sequence[Sequence[Sequence[int]]],
     labels: Labels,
     think_ids: ThinkIds | None,
+    answer_of: Callable[[str], str | None] | None = None,
     on_graded: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measured:
     """
@@ -149,12 +150,13 @@ def measure(
         plain_ids, told_ids: The token ids of the prompts, [prompts] and [instructions][prompts].
         labels: The right answers, and how final answers are compared.
         think_ids: See [`~trl_crisp.prompts.thinking.find_think_ids`].
+        answer_of: Returns the final answer of a text, or `None`; two are equal if these strings are. It replaces the labels' kind.
         on_graded: Receives how many kinds of prompts are graded, of how many.
     """
     kinds = [plain, *told]
     texts = [[[sample.text for sample in samples] for samples in kind] for kind in kinds]
     on_graded(0, len(kinds))
-    votes = count_votes(texts[0], labels.kind)
+    votes = count_votes(texts[0], labels.kind, answer_of)
     references = [find_reference(one) for one in votes]
     known = [i for i, reference in enumerate(references) if reference is not None]
     has_agreement = len(known) >= max(2, MIN_SHARE_WITH_REFERENCE * len(references))
@@ -163,11 +165,12 @@ def measure(
     correct: list[list[list[bool] | None]] = []
     agreed: list[list[list[bool] | None]] = []
     with Grader() as grader:
+        compare = _Comparison(grader, labels.kind, answer_of)
         for number, of_kind in enumerate(texts):
-            correct.append(_graded(grader, of_kind, labels.golds, labels, by_agreement=False))
+            correct.append(compare.gives(of_kind, labels.golds, by_final_answer=False))
             if number > 0:
-                finals.append(find_final_answers(of_kind, labels.kind, grader))
-                agreed.append(_graded(grader, of_kind, majorities, labels, by_agreement=True))
+                finals.append(compare.final_answers(of_kind))
+                agreed.append(compare.gives(of_kind, majorities, by_final_answer=True))
             on_graded(number + 1, len(kinds))
     levels: list[float | None] = [
         float(np.mean([one.base_agreement for one in references if one is not None])) if has_agreement else None
@@ -210,22 +213,35 @@ def _lengths(kind: Samples) -> list[list[int]]:
     return [[len(sample.token_ids) for sample in samples] for samples in kind]
 
 
-def _graded(
-    grader: Grader,
-    texts: Sequence[Sequence[str]],
-    golds: Sequence[str | list[str] | None],
-    labels: Labels,
-    by_agreement: bool,
-) -> list[list[bool] | None]:
-    """Return whether each text gives the gold, [prompts][samples]; `None` for a prompt without a gold."""
-    pairs = [(text, gold) for row, gold in zip(texts, golds, strict=True) if gold is not None for text in row]
-    grades = iter(grader.grade_all(pairs, labels.kind))
-    return [
-        None
-        if gold is None
-        else [agrees(grade, labels.kind) if by_agreement else grade.correct for grade in (next(grades) for _ in row)]
-        for row, gold in zip(texts, golds, strict=True)
-    ]
+@dataclass(frozen=True)
+class _Comparison:
+    """How final answers are found and compared."""
+
+    grader: Grader
+    kind: Kind
+    answer_of: Callable[[str], str | None] | None
+
+    def final_answers(self, texts: Sequence[Sequence[str]]) -> list[list[str | None]]:
+        if self.answer_of is not None:
+            return [[self.answer_of(text) for text in row] for row in texts]
+        return find_final_answers(texts, self.kind, self.grader)
+
+    def gives(
+        self, texts: Sequence[Sequence[str]], golds: Sequence[str | list[str] | None], by_final_answer: bool
+    ) -> list[list[bool] | None]:
+        """
+        Return whether each text gives the gold, [prompts][samples]; `None` for a prompt without a gold.
+
+        By its final answer alone, as the majority was found, or by all of its text, as an evaluation grades.
+        """
+        pairs = [(text, gold) for row, gold in zip(texts, golds, strict=True) if gold is not None for text in row]
+        if self.answer_of is not None:
+            found = [self.answer_of(text) in ([gold] if isinstance(gold, str) else gold) for text, gold in pairs]
+        else:
+            grades = self.grader.grade_all(pairs, self.kind)
+            found = [agrees(grade, self.kind) if by_final_answer else grade.correct for grade in grades]
+        each = iter(found)
+        return [None if gold is None else [next(each) for _ in row] for row, gold in zip(texts, golds, strict=True)]
 
 
 def _accuracy_change(before: Sequence[list[bool] | None], after: Sequence[list[bool] | None]) -> Interval | None:

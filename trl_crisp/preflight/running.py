@@ -48,6 +48,7 @@ def run_preflight(
     output_dir: Path,
     on_progress: Tell | None = None,
     on_start: Callable[[dict[str, Any]], None] | None = None,
+    answer_of: Callable[[str], str | None] | None = None,
 ) -> dict[str, Any]:
     """
     Ask a model its training prompts, plain and under each instruction, and judge the instructions.
@@ -59,6 +60,7 @@ def run_preflight(
         output_dir: Receives preflight.json, and the answers in samples/.
         on_progress: Receives a stage, how many of its items are done, how many it has, and a note.
         on_start: Receives `prompts`, `labels` and `first_prompts` of the results, and the number of `rows`, before anything is sampled.
+        answer_of: Returns the final answer of a text, or `None`. It replaces `grader`; a right answer is one that is equal as a string.
 
     Returns:
         The results as in preflight.json ([`~trl_crisp.preflight.results`]).
@@ -79,7 +81,7 @@ def run_preflight(
     source = find_model(settings.model)
     dataset, _ = load_prompts(settings.rows)
     with locked(output_dir):
-        return _run(settings, source, dataset, output_dir, on_progress or (lambda *args: None), on_start)
+        return _run(settings, source, dataset, output_dir, on_progress or (lambda *args: None), on_start, answer_of)
 
 
 def _run(
@@ -89,6 +91,7 @@ def _run(
     output_dir: Path,
     tell: Tell,
     on_start: Callable[[dict[str, Any]], None] | None,
+    answer_of: Callable[[str], str | None] | None,
 ) -> dict[str, Any]:
     start_s = time.monotonic()
     is_text = isinstance(dataset[0]["prompt"], str)
@@ -124,6 +127,7 @@ def _run(
         told_ids,
         labels,
         find_think_ids(tokenizer),
+        answer_of,
         lambda done, total: tell("grading", done, total, ""),
     )
     return write_preflight(
