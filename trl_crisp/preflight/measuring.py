@@ -232,7 +232,7 @@ class _Comparison:
         """
         Return whether each text gives the gold, [prompts][samples]; `None` for a prompt without a gold.
 
-        By its final answer alone, as the majority was found, or by all of its text, as an evaluation grades.
+        `by_final_answer` compares as [`~trl_crisp.health.reference.agrees`] does, otherwise as an evaluation grades.
         """
         pairs = [(text, gold) for row, gold in zip(texts, golds, strict=True) if gold is not None for text in row]
         if self.answer_of is not None:
