@@ -45,42 +45,49 @@ def test_the_first_rule_that_applies_decides(reduction, change, kind, judged_by)
     # The other measure says the opposite, and does not count
     other = (-0.9, -0.8, -0.7) if kind != "answers otherwise" else SAME
     changes = {"accuracy": other, "agreement": other, judged_by: change}
-    verdict = judge("v1", effect(reduction, changes["agreement"], changes["accuracy"]), judged_by, 0.03, 32)
+    verdict = judge("v1", effect(reduction, changes["agreement"], changes["accuracy"]), judged_by, 0.03, 32, 0.0)
     assert (verdict.kind, verdict.judged_by) == (kind, judged_by)
     assert ("Do not train with it." in verdict.words) == (kind in ("ignores", "lengthens", "answers otherwise"))
 
 
 def test_the_words_have_the_numbers():
-    found = judge("v1", effect((0.331, 0.384, 0.426), (-0.006, 0.012, 0.028)), "agreement", 0.03, 32)
+    found = judge("v1", effect((0.331, 0.384, 0.426), (-0.006, 0.012, 0.028)), "agreement", 0.03, 32, 0.0)
     assert found.words == (
         "v1 shortens: -38% tokens [-43%, -33%] at a change of agreement of +1.2 points [-0.6, +2.8]."
     )
-    found = judge("v2", effect((-0.03, 0.02, 0.07), None, (-0.05, -0.01, 0.03)), "accuracy", 0.03, 32)
+    found = judge("v2", effect((-0.03, 0.02, 0.07), None, (-0.05, -0.01, 0.03)), "accuracy", 0.03, 32, 0.0)
     assert found.words == (
         "v2: this model ignores the instruction: -2% tokens [-7%, +3%] at a change of accuracy of -1.0 points [-5.0, +3.0]; 5% is the least "
         "that counts. Do not train with it."
     )
-    found = judge("v3", effect(SHORTER, None, (-0.3, -0.2, -0.1)), "accuracy", 0.025, 32)
+    found = judge("v3", effect(SHORTER, None, (-0.3, -0.2, -0.1)), "accuracy", 0.025, 32, 0.0)
     assert found.words == (
         "v3: this model answers otherwise under it: -40% tokens [-50%, -30%] at a change of accuracy of -20.0 points [-30.0, -10.0]; the margin "
         "allows -2.5. Do not train with it."
     )
-    found = judge("v4", effect(SHORTER), None, 0.03, 32)
+    found = judge("v4", effect(SHORTER), None, 0.03, 32, 0.0)
     assert found.words == "v4 shortens: -40% tokens [-50%, -30%]. Whether its answers hold could not be measured."
-    found = judge("v5", effect((-0.3, -0.2, -0.1)), None, 0.03, 32)
+    found = judge("v5", effect((-0.3, -0.2, -0.1)), None, 0.03, 32, 0.0)
     assert found.words == "v5: answers get longer under it, +20% tokens [+10%, +30%]. Do not train with it."
-    found = judge("v1", effect(SHORTER, (-0.2, -0.1, 0.1)), "agreement", 0.03, 32)
+    found = judge("v1", effect(SHORTER, (-0.2, -0.1, 0.1)), "agreement", 0.03, 32, 0.0)
     assert found.words.endswith("the margin allows -3. Ask more prompts (--prompts 128 halves the interval).")
 
 
 def test_an_interval_beyond_the_margin_says_how_many_prompts_would_settle_it():
-    found = judge("v1", effect(SHORTER, (-0.06, 0.0, 0.06)), "agreement", 0.03, 32)
+    found = judge("v1", effect(SHORTER, (-0.06, 0.0, 0.06)), "agreement", 0.03, 32, 0.0)
     # Half the width needs four times the prompts
     assert found.words.endswith(
         "32 prompts cannot exclude a larger fall than the margin of 3.0 points; about 128 would."
     )
-    found = judge("v1", effect(SHORTER, (-0.1, -0.029, 0.05)), "agreement", 0.03, 32)
+    found = judge("v1", effect(SHORTER, (-0.1, -0.029, 0.05)), "agreement", 0.03, 32, 0.0)
     assert found.words.endswith("32 prompts cannot exclude a larger fall than the margin of 3.0 points.")
+
+
+@pytest.mark.parametrize(("truncated", "warns"), [(0.1, False), (0.25, True)])
+def test_cut_answers_are_said_to_favour_short_ones(truncated, warns):
+    found = judge("v1", effect(SHORTER, SAME), "agreement", 0.03, 32, truncated)
+    assert found.kind == "shortens"
+    assert ("But 25% of the plain answers were cut" in found.words) == warns
 
 
 def counted(agreement: float | None, accuracy: float | None) -> Counted:

@@ -40,14 +40,12 @@ from trl_crisp.preflight.asking import OWN_PROMPTS, Asking
 from trl_crisp.preflight.labels import Labels
 from trl_crisp.preflight.measuring import Measured
 from trl_crisp.preflight.settings import PreflightSettings
-from trl_crisp.preflight.verdict import choose_judge, judge, recommend
+from trl_crisp.preflight.verdict import MUCH_CUT, choose_judge, judge, recommend
 from trl_crisp.prompts.instructions import looks_like_math, speaks_of_math
 from trl_crisp.run.files import write_json
 
 SCHEMA = "trl-crisp preflight"
 SCHEMA_VERSION = 1
-# Ours: with more cut answers than this, as in measuring during training, lengths say more about the cap than about the model
-MUCH_CUT = 0.1
 
 
 def write_preflight(
@@ -82,7 +80,7 @@ def write_preflight(
     names = [told.name for told in asking.told]
     judged_by = choose_judge(count, labels.count, measured.plain, settings.margin)
     verdicts = [
-        judge(name, effect, judged_by, settings.margin, count)
+        judge(name, effect, judged_by, settings.margin, count, measured.plain.truncated)
         for name, effect in zip(names, measured.effects, strict=True)
     ]
     lengths = [counted.mean_tokens for counted in measured.told]
@@ -161,8 +159,9 @@ def _notes(settings: PreflightSettings, asking: Asking, measured: Measured) -> l
     ]
     if measured.plain.truncated > MUCH_CUT:
         notes.append(
-            f"{measured.plain.truncated:.0%} of the plain answers were cut at {settings.max_completion_length:,} tokens, so lengths and answers "
-            "say more about the cap than about the model. Raise --max_completion_length."
+            f"{measured.plain.truncated:.0%} of the plain answers were cut at {settings.max_completion_length:,} tokens. They lack their full "
+            "length and final answer, so the reduction is too small, and the changes of agreement and accuracy favour shorter answers. Raise "
+            "--max_completion_length."
         )
     if settings.max_steps is None and asking.rows < settings.rollouts_per_step:
         notes.append(

@@ -17,6 +17,8 @@ MIN_REDUCTION = 0.05
 MIN_SHARE_WITH_LABEL = 0.5
 # Ours: lengths that differ by less are equally short
 EQUALLY_SHORT = 0.02
+# Ours: with more cut answers than this, as in measuring during training, numbers say more about the cap than about the model
+MUCH_CUT = 0.1
 # Rounding must not turn a fall of exactly the margin into more
 _ROUNDING = 1e-9
 
@@ -64,7 +66,9 @@ def choose_judge(prompts: int, labelled: int, plain: Counted, margin: float) -> 
     return "agreement" if plain.agreement is not None and plain.agreement > margin else None
 
 
-def judge(name: str, effect: Effect, judged_by: Judge | None, margin: float, prompts: int) -> Verdict:
+def judge(
+    name: str, effect: Effect, judged_by: Judge | None, margin: float, prompts: int, plain_truncated: float
+) -> Verdict:
     """
     Return the verdict on an instruction. The first rule that applies:
 
@@ -80,6 +84,7 @@ def judge(name: str, effect: Effect, judged_by: Judge | None, margin: float, pro
         judged_by: See [`choose_judge`].
         margin: See [`~trl_crisp.preflight.settings.PreflightSettings`].
         prompts: How many were asked.
+        plain_truncated: The share of plain answers that were cut. If they are many, the words of `"shortens"` warn.
     """
     reduction = effect.reduction
     change = {"accuracy": effect.accuracy_change, "agreement": effect.agreement_change, None: None}[judged_by]
@@ -117,6 +122,8 @@ def judge(name: str, effect: Effect, judged_by: Judge | None, margin: float, pro
         words += " Whether its answers hold could not be measured."
     elif change is not None and change.low < -margin - _ROUNDING:
         words += f" {_enough(change, margin, prompts)}"
+    if plain_truncated > MUCH_CUT:
+        words += f" But {plain_truncated:.0%} of the plain answers were cut, which favours the shorter ones."
     return Verdict("shortens", judged_by, words)
 
 
