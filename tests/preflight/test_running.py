@@ -331,6 +331,7 @@ def test_the_help_has_an_example_and_the_defaults(capsys):
         (["--prompt_column", "question"], ["no such column; it has prompt, answer"]),
         (["--max_completion_length", "5000"], ["needs 5", "positions", "Give --max_completion_length"]),
         (["--max_prompt_length", "20"], ["only 0 different prompts that are short enough"]),
+        (["--lora_target_modules", "nowhere"], ["lora_target_modules=['nowhere']", "nowhere"]),
         (["--output", "ROWS"], ["is a file. Give a directory"]),
     ],
 )

@@ -52,25 +52,31 @@ def test_the_first_rule_that_applies_decides(reduction, change, kind, judged_by)
 
 def test_the_words_have_the_numbers():
     found = judge("v1", effect((0.331, 0.384, 0.426), (-0.006, 0.012, 0.028)), "agreement", 0.03, 32, 0.0)
-    assert found.words == (
-        "v1 shortens: -38% tokens [-43%, -33%] at a change of agreement of +1.2 points [-0.6, +2.8]."
-    )
+    assert found.words == ("v1 shortens by 38% [33%, 43%] at an agreement change of +1.2 points [-0.6, +2.8].")
     found = judge("v2", effect((-0.03, 0.02, 0.07), None, (-0.05, -0.01, 0.03)), "accuracy", 0.03, 32, 0.0)
     assert found.words == (
-        "v2: this model ignores the instruction: -2% tokens [-7%, +3%] at a change of accuracy of -1.0 points [-5.0, +3.0]; 5% is the least "
+        "v2: this model ignores the instruction: -2% tokens [-7%, +3%] at an accuracy change of -1.0 points [-5.0, +3.0]; 5% is the least "
         "that counts. Do not train with it."
     )
     found = judge("v3", effect(SHORTER, None, (-0.3, -0.2, -0.1)), "accuracy", 0.025, 32, 0.0)
     assert found.words == (
-        "v3: this model answers otherwise under it: -40% tokens [-50%, -30%] at a change of accuracy of -20.0 points [-30.0, -10.0]; the margin "
+        "v3: this model answers otherwise under it: -40% tokens [-50%, -30%] at an accuracy change of -20.0 points [-30.0, -10.0]; the margin "
         "allows -2.5. Do not train with it."
     )
     found = judge("v4", effect(SHORTER), None, 0.03, 32, 0.0)
-    assert found.words == "v4 shortens: -40% tokens [-50%, -30%]. Whether its answers hold could not be measured."
+    assert found.words == "v4 shortens by 40% [30%, 50%]. Whether its answers hold could not be measured."
     found = judge("v5", effect((-0.3, -0.2, -0.1)), None, 0.03, 32, 0.0)
     assert found.words == "v5: answers get longer under it, +20% tokens [+10%, +30%]. Do not train with it."
     found = judge("v1", effect(SHORTER, (-0.2, -0.1, 0.1)), "agreement", 0.03, 32, 0.0)
-    assert found.words.endswith("the margin allows -3. Ask more prompts (--prompts 128 halves the interval).")
+    assert found.words == (
+        "v1 shortens by 40% [30%, 50%] at an agreement change of -10.0 points [-20.0, +10.0]; the margin allows -3, so its answers may not "
+        "hold. Ask more prompts (--prompts 128 halves the interval)."
+    )
+    found = judge("v1", effect((-0.001, 0.2, 0.4), (-0.0001, -0.0001, 0.0)), "agreement", 0.03, 32, 0.0)
+    assert found.words == (
+        "v1 shortens by 20% [0%, 40%] at an agreement change of +0.0 points [+0.0, +0.0]; the interval reaches 0, so it may not. Ask more "
+        "prompts (--prompts 128 halves the interval)."
+    )
 
 
 def test_an_interval_beyond_the_margin_says_how_many_prompts_would_settle_it():

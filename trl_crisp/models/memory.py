@@ -15,6 +15,10 @@ _FLOAT32_BYTES = 4
 _ADAMW_STATES = 2
 
 
+class NoEstimateError(ValueError):
+    """There are no formulas for this kind of model."""
+
+
 @dataclass(frozen=True)
 class RunMemory:
     """
@@ -110,7 +114,8 @@ def estimate_memory(
         compute_dtype: The dtype of the computation (`bf16`, the default on a GPU).
 
     Raises:
-        ValueError: If a number is below 1, the config is not that of a causal language model, or no layer has a name of the targets.
+        NoEstimateError: If the config is not that of a causal language model of transformers with attention.
+        ValueError: If a number is below 1, or no layer has a name of the targets.
     """
     numbers = {
         "prompt_tokens": prompt_tokens,
@@ -165,8 +170,8 @@ def estimate_memory(
     )
 
 
-def _unknown(config: PretrainedConfig, reason: str) -> ValueError:
-    return ValueError(f"the memory of a {config.model_type!r} cannot be estimated: {reason}")
+def _unknown(config: PretrainedConfig, reason: str) -> "NoEstimateError":
+    return NoEstimateError(f"the memory of a {config.model_type!r} cannot be estimated: {reason}")
 
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> Any:
@@ -188,7 +193,10 @@ def _adapter_of(model: Any, r: int, target_modules: str | Sequence[str]) -> tupl
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     with torch.device("meta"):
-        adapted = get_peft_model(model, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM"))
+        try:
+            adapted = get_peft_model(model, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM"))
+        except ValueError as error:
+            raise ValueError(f"lora_target_modules={targets!r}: {error}") from error
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     return sum(one.numel() for one in trained), sum(one.numel() * one.element_size() for one in trained)
 

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from trl_crisp.models.memory import RunMemory, estimate_memory
+from trl_crisp.models.memory import NoEstimateError, estimate_memory
 from trl_crisp.preflight.asking import OWN_PROMPTS, Asking
 from trl_crisp.preflight.labels import Labels
 from trl_crisp.preflight.measuring import Measured
@@ -58,18 +58,18 @@ def write_preflight(
     measured: Measured,
     kl_nats: Sequence[float] | None,
     kl_reason: str | None,
-    config: Any,
+    needs: dict[str, Any],
     tokenizer: Any,
     wall_s: float,
 ) -> dict[str, Any]:
     """
-    Judge what was measured, estimate what a run needs, and write preflight.json.
+    Judge what was measured, and write preflight.json.
 
     Args:
         output_dir: The directory of preflight.json.
         settings, protocol, asking, labels, first_prompts, measured: What was asked and measured.
         kl_nats: The reverse KL under each instruction; `None` if it could not be computed, and `kl_reason` says why.
-        config: The model's config.
+        needs: See [`run_needs`].
         tokenizer: The model's tokenizer.
         wall_s: How long it took.
 
@@ -120,7 +120,10 @@ def write_preflight(
         "reverse_kl_reason": kl_reason,
         "recommendation": asdict(recommend(names, verdicts, lengths, measured.effects)),
         "notes": _notes(settings, asking, measured),
-        "run": _run_needs(settings, asking, measured, config),
+        "run": {
+            **needs,
+            "rollout_tokens": round(needs["steps"] * needs["rollouts_per_step"] * measured.plain.mean_tokens),
+        },
         "answers": [
             {
                 "row": one.row,
@@ -178,42 +181,36 @@ def _notes(settings: PreflightSettings, asking: Asking, measured: Measured) -> l
     return notes
 
 
-def _run_needs(settings: PreflightSettings, asking: Asking, measured: Measured, config: Any) -> dict[str, Any]:
-    steps = settings.max_steps or asking.rows // settings.rollouts_per_step
-    rollouts = steps * settings.rollouts_per_step
+def run_needs(settings: PreflightSettings, asking: Asking, config: Any) -> dict[str, Any]:
+    """
+    Return the `run` of the results but for `rollout_tokens`. Nothing needs to be sampled for it.
+
+    Raises:
+        ValueError: If the adapter does not fit the model.
+    """
     needs: dict[str, Any] = {
-        "steps": steps,
+        "steps": settings.max_steps or asking.rows // settings.rollouts_per_step,
         "rollouts_per_step": settings.rollouts_per_step,
-        "rollout_tokens": round(rollouts * measured.plain.mean_tokens),
         "full": None,
         "lora": None,
         "memory_reason": None,
     }
-    prompt_tokens = max(len(ids) for one in asking.asked for ids in (one.plain_ids, *one.told_ids))
     targets = settings.lora_target_modules
-    for name, adapter in (
-        ("full", {}),
-        (
-            "lora",
-            {"lora_r": settings.lora_r, "lora_target_modules": targets[0] if targets == ("all-linear",) else targets},
-        ),
-    ):
+    lora = {"lora_r": settings.lora_r, "lora_target_modules": targets[0] if targets == ("all-linear",) else targets}
+    adapters: dict[str, dict[str, Any]] = {"full": {}, "lora": lora}
+    for name, adapter in adapters.items():
         try:
             memory = estimate_memory(
                 config,
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=max(len(ids) for one in asking.asked for ids in (one.plain_ids, *one.told_ids)),
                 completion_tokens=settings.max_completion_length,
                 micro_batch=settings.per_device_train_batch_size,
                 rollouts_at_once=settings.rollouts_per_step,
                 dtype=getattr(torch, settings.dtype),
-                **adapter,  # type: ignore[arg-type]
+                **adapter,
             )
-        except ValueError as error:
+        except NoEstimateError as error:
             needs["memory_reason"] = str(error)
         else:
-            needs[name] = _memory_to_dict(memory)
+            needs[name] = {**asdict(memory), "update_gib": memory.update_gib, "peak_gib": memory.peak_gib}
     return needs
-
-
-def _memory_to_dict(memory: RunMemory) -> dict[str, Any]:
-    return {**asdict(memory), "update_gib": memory.update_gib, "peak_gib": memory.peak_gib}

@@ -34,8 +34,9 @@ from trl_crisp.preflight.asking import Told, draw_prompts, resolve_all
 from trl_crisp.preflight.divergence import mean_reverse_kl
 from trl_crisp.preflight.labels import find_labels
 from trl_crisp.preflight.measuring import Samples, measure
-from trl_crisp.preflight.results import write_preflight
+from trl_crisp.preflight.results import run_needs, write_preflight
 from trl_crisp.preflight.settings import PreflightSettings
+from trl_crisp.prompts.pairs import check_columns
 from trl_crisp.prompts.thinking import find_think_ids
 from trl_crisp.rows.prompts import load_prompts
 
@@ -80,6 +81,7 @@ def run_preflight(
             )
     source = find_model(settings.model)
     dataset, _ = load_prompts(settings.rows)
+    check_columns(dataset)
     with locked(output_dir):
         return _run(settings, source, dataset, output_dir, on_progress or (lambda *args: None), on_start, answer_of)
 
@@ -108,6 +110,7 @@ def _run(
         PLAIN.name: str(tokenizer.decode(plain_ids[0])),
         **{one.name: str(tokenizer.decode(ids[0])) for one, ids in zip(asking.told, told_ids, strict=True)},
     }
+    needs = run_needs(settings, asking, config)
     if on_start is not None:
         on_start(
             {
@@ -140,7 +143,7 @@ def _run(
         measured,
         kl_nats,
         kl_reason,
-        config,
+        needs,
         tokenizer,
         time.monotonic() - start_s,
     )

@@ -89,7 +89,8 @@ def judge(
     reduction = effect.reduction
     change = {"accuracy": effect.accuracy_change, "agreement": effect.agreement_change, None: None}[judged_by]
     tokens = _tokens(reduction)
-    measured = "" if change is None else f" at a change of {judged_by} of {_points(change)}"
+    shorter = f"{_percent(reduction.estimate)} [{_percent(reduction.low)}, {_percent(reduction.high)}]"
+    measured = "" if change is None else f" at an {judged_by} change of {_points(change)}"
     allowed = (
         f"the margin allows {-100 * margin:.0f}" if not 100 * margin % 1 else f"the margin allows {-100 * margin:.1f}"
     )
@@ -113,11 +114,12 @@ def judge(
         return Verdict(
             "uncertain",
             judged_by,
-            f"{name} shortens, and its answers may not hold: {tokens}{measured}; {allowed}. {_more(prompts)}",
+            f"{name} shortens by {shorter}{measured}; {allowed}, so its answers may not hold. {_more(prompts)}",
         )
     if reduction.low <= 0:
-        return Verdict("uncertain", judged_by, f"{name}: {tokens}{measured}; the interval reaches 0. {_more(prompts)}")
-    words = f"{name} shortens: {tokens}{measured}."
+        words = f"{name} shortens by {shorter}{measured}; the interval reaches 0, so it may not. {_more(prompts)}"
+        return Verdict("uncertain", judged_by, words)
+    words = f"{name} shortens by {shorter}{measured}."
     if judged_by is None:
         words += " Whether its answers hold could not be measured."
     elif change is not None and change.low < -margin - _ROUNDING:
@@ -171,12 +173,19 @@ def _change_of(effect: Effect, judged_by: Judge | None) -> float:
     return 0.0 if judged_by is None or change is None else change.estimate
 
 
+def _percent(share: float, sign: str = "") -> str:
+    # Adding 0 makes 0 of -0
+    return f"{round(100 * share) + 0.0:{sign}.0f}%"
+
+
 def _tokens(reduction: Interval) -> str:
-    return f"{-reduction.estimate:+.0%} tokens [{-reduction.high:+.0%}, {-reduction.low:+.0%}]"
+    estimate, low, high = (_percent(-end, "+") for end in (reduction.estimate, reduction.high, reduction.low))
+    return f"{estimate} tokens [{low}, {high}]"
 
 
 def _points(change: Interval) -> str:
-    return f"{100 * change.estimate:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+    estimate, low, high = (f"{round(100 * end, 1) + 0.0:+.1f}" for end in (change.estimate, change.low, change.high))
+    return f"{estimate} points [{low}, {high}]"
 
 
 def _more(prompts: int) -> str:

@@ -112,10 +112,13 @@ def _share(value: float | None) -> str:
 
 
 def _reduction(interval: dict[str, float]) -> str:
-    return f"{-interval['estimate']:+.0%} [{-interval['high']:+.0%}, {-interval['low']:+.0%}]"
+    # Adding 0 makes 0 of -0
+    estimate, low, high = (f"{round(-100 * interval[end]) + 0.0:+.0f}%" for end in ("estimate", "high", "low"))
+    return f"{estimate} [{low}, {high}]"
 
 
 def _change(interval: dict[str, float] | None) -> str:
     if interval is None:
         return ""
-    return f"{100 * interval['estimate']:+.1f} [{100 * interval['low']:+.1f}, {100 * interval['high']:+.1f}]"
+    estimate, low, high = (f"{round(100 * interval[end], 1) + 0.0:+.1f}" for end in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"
