@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from benchmarks.lab.task import draw_problem, lab_tokenizer, prompt
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
@@ -395,3 +395,64 @@ def test_a_run_whose_memory_has_no_formula_says_so(lab, capsys):
     assert "GPU memory of a run" not in said
     assert "the memory of a 'mamba' cannot be estimated" in said
     assert "No reverse KL: the memory did not hold the model." in said
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """Return settings that ask a tiny model for stories, which have no final answer."""
+    save_tiny(tmp_path / "model")
+    prompts = ["Tell me about snow.", "Who are you?", "Say hello.", "Why is the sky blue?", "Write a poem.", "Sing!"]
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in [*prompts, "Name a bird.", "Name a tree."]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PreflightSettings(
+        str(tmp_path / "model"), str(tmp_path / "rows.jsonl"), ("v1", "general"), 8, 2, max_completion_length=4
+    )
+
+
+def test_an_instruction_that_speaks_of_math_is_noted_if_the_prompts_do_not(chat, tmp_path):
+    found = run_preflight(chat, tmp_path / "out")
+    [note] = [note for note in found["notes"] if "speaks of a math problem" in note]
+    assert note.startswith(
+        "v1 speaks of a math problem, but only 0% of the prompts look like one. Try --instruction general"
+    )
+    assert found["labels"] == {
+        "column": None,
+        "kind": "math",
+        "reason": "the rows have no answer, solution or reward_model.ground_truth",
+    }
+    assert found["judged_by"] is None
+
+
+def test_a_reverse_kl_that_memory_does_not_hold_is_left_out_with_a_word(chat, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("trl_crisp.preflight.divergence.last_hidden_state", fail)
+    found = run_preflight(chat, tmp_path / "out")
+    assert [one["reverse_kl_nats"] for one in found["instructions"]] == [None, None]
+    assert "memory did not hold the model" in found["reverse_kl_reason"]
+    assert found["plain"]["mean_tokens"] > 0
+
+
+def test_a_model_that_training_refuses_is_refused_before_anything_is_sampled(chat, tmp_path, capsys):
+    # Its hidden states change with the padding, whatever the positions
+    config = RwkvConfig(
+        vocab_size=300,
+        hidden_size=16,
+        attention_hidden_size=16,
+        num_hidden_layers=2,
+        eos_token_id=260,
+        bos_token_id=259,
+    )
+    RwkvForCausalLM(config).save_pretrained(chat.model)
+    with pytest.raises(ValueError, match="gives other hidden states when a row is padded"):
+        run_preflight(chat, tmp_path / "out")
+    assert not (tmp_path / "out" / "samples").exists()
+
+
+def test_images_are_refused(chat, tmp_path):
+    path = Path(chat.dataset)
+    rows = [{**json.loads(line), "image": "x.png"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="vision inputs are not supported"):
+        run_preflight(chat, tmp_path / "out")
