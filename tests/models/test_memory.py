@@ -3,7 +3,16 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, MambaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
 from tests.tiny_models import tiny_model
 from trl_crisp.models.memory import GIB_BYTES, RunMemory, estimate_memory
@@ -95,6 +104,44 @@ def test_the_parts_of_a_released_model_by_hand():
     assert memory.peak_gib == pytest.approx(30.513 * 4 + 81, abs=0.01)
     lora = estimate_memory(QWEN3_8B, prompt_tokens=1024, completion_tokens=8192, lora_r=32)
     assert lora.update_gib == pytest.approx(30.513 + 5 * 0.3252 + 10.125 + 1.75 + 7.805, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    # Qwen3 also keeps the inputs of the norms of queries and keys
+    ("config_type", "dtype", "tolerance"),
+    [(LlamaConfig, torch.float32, 0.02), (Qwen3Config, torch.float32, 0.15), (Qwen3Config, torch.bfloat16, 0.05)],
+)
+def test_a_layer_keeps_what_was_counted_for_its_backward_pass(config_type, dtype, tolerance):
+    """Half of the estimate: the other half is for the gradients."""
+    tokens = 320
+    config = config_type(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    hidden = model.model.embed_tokens(torch.zeros((1, tokens), dtype=torch.long)).detach().requires_grad_()
+    positions = torch.arange(tokens)[None]
+    rotations = model.model.rotary_emb(hidden, positions)
+    saved: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor):
+        # Weights, and their copies in bfloat16, have no dimension of the tokens
+        if tokens in tensor.shape:
+            kept.append(tensor)
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        model.model.layers[0](hidden, position_embeddings=rotations, attention_mask=None, position_ids=positions)
+    memory = estimate_memory(config, prompt_tokens=1, completion_tokens=tokens - 1, micro_batch=1, dtype=dtype)
+    assert in_bytes(memory.layer_gib) / 2 == pytest.approx(sum(saved.values()), rel=tolerance)
 
 
 def test_a_tied_or_rounded_head_has_a_gradient_of_its_own_in_the_kernel():

@@ -97,6 +97,7 @@ def estimate_memory(
       (of a mixture of experts: of those that a token uses) and Q query and K key-value heads of width D: 2 H b for the residual stream;
       8 H for the norms' float32 inputs; c (4 H + 3 Q D + 3 K D + 4 I) for the norms' outputs, queries and keys before and after the
       rotary embedding, values, the attention's two outputs, the MLP's four tensors and its output. The attention matrix is not kept (SDPA).
+      A Llama layer keeps 1% more than this on a CPU, a Qwen3 layer, which also has norms of queries and keys, 15% more.
     - autocast: t c for full fine-tuning of weights of another dtype. Only weights that are trained are kept (torch's autocast cache).
     - loss: two float32 tiles of at most 4096 tokens x 32768 words (TRL's kernel), and 3 B C H in float32. The kernel's float32
       gradient of the head is counted if it is not the parameter's own gradient: the head is tied, or not in float32.
