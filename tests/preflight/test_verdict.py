@@ -61,7 +61,7 @@ def test_the_words_have_the_numbers():
     found = judge("v3", effect(SHORTER, None, (-0.3, -0.2, -0.1)), "accuracy", 0.025, 32, 0.0)
     assert found.words == (
         "v3: this model answers otherwise under it: -40% tokens [-50%, -30%] at an accuracy change of -20.0 points [-30.0, -10.0]; the margin "
-        "allows -2.5. Do not train with it."
+        "allows a fall of 2.5. Do not train with it."
     )
     found = judge("v4", effect(SHORTER), None, 0.03, 32, 0.0)
     assert found.words == "v4 shortens by 40% [30%, 50%]. Whether its answers hold could not be measured."
@@ -69,7 +69,7 @@ def test_the_words_have_the_numbers():
     assert found.words == "v5: answers get longer under it, +20% tokens [+10%, +30%]. Do not train with it."
     found = judge("v1", effect(SHORTER, (-0.2, -0.1, 0.1)), "agreement", 0.03, 32, 0.0)
     assert found.words == (
-        "v1 shortens by 40% [30%, 50%] at an agreement change of -10.0 points [-20.0, +10.0]; the margin allows -3, so its answers may not "
+        "v1 shortens by 40% [30%, 50%] at an agreement change of -10.0 points [-20.0, +10.0]; the margin allows a fall of 3, so its answers may not "
         "hold. Ask more prompts (--prompts 128 halves the interval)."
     )
     found = judge("v1", effect((-0.001, 0.2, 0.4), (-0.0001, -0.0001, 0.0)), "agreement", 0.03, 32, 0.0)

@@ -91,9 +91,7 @@ def judge(
     tokens = _tokens(reduction)
     shorter = f"{_percent(reduction.estimate)} [{_percent(reduction.low)}, {_percent(reduction.high)}]"
     measured = "" if change is None else f" at an {judged_by} change of {_points(change)}"
-    allowed = (
-        f"the margin allows {-100 * margin:.0f}" if not 100 * margin % 1 else f"the margin allows {-100 * margin:.1f}"
-    )
+    allowed = f"the margin allows a fall of {100 * margin:g}"
     if reduction.high < 0:
         return Verdict(
             "lengthens", judged_by, f"{name}: answers get longer under it, {tokens}{measured}. Do not train with it."
