@@ -67,7 +67,9 @@ class ConciseBaseDistance:
         self._start = self._trained_values()
         if is_peft_model(self._model) and self.trainer.is_world_process_zero():
             directory.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.cpu().contiguous() for name, value in self._start.items()}, directory / ADAPTER_FILE)
+            save_file(
+                {name: value.cpu().contiguous() for name, value in self._start.items()}, directory / ADAPTER_FILE
+            )
 
     def resume_run(self, directory: Path) -> None:
         """
@@ -198,7 +200,9 @@ def answer_log_probs(
         )
         hidden_BTH = last_hidden_state(model, ids_BT, mask_BT, pass_positions=False)
         head = output_head(model, hidden_BTH.dtype)
-        hidden_NH = torch.cat([hidden_BTH[row, len(prompts[i]) - 1 : len(sequences[i])] for row, i in enumerate(batch)])
+        hidden_NH = torch.cat(
+            [hidden_BTH[row, len(prompts[i]) - 1 : len(sequences[i])] for row, i in enumerate(batch)]
+        )
         ids_N = torch.tensor([token for i in batch for token in answers[i]], device=head.weight_VH.device)
         log_probs_N = []
         for hidden_part_NH, ids_part_N in zip(

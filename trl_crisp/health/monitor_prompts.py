@@ -98,9 +98,7 @@ def load_monitor_file(path: str, script_args: CRISPScriptArguments | None = None
     # Only the distance from the base needs teacher's prompts
     column = given["teacher_prompt_column"]
     column = column if column in loaded.column_names else None
-    rows = to_prompts(
-        loaded, CRISPScriptArguments(**{**given, "dataset_name": path, "teacher_prompt_column": column})
-    )
+    rows = to_prompts(loaded, CRISPScriptArguments(**{**given, "dataset_name": path, "teacher_prompt_column": column}))
     assert isinstance(rows, Dataset)
     return rows
 
