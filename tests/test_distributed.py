@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import fsdp2
+from tests.distributed import distance, fsdp2
 from tests.distributed.runs import DDP_RUNS, ZERO_RUN, Outcome, Run, alone, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -199,6 +199,19 @@ def test_zero3_keeps_tied_weights_tied(zero3):
 def test_zero3_with_lora_is_an_error_that_names_the_way_out(zero3):
     assert "does not work under DeepSpeed ZeRO-3" in zero3["lora"]
     assert "ZeRO-2 or FSDP2" in zero3["lora"]
+
+
+@pytest.mark.parametrize("launch", ["ddp", "zero2"])
+def test_the_distance_of_two_processes_is_that_of_one(launch, request, tmp_path):
+    outcome = request.getfixturevalue(launch)["distance"]
+    assert outcome.logged[0] == pytest.approx(distance.measure(tmp_path).logged[0], abs=1e-5)
+    assert list(outcome.logged) == [0, 1, 2]
+    assert outcome.found == pytest.approx(outcome.expected, abs=1e-4)
+    assert outcome.is_restored
+
+
+def test_zero3_has_no_distance_and_says_so(zero3):
+    assert "monitor_distance: DeepSpeed ZeRO-3 partitions the weights" in zero3["distance"]
 
 
 @pytest.mark.parametrize("name", fsdp2.CASES)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.distributed import fsdp2
+from tests.distributed import distance, fsdp2
 from tests.distributed.runs import DDP_RUNS, LATER_EPOCH_RUN, SAVING_RUN, SCALE, ZERO_RUN, Run, make_trainer, train
 from tests.tiny_models import save_tiny
 
@@ -24,6 +24,7 @@ def ddp(directory: Path) -> Outcomes:
     for name, run in (("", SAVING_RUN), ("-later", LATER_EPOCH_RUN)):
         outcomes[f"saved{name}"] = train(run, directory / f"saved{name}")
         outcomes[f"resumed{name}"] = _resume(run, directory / f"saved{name}")
+    outcomes["distance"] = distance.measure(directory / "distance")
     return outcomes
 
 
@@ -32,6 +33,8 @@ def zero2(directory: Path) -> Outcomes:
     _forget_launch()
     outcomes["resumed"] = _resume(SAVING_RUN, directory)
     outcomes["lora"] = _train_zero(replace(ZERO_RUN, lora=True), directory)
+    _forget_launch()
+    outcomes["distance"] = distance.measure(directory / "distance")
     return outcomes
 
 
@@ -51,6 +54,11 @@ def zero3(directory: Path) -> Outcomes:
         make_trainer(replace(ZERO_RUN, lora=True), directory)
     except ValueError as error:
         outcomes["lora"] = str(error)
+    _forget_launch()
+    try:
+        distance.measure(directory / "distance")
+    except ValueError as error:
+        outcomes["distance"] = str(error)
     return outcomes
 
 
