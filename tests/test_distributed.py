@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import fsdp2
+from tests.distributed import distance, fsdp2
 from tests.distributed.runs import DDP_RUNS, ZERO_RUN, Outcome, Run, alone, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -210,6 +210,19 @@ def test_a_run_ends_with_the_weights_of_its_best_checkpoint(request, stage, name
         if ".teacher." not in parameter:
             assert torch.equal(weight, by_steps[0][parameter]), parameter
     assert any(not torch.equal(weight, by_steps[2][parameter]) for parameter, weight in end.items())
+
+
+@pytest.mark.parametrize("launch", ["ddp", "zero2"])
+def test_the_distance_of_two_processes_is_that_of_one(launch, request, tmp_path):
+    outcome = request.getfixturevalue(launch)["distance"]
+    assert outcome.logged[0] == pytest.approx(distance.measure(tmp_path).logged[0], abs=1e-5)
+    assert list(outcome.logged) == [0, 1, 2]
+    assert outcome.found == pytest.approx(outcome.expected, abs=1e-4)
+    assert outcome.is_restored
+
+
+def test_zero3_has_no_distance_and_says_so(zero3):
+    assert "monitor_distance: DeepSpeed ZeRO-3 partitions the weights" in zero3["distance"]
 
 
 @pytest.mark.parametrize("name", fsdp2.CASES)

@@ -102,6 +102,10 @@ class CRISPConfig(DistillationConfig):
             How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line.
         monitor_margin (`float`, defaults to `0.03`; ours, as in the trials):
             How far agreement may be below the base's own before it counts as fallen: 0.03 is three points.
+        monitor_distance (`bool`, defaults to `False`; ours, because it costs two passes over the answers):
+            Also measure how many nats an answer of the student is more likely than under the base told to be concise
+            ([`~trl_crisp.health.distance.ConciseBaseDistance`]). With LoRA it costs no memory; in full fine-tuning the initial weights are
+            kept in the CPU's memory.
         teacher_refresh_gate (`str`, *optional*):
             `"agreement"` postpones a due refresh while agreement is below the base's own by more than `monitor_margin`. If unset, each
             due refresh happens, as in the paper.
@@ -207,6 +211,10 @@ class CRISPConfig(DistillationConfig):
     )
     monitor_margin: float = field(
         default=0.03, metadata={"help": "How far agreement may be below the base's own; 0.03 is three points."}
+    )
+    monitor_distance: bool = field(
+        default=False,
+        metadata={"help": "Also measure how far the student's answers are from the base told to be concise, in nats."},
     )
     teacher_refresh_gate: str | None = field(
         default=None,
@@ -438,7 +446,7 @@ class CRISPConfig(DistillationConfig):
                     "monitor_prompts, such as 64, or monitor_file."
                 )
             defaults = CRISPConfig.__dataclass_fields__
-            names = ("monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin")
+            names = ("monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin", "monitor_distance")
             if changed := [name for name in names if getattr(self, name) != defaults[name].default]:
                 self._warn(f"{', '.join(changed)} has no effect without monitor_prompts or monitor_file.")
             return

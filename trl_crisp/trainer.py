@@ -29,7 +29,7 @@ from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
 from trl_crisp.models.hidden_states import last_hidden_state
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
-from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
+from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 from trl_crisp.rollouts.own_sampling import own_sampling
 from trl_crisp.rollouts.text_measures import epistemic_words, repeats_itself
@@ -115,6 +115,9 @@ class CRISPTrainer(ResumableTrainer):
 
     args: CRISPConfig
     prompt_pairs: PromptPairs
+    # What was found in the training rows, and how many tokens at the end of each prompt open the model's turn
+    prompt_report: PromptReport
+    turn_tokens: int
     teacher: Teacher
 
     def __init__(
@@ -216,7 +219,7 @@ class CRISPTrainer(ResumableTrainer):
         if first is None:
             raise ValueError("the train dataset is empty. Check its split and filters.")
         check_row(first, 0)
-        self._turn_tokens = turn_tokens = self._count_generation_prompt_tokens(first["prompt"])
+        self.turn_tokens = turn_tokens = self._count_generation_prompt_tokens(first["prompt"])
         self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, turn_tokens)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {
@@ -226,7 +229,7 @@ class CRISPTrainer(ResumableTrainer):
         elif self.eval_dataset is not None:
             self.eval_dataset, _ = self.prompt_pairs.select(self.eval_dataset, turn_tokens, "eval")
 
-        self._report = report
+        self.prompt_report = report
         self.accelerator.print(f"CRISP: {report.describe(args.max_prompt_length)}")
         teacher_prompt, _ = self.prompt_pairs.teacher_prompt(first)
         (student_ids, teacher_ids), *_ = self._tokenize_prompts([first["prompt"], teacher_prompt])
@@ -282,7 +285,7 @@ class CRISPTrainer(ResumableTrainer):
         is_raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if is_raw and "teacher_prompt_ids" not in (eval_dataset.column_names or []):
             check_columns(eval_dataset, "eval")
-            eval_dataset, _ = self.prompt_pairs.select(eval_dataset, self._turn_tokens, "eval")
+            eval_dataset, _ = self.prompt_pairs.select(eval_dataset, self.turn_tokens, "eval")
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         # With persistent workers transformers keeps the first loader, and answers with it for any other rows
@@ -466,7 +469,7 @@ class CRISPTrainer(ResumableTrainer):
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.state.global_step == 0 < self.state.max_steps:
             raise ValueError(
-                f"the rows ended before the first step: of {self._report.rows} rows read, {self._report.dropped} were dropped "
+                f"the rows ended before the first step: of {self.prompt_report.rows} rows read, {self.prompt_report.dropped} were dropped "
                 f"because a prompt has more than max_prompt_length={self.args.max_prompt_length} tokens, and a step needs "
                 f"{self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes} rows. "
                 "Give more rows, a smaller batch, or a larger max_prompt_length."

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.distributed import fsdp2
+from tests.distributed import distance, fsdp2
 from tests.distributed.runs import (
     DDP_RUNS,
     LATER_EPOCH_RUN,
@@ -34,6 +34,7 @@ def ddp(directory: Path) -> Outcomes:
     for name, run in (("", SAVING_RUN), ("-later", LATER_EPOCH_RUN)):
         outcomes[f"saved{name}"] = train(run, directory / f"saved{name}")
         outcomes[f"resumed{name}"] = _resume(run, directory / f"saved{name}")
+    outcomes["distance"] = distance.measure(directory / "distance")
     return outcomes
 
 
@@ -45,6 +46,8 @@ def zero2(directory: Path) -> Outcomes:
     for name, lora in (("best", False), ("best-lora", True)):
         _forget_launch()
         outcomes[name] = end_with_the_best(replace(ZERO_RUN, lora=lora), directory / name)
+    _forget_launch()
+    outcomes["distance"] = distance.measure(directory / "distance")
     return outcomes
 
 
@@ -66,6 +69,11 @@ def zero3(directory: Path) -> Outcomes:
         make_trainer(replace(ZERO_RUN, lora=True), directory)
     except ValueError as error:
         outcomes["lora"] = str(error)
+    _forget_launch()
+    try:
+        distance.measure(directory / "distance")
+    except ValueError as error:
+        outcomes["distance"] = str(error)
     return outcomes
 
 

@@ -32,11 +32,13 @@ class MonitorPrompts:
         prompts: As the student has them.
         golds: The right answer to each prompt, as [`~trl_crisp.evaluation.grading.grade`] reads them; `None` if the rows have none.
         rows: The rows that are left to train on.
+        monitored: The rows of the prompts, with all their columns.
     """
 
     prompts: list[Prompt]
     golds: list[str | list[str]] | None
     rows: Any
+    monitored: Dataset
 
 
 def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None = None) -> MonitorPrompts:
@@ -76,7 +78,7 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
                 f"(row {shared[0][1]} of the training rows). What is trained on cannot be held out: remove them from the file or from the rows, "
                 "or set monitor_prompts alone, which leaves prompts out of the rows."
             )
-    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), train_dataset)
+    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), train_dataset, chosen)
 
 
 def load_monitor_file(path: str, script_args: CRISPScriptArguments | None = None) -> Dataset:
@@ -87,14 +89,16 @@ def load_monitor_file(path: str, script_args: CRISPScriptArguments | None = None
         path: A .jsonl, .json, .parquet or .csv file.
         script_args: How the training rows become prompts; by default by their column `prompt`.
     """
-    args = CRISPScriptArguments(
-        **{**vars(script_args or CRISPScriptArguments()), "dataset_name": path, "teacher_prompt_column": None}
-    )
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(
             f"monitor_file={path!r}: there is no such file (looked for {Path(path).expanduser().absolute()})."
         )
-    rows = to_prompts(load_file(Path(path).expanduser(), streaming=False, field_name="monitor_file"), args)
+    loaded = load_file(Path(path).expanduser(), streaming=False, field_name="monitor_file")
+    given = vars(script_args or CRISPScriptArguments())
+    # Only the distance from the base needs teacher's prompts
+    column = given["teacher_prompt_column"]
+    column = column if column in loaded.column_names else None
+    rows = to_prompts(loaded, CRISPScriptArguments(**{**given, "dataset_name": path, "teacher_prompt_column": column}))
     assert isinstance(rows, Dataset)
     return rows
 
@@ -116,7 +120,7 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
     taken = {keys[row] for row in rows}
     chosen = train_dataset.select(rows)
     left = train_dataset.select([row for row, key in enumerate(keys) if key not in taken])
-    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), left)
+    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), left, chosen)
 
 
 def _keys(dataset: Dataset) -> list[str]:
