@@ -63,6 +63,7 @@ DEFAULTS = [
     ("teacher_refresh_gate", None, "Algorithm 1 has no gate"),
     ("loss_normalization", "sequence", "Algorithm 1"),
     ("loss_temperature", 1.0, "authors' code"),
+    ("profile_steps", False, "ours, because measuring costs some speed"),
 ]
 
 
@@ -96,6 +97,7 @@ def test_every_field_that_crisp_sets_is_in_the_table_of_defaults():
         "loss_temperature",
         "max_prompt_length",
         "allow_changed_resume",
+        "profile_steps",
     }
 
 

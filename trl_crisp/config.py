@@ -115,6 +115,9 @@ class CRISPConfig(DistillationConfig):
             `output_dir`. If there is no such checkpoint, `"true"` starts afresh.
         allow_changed_resume (`bool`, defaults to `False`; ours, because a silent change trains toward another target):
             Resume from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this run's.
+        profile_steps (`bool`, defaults to `False`; ours, because measuring costs some speed):
+            Log the seconds of each step's parts, and the share of the hardware's limit that training reaches
+            ([`~trl_crisp.run.profile.StepProfile`]).
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -215,6 +218,10 @@ class CRISPConfig(DistillationConfig):
     allow_changed_resume: bool = field(
         default=False,
         metadata={"help": "Resume from a checkpoint of a run with another instruction, schedule, adapter or model."},
+    )
+    profile_steps: bool = field(
+        default=False,
+        metadata={"help": "Log the seconds of each step's parts and the share of the hardware's limit (profile/*)."},
     )
 
     def __post_init__(self) -> None:

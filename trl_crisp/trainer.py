@@ -36,6 +36,7 @@ from trl_crisp.rollouts.packing import sort_and_trim
 from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
+from trl_crisp.run.profile import StepProfile
 from trl_crisp.run.resumable import ResumableTrainer
 from trl_crisp.teacher import Teacher, make_teacher
 
@@ -180,6 +181,8 @@ class CRISPTrainer(ResumableTrainer):
         # Filled inside the wrapped forward, which must not run a collective operation; compute_loss reads it afterwards
         self._diagnostics: dict[str, Diagnostic] | None = None
         self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
+        if args.profile_steps:
+            StepProfile(self)
 
     def _check_learning_rate(self) -> None:
         rate = self.args.learning_rate
