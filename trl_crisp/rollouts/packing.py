@@ -21,10 +21,10 @@ def sort_and_trim(micro_batches: list[Batch], pad_to_multiple_of: int | None = N
     """
     Return the same rollouts in as many micro-batches of the same size, with less padding.
 
-    Rollouts are sorted by the length of their completions, or by that of their prompts if this computes fewer tokens; of rollouts
-    of one length the order stays. Then the padding that no row of a micro-batch needs is cut off. The widest micro-batch comes first:
-    if the memory is too small, this shows at once, the allocator can serve the later ones from the blocks of the first, and
-    processes that wait for each other compute about as much at the same time.
+    Rollouts are sorted by the length of their completions, and those of about one length by that of their prompts. How large the
+    steps of "about" are is chosen so that the fewest tokens are computed. Then the padding that no row of a micro-batch needs is cut
+    off. The widest micro-batch comes first: if the memory is too small, this shows at once, the allocator can serve the later ones from
+    the blocks of the first, and processes that wait for each other compute about as much at the same time.
 
     Args:
         micro_batches: The rollouts of one optimizer step on this process, as TRL has padded and split them. Prompts are padded on
@@ -49,11 +49,12 @@ def sort_and_trim(micro_batches: list[Batch], pad_to_multiple_of: int | None = N
     def width_of(rows: Sequence[int]) -> int:
         return sum(_PARTS[part][1] * width for part, width in widths_of(rows).items())
 
-    prompts = [part for part in parts if part != "completion"]
-    as_given = range(count)
-    by_completion = _longest_first(as_given, [lengths[part] for part in ("completion", *prompts)])
-    by_prompt = _longest_first(as_given, [lengths[part] for part in (*prompts, "completion")])
-    splits = [_split(order, size) for order in (as_given, by_completion, by_prompt)]
+    completions = lengths["completion"]
+    prompts = [sum(lengths[part][row] for part in parts if part != "completion") for row in range(count)]
+    # The order as it is first, so that it stays if no other computes fewer tokens
+    orders = [list(range(count))]
+    orders += [_sorted_rows(completions, prompts, bin_tokens) for bin_tokens in _bin_sizes_tokens(max(completions))]
+    splits = [[order[start : start + size] for start in range(0, count, size)] for order in orders]
     best = min(splits, key=lambda split: sum(map(width_of, split)))
     return [_take(step, rows, widths_of(rows)) for rows in sorted(best, key=width_of, reverse=True)]
 
@@ -64,13 +65,20 @@ def padded_length(lengths_tokens: Sequence[int], multiple_of: int | None = None)
     return width if multiple_of is None else -(-width // multiple_of) * multiple_of
 
 
-def _longest_first(rows: Sequence[int], keys: list[list[int]]) -> list[int]:
-    # Python's sort keeps the order of equal rows, also in reverse
-    return sorted(rows, key=lambda row: [key[row] for key in keys], reverse=True)
+def _bin_sizes_tokens(longest_tokens: int) -> list[int]:
+    sizes = [1]
+    while sizes[-1] <= longest_tokens:
+        sizes.append(2 * sizes[-1])
+    return sizes
 
 
-def _split(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _sorted_rows(completions_tokens: list[int], prompts_tokens: list[int], bin_tokens: int) -> list[int]:
+    # In turns by shorter and by longer prompts, so that the prompts of rows at the border of two bins are alike
+    def key(row: int) -> tuple[int, int]:
+        index = completions_tokens[row] // bin_tokens
+        return index, prompts_tokens[row] if index % 2 else -prompts_tokens[row]
+
+    return sorted(range(len(completions_tokens)), key=key)
 
 
 def _joined(values: list[Any]) -> Any:
@@ -82,10 +90,13 @@ def _joined(values: list[Any]) -> Any:
 
 def _lengths_tokens(mask_BT: torch.Tensor, on_the_left: bool) -> list[int]:
     # Up to the outermost token, so that a zero among the tokens is no padding
-    distance_T = torch.arange(1, mask_BT.size(1) + 1, device=mask_BT.device)
+    count, width = mask_BT.shape
+    if width == 0:
+        return [0] * count
+    distance_T = torch.arange(1, width + 1, device=mask_BT.device)
     if on_the_left:
         distance_T = distance_T.flip(0)
-    return [max([0, *row]) for row in ((mask_BT != 0) * distance_T).tolist()]
+    return ((mask_BT != 0) * distance_T).amax(dim=1).tolist()
 
 
 def _take(step: Batch, rows: Sequence[int], widths: dict[str, int]) -> Batch:
