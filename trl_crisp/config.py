@@ -107,6 +107,9 @@ class CRISPConfig(DistillationConfig):
             all tokens of the global batch, as in TRL.
         loss_temperature (`float`, defaults to `1.0`, as in the authors' code):
             Softmax temperature of both distributions in the divergence and in the logged entropies.
+        profile_steps (`bool`, defaults to `False`; ours, because measuring costs some speed):
+            Log the seconds of each step's parts, and the share of the hardware's limit that training reaches
+            ([`~trl_crisp.run.profile.StepProfile`]).
         max_prompt_length (`int` or `None`, defaults to `1024`, in tokens):
             Rows with a longer student or teacher prompt are dropped before training, counted and reported. Prompts are never
             truncated. `None` keeps all rows.
@@ -115,9 +118,6 @@ class CRISPConfig(DistillationConfig):
             `output_dir`. If there is no such checkpoint, `"true"` starts afresh.
         allow_changed_resume (`bool`, defaults to `False`; ours, because a silent change trains toward another target):
             Resume from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this run's.
-        profile_steps (`bool`, defaults to `False`; ours, because measuring costs some speed):
-            Log the seconds of each step's parts, and the share of the hardware's limit that training reaches
-            ([`~trl_crisp.run.profile.StepProfile`]).
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -211,6 +211,10 @@ class CRISPConfig(DistillationConfig):
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Softmax temperature of both distributions in the divergence."}
     )
+    profile_steps: bool = field(
+        default=False,
+        metadata={"help": "Log the seconds of each step's parts and the share of the hardware's limit (profile/*)."},
+    )
     max_prompt_length: int | None = field(
         default=1024,
         metadata={"help": "Rows with a longer student or teacher prompt, in tokens, are dropped before training."},
@@ -218,10 +222,6 @@ class CRISPConfig(DistillationConfig):
     allow_changed_resume: bool = field(
         default=False,
         metadata={"help": "Resume from a checkpoint of a run with another instruction, schedule, adapter or model."},
-    )
-    profile_steps: bool = field(
-        default=False,
-        metadata={"help": "Log the seconds of each step's parts and the share of the hardware's limit (profile/*)."},
     )
 
     def __post_init__(self) -> None:

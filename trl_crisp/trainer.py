@@ -57,9 +57,9 @@ class CRISPTrainer(ResumableTrainer):
 
     - The teacher is the model itself with the instruction in its prompt ([`~trl_crisp.teacher.Teacher`]), its weights
       refreshed from the student every `teacher_sync_steps`. With LoRA both share one base model.
-    - Student and teacher see the same completion token ids after different prompts, so each has its own inputs.
     - The rollouts of a step are sorted by length, and each micro-batch is trimmed to its own longest
       ([`~trl_crisp.rollouts.packing.sort_and_trim`]). Values per token are logged as means over the step's tokens.
+    - Student and teacher see the same completion token ids after different prompts, so each has its own inputs.
     - The loss is averaged over each rollout's tokens and then over rollouts (`loss_normalization`), and its softmax has its
       own temperature (`loss_temperature`).
 
