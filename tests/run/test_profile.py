@@ -151,12 +151,12 @@ def test_evaluations_and_other_callbacks_are_in_no_step(tmp_path):
         eval_strategy="steps",
         eval_steps=1,
         per_device_eval_batch_size=1,
+        max_steps=2,
     )
     for log in logs:
         parts = sum(log[f"profile/{part}_s"] for part in PARTS)
         assert parts <= log["profile/step_s"]
         assert log["profile/optimizer_s"] < 0.5
-    assert logs[-1]["profile/rollout_s"] < logs[-1]["profile/step_s"] < 2
 
 
 def test_a_model_whose_experts_are_unknown_has_no_share_and_a_warning(tmp_path, monkeypatch):
