@@ -111,6 +111,7 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 def assert_same_training(actual: Outcome, expected: Outcome, rtol: float = 1e-3) -> None:
     # A logged loss is rounded to 6 digits
     assert actual.losses == pytest.approx(expected.losses, rel=rtol, abs=2e-6)
+    assert actual.per_token == pytest.approx(expected.per_token, rel=rtol, abs=2e-6)
     assert any(change.abs().max() > 0 for change in expected.change.values())
     assert_close(actual.change, expected.change, rtol)
 

@@ -47,6 +47,8 @@ class Outcome:
     """What a run left. Parameters are by name, gathered where they are partitioned."""
 
     losses: list[float]
+    # At each step: entropy, reverse_kl and teacher_entropy, in nats per token
+    per_token: list[float]
     # The trained parameters' difference to those of the start
     change: dict[str, torch.Tensor]
     # At the end: the teacher's parameters, and those that the student had when the teacher was refreshed last
@@ -154,6 +156,12 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
         at_the_end = full_weights(teacher._model)
     return Outcome(
         losses=[log["loss"] for log in trainer.state.log_history if "loss" in log],
+        per_token=[
+            log[name]
+            for log in trainer.state.log_history
+            for name in ("entropy", "reverse_kl", "teacher_entropy")
+            if name in log
+        ],
         change={name: after[name] - before[name] for name, p in student.named_parameters() if p.requires_grad},
         teacher=at_the_end,
         student_at_refresh=next(
