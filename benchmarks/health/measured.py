@@ -14,6 +14,8 @@ from benchmarks.health.settings import MONITOR_SAMPLES
 from trl_crisp.health.reference import Reference, Votes, find_reference
 
 Array = NDArray[np.float64]
+# Runs' JSONs by setting
+Runs = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Base:
     is_reference_right: NDArray[np.bool_]
 
 
-def load(directory: Path) -> dict[str, list[dict[str, Any]]]:
+def load(directory: Path) -> Runs:
     """Return the runs of each setting, sorted by seed."""
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: Runs = {}
     for path in sorted(directory.glob("*-seed*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         runs.setdefault(result["setting"], []).append(result)

@@ -6,7 +6,7 @@ accuracy is d points less. All answers of one simulated run are compared with th
 level is that of all its measurements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 
 from benchmarks.health.answers import NONE, RIGHT
 from benchmarks.health.measured import Array, codes_of
-from benchmarks.health.stopping import Seen
+from benchmarks.health.stopping import GATE_RULES, STOP_RULES, Seen, stop_at
 
 RUNS = 400
 SEED = 0
+# Measurements of a simulated run that stays healthy, and those of a loss in which a stop should come
+RUN_MEASUREMENTS = 15
+LOST_MEASUREMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -141,3 +144,42 @@ def calculate(
             for margin in margins
         },
     }
+
+
+def rule_chances(
+    frequencies: Frequencies, prompts: int, samples: int, base_samples: int, margin: float
+) -> dict[str, dict[str, float]]:
+    """
+    Return how each rule does at chance.
+
+    Returns:
+        For a rule of the stop: the chance that it ends a run that is healthy at 15 measurements, and that it ends one within 4
+        measurements after a loss of 5 and of 10 points. For a rule of the gate: the chance that it postpones a refresh of a healthy student, and
+        that it allows one after a loss of 5 and of 10 points.
+    """
+    rng = np.random.default_rng([SEED, prompts, samples, base_samples, 1])
+    sizes = (prompts, samples, base_samples)
+    healthy = [simulate(frequencies, *sizes, (0.0,) * RUN_MEASUREMENTS, rng) for _ in range(RUNS)]
+    lost = {
+        drop: [simulate(frequencies, *sizes, (drop,) * LOST_MEASUREMENTS, rng) for _ in range(RUNS)]
+        for drop in (0.05, 0.1)
+    }
+    found: dict[str, dict[str, float]] = {}
+    for rule in STOP_RULES:
+        found[f"stop: {rule}"] = {
+            "healthy": _share(stop_at(run, rule, margin) is not None for run in healthy),
+            **{
+                f"{drop:g}": _share(stop_at(run, rule, margin) is not None for run in runs)
+                for drop, runs in lost.items()
+            },
+        }
+    for rule, allows in GATE_RULES.items():
+        found[f"gate: {rule}"] = {
+            "healthy": _share(not allows(one, margin) for run in healthy for one in run),
+            **{f"{drop:g}": _share(allows(one, margin) for run in runs for one in run) for drop, runs in lost.items()},
+        }
+    return found
+
+
+def _share(flags: Iterable[bool]) -> float:
+    return float(np.mean(list(flags)))

@@ -158,6 +158,7 @@ def run(name: str, setting: Setting, seed: int) -> dict[str, Any]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=__name__)
     start, wall_start = time.process_time(), time.monotonic()
+    protocol = protocol_of(setting, seed)
     model = AutoModelForCausalLM.from_pretrained(base_directory(setting), dtype=torch.float32)
     with tempfile.TemporaryDirectory() as output_dir:
         args = CRISPConfig(
@@ -173,7 +174,7 @@ def run(name: str, setting: Setting, seed: int) -> dict[str, Any]:
             seed=seed,
         )
         trainer = CRISPTrainer(model=model, args=args, train_dataset=training_rows(), processing_class=lab_tokenizer())
-        monitor = RecordingMonitor(trainer, setting.more_base_samples)
+        monitor = RecordingMonitor(trainer, protocol["more_base_samples"])
         trainer.add_callback(monitor)
         trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
@@ -185,7 +186,7 @@ def run(name: str, setting: Setting, seed: int) -> dict[str, Any]:
         "setting": name,
         "seed": seed,
         "protocol": {
-            **protocol_of(setting, seed),
+            **protocol,
             "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
             "versions": {p: importlib.metadata.version(p) for p in ("trl", "transformers", "peft", "torch")},
         },

@@ -13,10 +13,10 @@ MONITOR_MARGIN = 0.03
 # The rollouts are cut at 160 tokens, as in the lab, which cuts 40% of the base's answers. The monitor's are never cut before the end of
 # a complete answer, as those of the lab's evaluation
 MONITOR_MAX_NEW_TOKENS = 352
-# More answers of the base, so that fewer of the student's can be compared with a better reference
+# More answers of the base to the prompts of seed 0, for the power calculation
 MORE_BASE_SAMPLES = 11
-# Held-out test problems per difficulty, at each measurement
-HELD_OUT_PROBLEMS = 50
+# Held-out test problems per difficulty, at each measurement. The first run had 50
+HELD_OUT_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Setting:
         steps: Optimizer steps.
         monitor_steps: Steps between two measurements.
         base: `"full"`, the lab's own, or the aim of a base that was stopped early, in percent.
-        more_base_samples: Further answers of the base to each monitor prompt. The run does not use them.
+        more_base_samples: Further answers of the base to each monitor prompt, with seed 0. The run does not use them.
     """
 
     form: str
@@ -62,14 +62,15 @@ class Setting:
 def _settings() -> dict[str, Setting]:
     found = {}
     for form in ("tradeoff", "stability"):
+        found[f"{form}-m20-ungated"] = Setting(form, "ungated", 20, 150, more_base_samples=MORE_BASE_SAMPLES)
+        # The gate looks at the measurements just before due refreshes, so those between them change nothing
+        found[f"{form}-m20-gated"] = Setting(form, "gated", 20, 150, monitor_steps=20)
         for arm in ("ungated", "gated"):
-            more = MORE_BASE_SAMPLES if arm == "ungated" else 0
-            found[f"{form}-m20-{arm}"] = Setting(form, arm, 20, 150, more_base_samples=more)
             found[f"{form}-m10-{arm}"] = Setting(form, arm, 10, 100)
-        found[f"{form}-frozen"] = Setting(form, "frozen", None, 150, monitor_steps=20)
-        found[f"{form}-m1-ungated"] = Setting(form, "ungated", 1, 60, monitor_steps=5)
+        found[f"{form}-frozen"] = Setting(form, "frozen", None, 150, monitor_steps=30)
+        found[f"{form}-m1-ungated"] = Setting(form, "ungated", 1, 40, monitor_steps=5)
         for base in ("75", "50"):
-            found[f"{form}-{base}-m20-ungated"] = Setting(form, "ungated", 20, 100, base=base)
+            found[f"{form}-{base}-m20-ungated"] = Setting(form, "ungated", 20, 80, monitor_steps=20, base=base)
     return found
 
 
@@ -79,18 +80,20 @@ SETTINGS = _settings()
 def planned_runs() -> list[tuple[str, int]]:
     """Return setting and seed of each run, the most important first."""
     forms = ("tradeoff", "stability")
-    m20 = [f"{form}-m20-{arm}" for form in forms for arm in ("ungated", "gated")]
-    m10 = [f"{form}-m10-{arm}" for form in forms for arm in ("ungated", "gated")]
+    m20 = [f"{form}-m20-{arm}" for form in forms for arm in ("gated", "ungated")]
+    m10 = [f"{form}-m10-{arm}" for form in forms for arm in ("gated", "ungated")]
     frozen = [f"{form}-frozen" for form in forms]
     weak = [f"{form}-{base}-m20-ungated" for form in forms for base in ("50", "75")]
     m1 = [f"{form}-m1-ungated" for form in forms]
     blocks = [
-        (m20, range(3)),
-        (frozen, range(3)),
-        (m10, range(3)),
-        (weak, range(1)),
-        (m1, range(2)),
-        (weak, range(1, 2)),
+        (m20, (0,)),
+        (frozen, (0,)),
+        (m20, (1,)),
+        (weak, (0,)),
+        (m1, (0,)),
+        (m10, (0,)),
+        (m20, (2,)),
+        (m10, (1, 2)),
     ]
-    blocks.append(([*m20, *frozen], range(3, 5)))
+    blocks += [(frozen, (1, 2)), (m20, (3, 4)), (frozen, (3, 4))]
     return [(name, seed) for names, seeds in blocks for seed in seeds for name in names]
