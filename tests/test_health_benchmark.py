@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.health.__main__ import without_nan
+from benchmarks.health.__main__ import LAB_RESULTS, without_nan
 from benchmarks.health.answers import AnswerCode, answer_of
 from benchmarks.health.measured import load, points_of, reference_of
 from benchmarks.health.outcomes import accuracy_changes, gate_decisions, paired, stop_outcome
@@ -16,7 +16,7 @@ from benchmarks.health.power import Frequencies, reference_and_level, simulate
 from benchmarks.health.run import run, write_run
 from benchmarks.health.settings import MONITOR_SAMPLES, SETTINGS, planned_runs
 from benchmarks.health.stopping import GATE_RULES, PLANNED, STOP_RULES, Seen, shortest_that_holds, stop_at
-from benchmarks.health.summary import summarize
+from benchmarks.health.summary import load_lab_frozen, summarize
 from benchmarks.health.tables import tables, with_tables
 from benchmarks.health.tracking import errors, hard_third, left_by_the_cap, wrong_majority
 
@@ -335,7 +335,7 @@ def test_the_committed_runs_are_of_the_plan_and_agree_with_the_monitor():
 
 
 def test_the_committed_summary_and_tables_are_made_from_the_committed_runs():
-    summary = without_nan(summarize(load(RESULTS)))
+    summary = without_nan(summarize(load(RESULTS), load_lab_frozen(LAB_RESULTS)))
     assert json.loads((RESULTS / "summary.json").read_text(encoding="utf-8")) == json.loads(json.dumps(summary))
     readme = Path("benchmarks/README.md").read_text(encoding="utf-8")
     assert with_tables(readme, summary) == readme

@@ -1,14 +1,16 @@
 """All numbers of the health experiment, from the JSONs of its runs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.health.measured import Runs
 from benchmarks.health.outcomes import ends, gate_decisions, is_healthy, paired, stop_outcome, stops
 from benchmarks.health.power import calculate, frequencies_of, rule_chances
-from benchmarks.health.settings import MONITOR_MARGIN, MONITOR_PROMPTS, MONITOR_SAMPLES, SETTINGS
+from benchmarks.health.settings import MONITOR_MARGIN, MONITOR_PROMPTS, MONITOR_SAMPLES, MORE_BASE_SAMPLES, SETTINGS
 from benchmarks.health.stopping import PLANNED
 from benchmarks.health.tracking import errors, hard_third, left_by_the_cap, wrong_majority
+from benchmarks.lab.table import load as load_lab
 
 FORMS = ("tradeoff", "stability")
 BASES = ("full", "75", "50")
@@ -16,21 +18,32 @@ SAMPLES = (2, 3, 5)
 PROMPTS = (16, 32, 64, 128)
 MARGINS = (0.02, 0.025, 0.03, 0.04)
 # N, K and the base's K
-DESIGNS = (
-    (32, 5, 5),
-    (64, 2, 5),
-    (64, 5, 5),
-    (64, 5, 16),
-    (128, 2, 5),
-    (128, 5, 5),
-    (128, 5, 16),
-    (256, 5, 5),
-    (256, 5, 16),
+DESIGNS = tuple(
+    (prompts, samples, base_samples)
+    for base_samples in (5, 16)
+    for prompts, samples in ((64, 2), (64, 5), (128, 2), (128, 5), (256, 2), (256, 5))
 )
+# The lab's runs with a frozen teacher: 200 steps and 100 steps. They have no monitor, and train on all rows
+LAB_FROZEN = {"tradeoff": "long-frozen", "stability": "stability-frozen"}
 
 
-def summarize(runs: Runs) -> dict[str, Any]:
-    """Return the summary, as it is committed."""
+def load_lab_frozen(directory: Path) -> Runs:
+    """Return the lab's runs with a frozen teacher by form, with the measurement at their end as this experiment's runs have it."""
+    results = load_lab(directory)
+    return {
+        form: [{"seed": run["seed"], "final": run["plain"]} for run in results[name]]
+        for form, name in LAB_FROZEN.items()
+    }
+
+
+def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
+    """
+    Return the summary, as it is committed.
+
+    Args:
+        runs: This experiment's runs.
+        frozen: From `load_lab_frozen`.
+    """
     everything = [run for results in runs.values() for run in results]
     by_base = {f"{form}, {base}": group for form in FORMS for base in BASES if (group := _of(everything, form, base))}
     full = [run for run in everything if run["protocol"]["base"] == "full"]
@@ -62,15 +75,19 @@ def summarize(runs: Runs) -> dict[str, Any]:
             if name.endswith("full")
         },
         "power": [calculate(frequencies, *design, MARGINS) for design in DESIGNS],
-        "chances_of_rules": rule_chances(
-            frequencies, MONITOR_PROMPTS, MONITOR_SAMPLES, MONITOR_SAMPLES, MONITOR_MARGIN
-        ),
+        "chances_of_rules": {
+            str(base_samples): rule_chances(
+                frequencies, MONITOR_PROMPTS, MONITOR_SAMPLES, base_samples, MONITOR_MARGIN
+            )
+            for base_samples in (MONITOR_SAMPLES, MONITOR_SAMPLES + MORE_BASE_SAMPLES)
+        },
         "gate": {
             name: ends(runs[name])
             for name in SETTINGS
             if name in runs and SETTINGS[name].base == "full" and SETTINGS[name].sync_steps != 1
         },
-        "gate_differences": _differences(runs),
+        "lab_frozen": {form: _lab_ends(results) for form, results in frozen.items()},
+        "gate_differences": _differences(runs, frozen),
         "gate_rules": {
             f"{margin:g}": gate_decisions(
                 [run for run in full if run["protocol"]["arm"] != "frozen" and _sync(run) > 1], margin
@@ -96,12 +113,19 @@ def _sync(run: dict[str, Any]) -> int:
     return run["protocol"]["config"]["teacher_sync_steps"]
 
 
-def _differences(runs: Runs) -> dict[str, Any]:
+def _lab_ends(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    return {
+        "seeds": [run["seed"] for run in results],
+        "tokens": [run["final"]["all"]["mean_tokens"] for run in results],
+        "accuracy": [run["final"]["all"]["accuracy"] for run in results],
+    }
+
+
+def _differences(runs: Runs, frozen: Runs) -> dict[str, Any]:
     found = {}
     for form in FORMS:
         for sync in ("m20", "m10"):
             gated = runs.get(f"{form}-{sync}-gated", [])
-            for label, other in (("ungated", f"{form}-{sync}-ungated"), ("frozen", f"{form}-frozen")):
-                if gated and other in runs:
-                    found[f"{form}-{sync}: gated - {label}"] = paired(gated, runs[other])
+            for label, others in (("ungated", runs.get(f"{form}-{sync}-ungated", [])), ("frozen", frozen[form])):
+                found[f"{form}-{sync}: gated - {label}"] = paired(gated, others)
     return found

@@ -178,17 +178,19 @@ def _power(summary: dict[str, Any]) -> str:
 
 
 def _rules(summary: dict[str, Any]) -> str:
-    columns = (
-        "rule",
-        "healthy: ends the run, or postpones %",
-        "5 points lost: ends it, or allows %",
-        "10 points lost %",
-    )
+    by_base = summary["chances_of_rules"]
+    columns = ("rule", *(f"{n} answers of the base: healthy, 5 points lost, 10 points lost %" for n in by_base))
     return markdown(
         columns,
         [
-            (name, *(f"{100 * one[key]:.0f}" for key in ("healthy", "0.05", "0.1")))
-            for name, one in summary["chances_of_rules"].items()
+            (
+                rule,
+                *(
+                    ", ".join(f"{100 * by_base[n][rule][key]:.0f}" for key in ("healthy", "0.05", "0.1"))
+                    for n in by_base
+                ),
+            )
+            for rule in next(iter(by_base.values()))
         ],
     )
 
@@ -212,6 +214,16 @@ def _gate(summary: dict[str, Any]) -> str:
                 ", ".join(f"{done}/{due}" for done, due in zip(one["refreshes"], one["due"], strict=True)),
             )
             for name, one in summary["gate"].items()
+        ]
+        + [
+            (
+                f"{form}-frozen, of the lab",
+                str(len(one["seeds"])),
+                _mean(one["tokens"], ".1f"),
+                _mean((100 * value for value in one["accuracy"]), ".1f"),
+                "",
+            )
+            for form, one in summary["lab_frozen"].items()
         ],
     )
 
