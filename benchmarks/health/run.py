@@ -176,6 +176,7 @@ def run(name: str, setting: Setting, seed: int) -> dict[str, Any]:
         trainer = CRISPTrainer(model=model, args=args, train_dataset=training_rows(), processing_class=lab_tokenizer())
         monitor = RecordingMonitor(trainer, protocol["more_base_samples"])
         trainer.add_callback(monitor)
+        trainer.is_watched = True
         trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     weights = hashlib.sha256()
