@@ -15,10 +15,11 @@ from benchmarks.health.outcomes import accuracy_changes, gate_decisions, paired,
 from benchmarks.health.power import Frequencies, reference_and_level, simulate
 from benchmarks.health.run import run, write_run
 from benchmarks.health.settings import MONITOR_SAMPLES, SETTINGS, planned_runs
-from benchmarks.health.stopping import GATE_RULES, PLANNED, STOP_RULES, Seen, shortest_that_holds, stop_at
+from benchmarks.health.stopping import GATE_RULES, PLANNED, STOP_RULES, Seen, seen_in, shortest_that_holds, stop_at
 from benchmarks.health.summary import load_lab_frozen, summarize
 from benchmarks.health.tables import tables, with_tables
 from benchmarks.health.tracking import errors, hard_third, left_by_the_cap, wrong_majority
+from trl_crisp.health.sweet_spot import Measurement, has_fallen
 
 RESULTS = Path("benchmarks/results/health")
 
@@ -341,3 +342,12 @@ def test_the_committed_summary_and_tables_are_made_from_the_committed_runs():
     assert with_tables(readme, summary) == readme
     shown = set(re.findall(r"<!-- health:([a-z-]+) -->", readme))
     assert shown <= set(tables(summary))
+
+
+def test_the_rule_that_the_tables_call_planned_is_the_packages():
+    for path in sorted(RESULTS.glob("*-seed*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        seen = seen_in(run)
+        measured = [Measurement(one.step, one.mean_tokens, 0.5, one.change, one.high) for one in seen]
+        ends = (n for n in range(len(measured)) if has_fallen(measured[: n + 1], 0.03))
+        assert stop_at(seen, PLANNED, 0.03) == next(ends, None), path.name

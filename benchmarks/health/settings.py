@@ -79,11 +79,12 @@ SETTINGS = _settings()
 
 def planned_runs() -> list[tuple[str, int]]:
     """Return setting and seed of each run, the most important first."""
-    first = [f"{form}-m20-{arm}" for form in ("tradeoff", "stability") for arm in ("gated", "ungated")]
-    gated = ["tradeoff-m20-gated", "stability-m20-gated"]
-    weak = [f"{form}-{base}-m20-ungated" for base in ("50", "75") for form in ("tradeoff", "stability")]
-    fast = ["tradeoff-m1-ungated", "tradeoff-m10-gated", "tradeoff-m10-ungated"]
-    blocks = [(first, 0), (gated, 1), (weak[:2], 0), (fast[:1], 0), (gated, 2), (weak[2:], 0), (fast[1:], 0)]
-    blocks += [(["tradeoff-frozen", "stability-frozen", "stability-m1-ungated"], 0)]
-    blocks += [(["stability-m10-gated", "stability-m10-ungated"], 0), (first[1::2], 1), (gated, 3), (gated, 4)]
+    forms = ("tradeoff", "stability")
+    m20 = [f"{form}-m20-{arm}" for form in forms for arm in ("gated", "ungated")]
+    m10 = [f"{form}-m10-{arm}" for form in forms for arm in ("gated", "ungated")]
+    frozen = [f"{form}-frozen" for form in forms]
+    weak = [f"{form}-{base}-m20-ungated" for form in forms for base in ("50", "75")]
+    m1 = [f"{form}-m1-ungated" for form in forms]
+    blocks = [(m20, 0), (frozen, 0), (m20, 1), (weak, 0), (m1, 0), (m10, 0), (m20, 2), (m10, 1), (m10, 2)]
+    blocks += [(frozen, 1), (frozen, 2), (m20, 3), (m20, 4), (frozen, 3), (frozen, 4)]
     return [(name, seed) for names, seed in blocks for name in names]

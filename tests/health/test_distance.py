@@ -17,7 +17,11 @@ from trl_crisp.health.distance import ADAPTER_FILE, ConciseBaseDistance, answer_
 from trl_crisp.health.monitor_prompts import load_monitor_file
 from trl_crisp.rows.arguments import CRISPScriptArguments
 
-pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The global batch is",
+    "ignore:teacher_sync_steps=",
+    "ignore:.* of the base.s answers to the monitor prompts",
+)
 
 FIELDS = {
     **{"monitor_prompts": 8, "monitor_samples": 2, "monitor_steps": 2, "monitor_distance": True},

@@ -37,6 +37,8 @@ from trl_crisp.health.sweet_spot import Measurement
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
 _PREFIX = "eval_agreement"
+# Ours: in the lab, 9% of cut answers make the change of agreement look 7 points better than it is, and 55% 20 points
+MAX_CUT_SHARE = 0.05
 # Fields that shape the rollouts and that the evaluation's sampler does not have, with their values that change nothing
 _UNUSED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "min_p": (None, 0.0),
@@ -186,6 +188,18 @@ class AgreementMonitor(TrainerCallback):
         if self.is_on and self._base_accuracies:
             values[f"{_PREFIX}_accuracy"] = float(np.mean(list(self._base_accuracies.values())))
         log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
+
+    def _warn_of_cut_answers(self, lengths_tokens: list[list[int]]) -> None:
+        cap = self.settings.max_new_tokens
+        # An answer that ends with the cap's last token is counted too
+        share = float(np.mean([tokens >= cap for row in lengths_tokens for tokens in row]))
+        if share > MAX_CUT_SHARE:
+            warnings.warn(
+                f"{share:.0%} of the base's answers to the monitor prompts were cut at max_completion_length={cap} tokens. Prompts whose answers "
+                "are cut have no reference, and shorter answers are cut less, so agreement looks better than accuracy is. Raise "
+                "max_completion_length, or do not trust a gate or a stop by agreement.",
+                stacklevel=2,
+            )
 
     def _read_references(self, path: Path, state: TrainerState) -> None:
         if not path.is_file():
