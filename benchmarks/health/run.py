@@ -70,10 +70,10 @@ class RecordingMonitor(AgreementMonitor):
         self._code: AnswerCode | None = None
         self._drawn: tuple[list[int], list[list[str]], list[list[int]]] = ([], [], [])
 
-    def _sample(self, asked: Any, seed: int) -> tuple[list[list[str]], list[list[int]]]:
-        texts, lengths_tokens = super()._sample(asked, seed)
-        self._drawn = list(asked), texts, lengths_tokens
-        return texts, lengths_tokens
+    def _sample(self, asked: Any, seed: int) -> tuple[list[list[str]], list[list[list[int]]]]:
+        texts, answers = super()._sample(asked, seed)
+        self._drawn = list(asked), texts, [[len(ids) for ids in row] for row in answers]
+        return texts, answers
 
     def _ask_base(self, path: Path) -> None:
         super()._ask_base(path)
@@ -81,8 +81,9 @@ class RecordingMonitor(AgreementMonitor):
         if self.more_base_samples:
             settings = self.settings
             self.settings = replace(settings, samples=self.more_base_samples, batch_size=settings.batch_size)
-            more_texts, more_tokens = super()._sample(asked, settings.seed + 1_000_000)
+            more_texts, more_answers = super()._sample(asked, settings.seed + 1_000_000)
             self.settings = settings
+            more_tokens = [[len(ids) for ids in row] for row in more_answers]
             texts = [a + b for a, b in zip(texts, more_texts, strict=True)]
             lengths_tokens = [a + b for a, b in zip(lengths_tokens, more_tokens, strict=True)]
         self._code = AnswerCode([" ".join(str(sum(numbers))) for numbers in self.numbers], texts)

@@ -179,6 +179,7 @@ class AgreementMonitor(TrainerCallback):
         self.references = {i: reference for i, reference in enumerate(found) if reference is not None}
         self._base_accuracies = {i: accuracies[i] for i in self.references} if accuracies is not None else {}
         self._turn_off_without_references()
+        self._warn_of_cut_answers(answers)
         asked = self._asked
         # Always, because a resumed run may need it
         values = {f"{_PREFIX}_mean_tokens": _mean_tokens([answers[i] for i in asked])}
@@ -189,10 +190,10 @@ class AgreementMonitor(TrainerCallback):
             values[f"{_PREFIX}_accuracy"] = float(np.mean(list(self._base_accuracies.values())))
         log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
 
-    def _warn_of_cut_answers(self, lengths_tokens: list[list[int]]) -> None:
+    def _warn_of_cut_answers(self, answers: list[list[list[int]]]) -> None:
         cap = self.settings.max_new_tokens
         # An answer that ends with the cap's last token is counted too
-        share = float(np.mean([tokens >= cap for row in lengths_tokens for tokens in row]))
+        share = float(np.mean([len(ids) >= cap for row in answers for ids in row]))
         if share > MAX_CUT_SHARE:
             warnings.warn(
                 f"{share:.0%} of the base's answers to the monitor prompts were cut at max_completion_length={cap} tokens. Prompts whose answers "
