@@ -43,7 +43,7 @@ def test_both_prompts_are_those_of_training(tmp_path, kind, rows, fields):
             [plain] = trainer._tokenize_prompts([row["prompt"]])[0]
             assert one.plain_ids == list(plain)
             assert one.told_ids[number] == row["teacher_prompt_ids"]
-        assert asking.generation_prompt_tokens == trainer._turn_tokens
+        assert asking.generation_prompt_tokens == trainer.turn_tokens
 
 
 def test_flags_of_the_chat_template_reach_both_prompts():
