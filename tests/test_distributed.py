@@ -111,6 +111,7 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 def assert_same_training(actual: Outcome, expected: Outcome, rtol: float = 1e-3) -> None:
     # A logged loss is rounded to 6 digits
     assert actual.losses == pytest.approx(expected.losses, rel=rtol, abs=2e-6)
+    assert actual.per_token == pytest.approx(expected.per_token, rel=rtol, abs=2e-6)
     assert any(change.abs().max() > 0 for change in expected.change.values())
     assert_close(actual.change, expected.change, rtol)
 
@@ -199,6 +200,17 @@ def test_zero3_keeps_tied_weights_tied(zero3):
 def test_zero3_with_lora_is_an_error_that_names_the_way_out(zero3):
     assert "does not work under DeepSpeed ZeRO-3" in zero3["lora"]
     assert "ZeRO-2 or FSDP2" in zero3["lora"]
+
+
+@pytest.mark.parametrize(("stage", "name"), [("zero2", "best"), ("zero2", "best-lora"), ("zero3", "best")])
+def test_a_run_ends_with_the_weights_of_its_best_checkpoint(request, stage, name):
+    *by_steps, end = request.getfixturevalue(stage)[name]
+    assert len(by_steps) == 3
+    for parameter, weight in end.items():
+        # DeepSpeed keeps the teacher's adapter, which is no part of the student, as it was at the end
+        if ".teacher." not in parameter:
+            assert torch.equal(weight, by_steps[0][parameter]), parameter
+    assert any(not torch.equal(weight, by_steps[2][parameter]) for parameter, weight in end.items())
 
 
 @pytest.mark.parametrize("launch", ["ddp", "zero2"])

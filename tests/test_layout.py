@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "evaluation": {"models", "prompts", "rollouts", "rows", "run"},
     # The trainer is attached to, by one call, and imported by nobody below it
     "health": {"_upstream", "config", "evaluation", "loss", "models", "prompts", "rows", "run"},
+    "preflight": {"config", "evaluation", "health", "loss", "models", "prompts", "rows", "run"},
     "report": {"evaluation.results", "evaluation.metrics"},
     "train": None,
     "cli": None,

@@ -1,4 +1,4 @@
-"""The command line `trl-crisp`: `train` runs `accelerate launch -m trl_crisp.train`, and `eval` measures a model."""
+"""The command line `trl-crisp`: `train` runs `accelerate launch -m trl_crisp.train`, `preflight` looks before it, `eval` measures a model."""
 
 import argparse
 import contextlib
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         kept = "The finished answers are kept: the same command resumes with the rest."
-        print("\nInterrupted." + (f" {kept}" if args.command == "eval" else ""), file=sys.stderr)
+        print("\nInterrupted." + (f" {kept}" if args.command in ("eval", "preflight") else ""), file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -364,7 +364,35 @@ class _EvalHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     pass
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate}
+def preflight(argv: list[str]) -> int:
+    """
+    Measure before training what instructions do to a model, and print numbers and verdicts.
+
+    Args:
+        argv: See `trl-crisp preflight --help`.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: If the model cannot be measured with these arguments.
+    """
+    from trl_crisp.preflight.arguments import make_preflight_parser, output_of, settings_of
+
+    args = make_preflight_parser().parse_args(argv)
+    settings, output_dir = settings_of(args), output_of(args)
+
+    from trl_crisp.preflight.running import run_preflight
+    from trl_crisp.report.console import progress
+    from trl_crisp.report.preflight_table import print_preflight, print_preflight_start
+    from trl_crisp.run.known_warnings import silence_known_warnings
+
+    silence_known_warnings()
+    with progress() as on_progress:
+        results = run_preflight(settings, output_dir, on_progress, print_preflight_start)
+    print_preflight(results)
+    print(f"Wrote {output_dir / 'preflight.json'} and, with the answers, {output_dir / 'samples'}.")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "preflight": preflight, "eval": evaluate}
 
 
 def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:

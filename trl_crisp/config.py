@@ -122,6 +122,9 @@ class CRISPConfig(DistillationConfig):
             all tokens of the global batch, as in TRL.
         loss_temperature (`float`, defaults to `1.0`, as in the authors' code):
             Softmax temperature of both distributions in the divergence and in the logged entropies.
+        profile_steps (`bool`, defaults to `False`; ours, because measuring costs some speed):
+            Log the seconds of each step's parts, and the share of the hardware's limit that training reaches
+            ([`~trl_crisp.run.profile.StepProfile`]).
         max_prompt_length (`int` or `None`, defaults to `1024`, in tokens):
             Rows with a longer student or teacher prompt are dropped before training, counted and reported. Prompts are never
             truncated. `None` keeps all rows.
@@ -244,6 +247,10 @@ class CRISPConfig(DistillationConfig):
     )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Softmax temperature of both distributions in the divergence."}
+    )
+    profile_steps: bool = field(
+        default=False,
+        metadata={"help": "Log the seconds of each step's parts and the share of the hardware's limit (profile/*)."},
     )
     max_prompt_length: int | None = field(
         default=1024,

@@ -32,10 +32,12 @@ from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_inst
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 from trl_crisp.rollouts.own_sampling import own_sampling
+from trl_crisp.rollouts.packing import sort_and_trim
 from trl_crisp.rollouts.text_measures import epistemic_words, repeats_itself
 from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
+from trl_crisp.run.profile import StepProfile
 from trl_crisp.run.resumable import ResumableTrainer
 from trl_crisp.teacher import Teacher, make_teacher
 
@@ -56,6 +58,8 @@ class CRISPTrainer(ResumableTrainer):
 
     - The teacher is the model itself with the instruction in its prompt ([`~trl_crisp.teacher.Teacher`]), its weights
       refreshed from the student every `teacher_sync_steps`. With LoRA both share one base model.
+    - The rollouts of a step are sorted by length, and each micro-batch is trimmed to its own longest
+      ([`~trl_crisp.rollouts.packing.sort_and_trim`]). Values per token are logged as means over the step's tokens.
     - Student and teacher see the same completion token ids after different prompts, so each has its own inputs.
     - The loss is averaged over each rollout's tokens and then over rollouts (`loss_normalization`), and its softmax has its
       own temperature (`loss_temperature`).
@@ -185,9 +189,13 @@ class CRISPTrainer(ResumableTrainer):
         self._baseline_lengths_tokens: list[float] = []
         # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
         self._step_entropies_nats: list[tuple[float, float]] = []
+        # Of the current step's micro-batches: loss tokens, over all processes, relative to their mean. `None` weighs all alike
+        self._token_shares: list[float] | None = None
         # Filled inside the wrapped forward, which must not run a collective operation; compute_loss reads it afterwards
         self._diagnostics: dict[str, Diagnostic] | None = None
         self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
+        if args.profile_steps:
+            StepProfile(self)
 
     def _check_learning_rate(self) -> None:
         rate = self.args.learning_rate
@@ -308,7 +316,21 @@ class CRISPTrainer(ResumableTrainer):
             # Before the rollout, because Algorithm 1 refreshes at the start of a step
             self.teacher.begin_step(self.state.global_step + 1)
             self._step_entropies_nats.clear()
-        return super()._prepare_inputs(generation_batch)
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            # The parent has padded, shuffled and split the rollouts of a new step
+            self._buffered_inputs = sort_and_trim(self._buffered_inputs, self.pad_to_multiple_of)
+            self._token_shares = self._count_token_shares(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+        return inputs
+
+    def _count_token_shares(self, micro_batches: list[dict[str, Any]]) -> list[float] | None:
+        if len(micro_batches) == 1:
+            return None
+        counts = torch.stack([(self.get_loss_mask(inputs) != 0).sum() for inputs in micro_batches])
+        counts = self.accelerator.reduce(counts, "sum")
+        return (counts * len(counts) / counts.sum()).tolist() if counts.any() else None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with own_sampling(self.model):
@@ -396,12 +418,19 @@ class CRISPTrainer(ResumableTrainer):
         means = {name: self._mean_over_processes(diagnostic) for name, diagnostic in self._diagnostics.items()}
         self._diagnostics = None
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, mean in means.items():
-            if mean is not None:
-                metrics[name].append(mean)
         if self.model.training and means["teacher_entropy"] is not None:
             self._step_entropies_nats.append((metrics["entropy"][-1], means["teacher_entropy"]))
             self._check_teacher_is_not_uniform()
+        share = None
+        if self.model.training and self._token_shares is not None:
+            # The log averages over micro-batches, and those of short rollouts have fewer tokens
+            share = self._token_shares[self._step % self.args.gradient_accumulation_steps]
+            metrics["entropy"][-1] *= share
+        for name, mean in means.items():
+            if share is not None:
+                metrics[name].append(mean * share if mean is not None else 0.0)
+            elif mean is not None:
+                metrics[name].append(mean)
         return loss
 
     def _mean_over_processes(self, diagnostic: Diagnostic) -> float | None:

@@ -13,7 +13,17 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.distributed import distance, fsdp2
-from tests.distributed.runs import DDP_RUNS, LATER_EPOCH_RUN, SAVING_RUN, SCALE, ZERO_RUN, Run, make_trainer, train
+from tests.distributed.runs import (
+    DDP_RUNS,
+    LATER_EPOCH_RUN,
+    SAVING_RUN,
+    SCALE,
+    ZERO_RUN,
+    Run,
+    end_with_the_best,
+    make_trainer,
+    train,
+)
 from tests.tiny_models import save_tiny
 
 Outcomes = dict[str, Any]
@@ -33,6 +43,9 @@ def zero2(directory: Path) -> Outcomes:
     _forget_launch()
     outcomes["resumed"] = _resume(SAVING_RUN, directory)
     outcomes["lora"] = _train_zero(replace(ZERO_RUN, lora=True), directory)
+    for name, lora in (("best", False), ("best-lora", True)):
+        _forget_launch()
+        outcomes[name] = end_with_the_best(replace(ZERO_RUN, lora=lora), directory / name)
     _forget_launch()
     outcomes["distance"] = distance.measure(directory / "distance")
     return outcomes
@@ -49,6 +62,8 @@ def zero3(directory: Path) -> Outcomes:
     outcomes["resumed"] = _resume(SAVING_RUN, directory)
     for name, path in paths.items():
         outcomes[name] = _train_zero(replace(ZERO_RUN, model=str(path)), directory)
+    _forget_launch()
+    outcomes["best"] = end_with_the_best(ZERO_RUN, directory / "best")
     _forget_launch()
     try:
         make_trainer(replace(ZERO_RUN, lora=True), directory)

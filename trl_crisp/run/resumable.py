@@ -112,6 +112,9 @@ class ResumableTrainer(DistillationTrainer):
         if chosen is not None:
             check_same_run(chosen, self.run_description, allowed)
         self._passes.start()
+        # A run of this trainer that was interrupted leaves a step's rollouts half used, and its metrics
+        self._step, self._buffered_inputs = 0, None
+        self._metrics["train"].clear()
         return super().train(chosen, trial, ignore_keys_for_eval)
 
     def _from_main_process(self, decide: Any) -> Any:
