@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,9 +68,8 @@ class ConciseBaseDistance:
         self._start = self._trained_values()
         if is_peft_model(self._model) and self.trainer.is_world_process_zero():
             directory.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: value.cpu().contiguous() for name, value in self._start.items()}, directory / ADAPTER_FILE
-            )
+            values = {name: value.cpu().contiguous() for name, value in self._start.items()}
+            save_file(values, directory / ADAPTER_FILE, {"run_id": self.trainer.run_id})
 
     def resume_run(self, directory: Path) -> None:
         """
@@ -80,7 +80,7 @@ class ConciseBaseDistance:
 
         Raises:
             FileNotFoundError: If it is not there.
-            ValueError: If it is that of another model.
+            ValueError: If it is that of another run.
         """
         if not is_peft_model(self._model):
             return
@@ -90,15 +90,14 @@ class ConciseBaseDistance:
                 f"{path}: monitor_distance measures from the weights that the run began with, and its first adapter is not there. Put the file "
                 "back, leave monitor_distance unset, or start again in another output_dir."
             )
-        read = load_file(path)
-        if {name: value.shape for name, value in read.items()} != {
-            name: value.shape for name, value in self._start.items()
-        }:
+        with safe_open(path, "pt") as file:
+            run_id = file.metadata()["run_id"]
+        if run_id != self.trainer.run_id:
             raise ValueError(
-                f"{path}: this adapter has other layers or another rank than the one that is trained. Train with the LoRA settings that the run "
-                "began with, leave monitor_distance unset, or start again in another output_dir."
+                f"{path} is the first adapter of run {run_id}, and this is run {self.trainer.run_id}, which began without monitor_distance or "
+                "in another output_dir. Put the file of this run there, or leave monitor_distance unset."
             )
-        self._start = {name: value.to(self._start[name]) for name, value in read.items()}
+        self._start = load_file(path)
 
     def measure(self, numbers: Sequence[int], answers: Sequence[Sequence[Sequence[int]]]) -> tuple[float, float]:
         """
