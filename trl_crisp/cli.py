@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from trl_crisp import __version__
+from trl_crisp.prompts.chat_template_flags import json_object
 
 TRAIN_DESCRIPTION = """\
 Train a model to reason in fewer tokens, through `accelerate launch`.
@@ -274,7 +274,7 @@ def make_eval_parser() -> argparse.ArgumentParser:
     add(
         "--chat-template-kwargs",
         "--chat_template_kwargs",
-        type=_json_object,
+        type=json_object,
         help="flags of the chat template, as JSON: '{\"enable_thinking\": false}'",
     )
     add(
@@ -336,28 +336,18 @@ def read_eval_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[s
             if not isinstance(value, list):
                 raise ValueError(f"--config {path}: {key} is {value!r}; give a list.")
             arguments += [flag, *map(str, value)]
-        elif isinstance(value, dict) == (action.type is _json_object) and not isinstance(value, list | bool):
+        elif isinstance(value, dict) == (action.type is json_object) and not isinstance(value, list | bool):
             # As one argument, because a value may begin with a dash
             arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         else:
             # YAML reads the words no, off and yes as booleans
             kind = (
                 "a mapping"
-                if action.type is _json_object
+                if action.type is json_object
                 else "one value, in quotes if it is a word that YAML reads as something else"
             )
             raise ValueError(f"--config {path}: {key} is {value!r}; give {kind}.")
     return [*arguments, *argv[:position], *argv[position + 2 :]]
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} has to be a JSON object, such as {{"enable_thinking": false}}')
-    return value
 
 
 class _EvalHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

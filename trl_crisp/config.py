@@ -93,14 +93,14 @@ class CRISPConfig(DistillationConfig):
         monitor_file (`str`, *optional*):
             A .jsonl, .json, .parquet or .csv file with prompts of its own to measure on, in the form of the training rows, instead of
             training prompts. With `monitor_prompts`, its first ones; else all.
-        monitor_samples (`int`, defaults to `5`; ours, as in the trials on which the rule was tried):
+        monitor_samples (`int`, defaults to `5`; ours, as in the lab's runs that the rule was tested on):
             Answers per monitor prompt, of the base and at each measurement.
         monitor_steps (`int`, *optional*):
             Optimizer steps between two measurements. If unset: `teacher_sync_steps`, and 50 for a teacher without one. Step k is
             measured if k + 1 is a multiple, just before a refresh is due; so is the last step.
         monitor_grader (`str`, defaults to `"math"`):
             How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line.
-        monitor_margin (`float`, defaults to `0.03`; ours, as in the trials):
+        monitor_margin (`float`, defaults to `0.03`; ours: 2% false alarms of a measurement with 128 prompts, benchmarks/README):
             How far agreement may be below the base's own before it counts as fallen: 0.03 is three points.
         monitor_distance (`bool`, defaults to `False`; ours, because it costs two passes over the answers):
             Also measure how many nats an answer of the student is more likely than under the base told to be concise

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from trl_crisp.evaluation.row_answers import Labels
 from trl_crisp.evaluation.sample_file import Sample
-from trl_crisp.preflight.labels import Labels
 from trl_crisp.preflight.measuring import measure
 from trl_crisp.prompts.thinking import ThinkIds
 

@@ -10,17 +10,14 @@ from typing import Any
 from datasets import Dataset
 
 from trl_crisp.config import MIN_MONITOR_PROMPTS
-from trl_crisp.evaluation.answers import find_box, find_letter
-from trl_crisp.evaluation.golds import gold_of
+from trl_crisp.evaluation.answers import find_letter
 from trl_crisp.evaluation.grading import Grader, Kind
+from trl_crisp.evaluation.row_answers import find_golds
 from trl_crisp.evaluation.text_answers import words
 from trl_crisp.prompts.instructions import Prompt
 from trl_crisp.rows.arguments import CRISPScriptArguments
 from trl_crisp.rows.loading import load_file
 from trl_crisp.rows.prompts import to_prompts
-
-# The columns in which datasets of problems have their right answers, the one that is read first
-ANSWER_COLUMNS = ("answer", "solution")
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,7 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         return _from_training_rows(args, train_dataset)
     if monitor_dataset is None:
         monitor_dataset = load_monitor_file(args.monitor_file)
-    distinct = list(
-        dict(zip(reversed(_keys(monitor_dataset)), reversed(range(len(monitor_dataset))), strict=True)).values()
-    )
-    distinct.sort()
+    distinct = sorted(_first_rows(_keys(monitor_dataset)).values())
     wanted = len(distinct) if args.monitor_prompts is None else args.monitor_prompts
     if len(distinct) < max(wanted, MIN_MONITOR_PROMPTS):
         raise ValueError(
@@ -110,7 +104,7 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
             "rows without streaming, give the prompts as a monitor_file, or leave it unset."
         )
     keys = _keys(train_dataset)
-    distinct = {key: row for row, key in reversed(list(enumerate(keys)))}
+    distinct = _first_rows(keys)
     if len(distinct) <= args.monitor_prompts:
         raise ValueError(
             f"monitor_prompts={args.monitor_prompts}: the training rows have {len(distinct)} different prompts, so none would be left to "
@@ -127,30 +121,16 @@ def _keys(dataset: Dataset) -> list[str]:
     return [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
 
 
+def _first_rows(keys: list[str]) -> dict[str, int]:
+    """Return the number of the first row of each key."""
+    return {key: row for row, key in reversed(list(enumerate(keys)))}
+
+
 def golds_of(rows: Dataset) -> list[str | list[str]] | None:
-    r"""
-    Return the right answer of each row, or `None` if there is no column of them or a row has none.
-
-    The answer is what follows `####` (GSM8K), else the last `\boxed{...}`, else the whole cell.
-    """
-    column = next((name for name in ANSWER_COLUMNS if name in rows.column_names), None)
-    if column is None:
-        return None
-    golds = []
-    for cell in rows[column]:
-        try:
-            gold = gold_of(cell)
-        except ValueError:
-            return None
-        golds.append(_final(gold) if isinstance(gold, str) else gold)
-    return golds if all(golds) else None
-
-
-def _final(text: str) -> str:
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    box = find_box(text)
-    return text if box is None else box
+    """Return the right answer of each row ([`~trl_crisp.evaluation.row_answers.find_golds`]), or `None` if a row has none."""
+    _, golds, _ = find_golds(list(rows))
+    known = [gold for gold in golds if gold is not None]
+    return known if len(known) == len(rows) else None
 
 
 def find_unreadable(

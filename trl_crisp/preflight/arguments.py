@@ -1,7 +1,6 @@
 """The options of `trl-crisp preflight`: the fields of PreflightSettings, under training's names."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +9,7 @@ from trl_crisp.config import InstructionRole
 from trl_crisp.evaluation.grading import KINDS
 from trl_crisp.evaluation.settings import ENGINES
 from trl_crisp.preflight.settings import DTYPES, PreflightSettings
+from trl_crisp.prompts.chat_template_flags import json_object
 
 EXAMPLE = """\
 example:
@@ -79,7 +79,7 @@ def make_preflight_parser() -> argparse.ArgumentParser:
     add_field(
         "chat_template_kwargs",
         "flags of the chat template, as JSON: '{\"enable_thinking\": false}'",
-        type=_json_object,
+        type=json_object,
     )
     add_field("dataset_config", "the dataset's configuration")
     add_field("dataset_train_split", "the split to train on")
@@ -124,13 +124,3 @@ def output_of(args: argparse.Namespace) -> Path:
         for name in (args.model, args.dataset)
     )
     return Path("preflight", "-".join(names))
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} has to be a JSON object, such as {{"enable_thinking": false}}')
-    return value

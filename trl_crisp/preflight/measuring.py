@@ -14,6 +14,7 @@ from trl_crisp.evaluation.metrics import (
     paired_bootstrap_reduction,
     share,
 )
+from trl_crisp.evaluation.row_answers import Labels
 from trl_crisp.evaluation.sample_file import Sample
 from trl_crisp.health.monitor import MIN_SHARE_WITH_REFERENCE
 from trl_crisp.health.reference import (
@@ -24,7 +25,6 @@ from trl_crisp.health.reference import (
     find_final_answers,
     find_reference,
 )
-from trl_crisp.preflight.labels import Labels
 from trl_crisp.prompts.thinking import ThinkIds
 
 Samples = Sequence[Sequence[Sample]]

@@ -35,9 +35,9 @@ from typing import Any
 
 import torch
 
+from trl_crisp.evaluation.row_answers import Labels
 from trl_crisp.models.memory import NoEstimateError, estimate_memory
 from trl_crisp.preflight.asking import OWN_PROMPTS, Asking
-from trl_crisp.preflight.labels import Labels
 from trl_crisp.preflight.measuring import Measured
 from trl_crisp.preflight.settings import PreflightSettings
 from trl_crisp.preflight.verdict import MUCH_CUT, choose_judge, judge, recommend

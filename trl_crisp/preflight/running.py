@@ -26,13 +26,13 @@ from trl_crisp.evaluation.problems import Benchmark, Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.prompts import check_positions
 from trl_crisp.evaluation.protocol import describe_sampling
+from trl_crisp.evaluation.row_answers import find_labels
 from trl_crisp.evaluation.sample_file import Sample, SampleFile
 from trl_crisp.evaluation.sample_problems import all_draws, sample_problems
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.models.checks import probe_model
 from trl_crisp.preflight.asking import Told, draw_prompts, resolve_all
 from trl_crisp.preflight.divergence import mean_reverse_kl
-from trl_crisp.preflight.labels import find_labels
 from trl_crisp.preflight.measuring import Samples, measure
 from trl_crisp.preflight.results import run_needs, write_preflight
 from trl_crisp.preflight.settings import PreflightSettings

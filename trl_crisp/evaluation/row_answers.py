@@ -40,21 +40,16 @@ class Labels:
         return sum(gold is not None for gold in self.golds)
 
 
-def find_labels(rows: Sequence[dict[str, Any]], asked_kind: Kind | None) -> Labels:
+def find_golds(rows: Sequence[dict[str, Any]]) -> tuple[str | None, list[str | list[str] | None], str]:
     """
     Find the right answers of rows, in the first of these columns that has any: `answer`, `solution`, `reward_model.ground_truth`.
 
     Of a worked solution the answer is what follows `####` (GSM8K) or else is in the last box. Training reads no answers, so a column
-    that holds something else is no error: the rows then have no right answers, and `reason` says why.
+    that holds something else is no error: the rows then have no right answers.
 
-    Args:
-        rows: The rows whose prompts are asked.
-        asked_kind: Overrides the kind.
-
-    Raises:
-        ValueError: If `asked_kind` does not fit the answers; the message has the row.
+    Returns:
+        The column; one answer for each row, `None` if it has none; and, without a column, why there is none.
     """
-    kind: Kind = asked_kind or "math"
     reason = f"the rows have no {', '.join(_COLUMNS[:2])} or reward_model.ground_truth"
     for column in _COLUMNS:
         values = [_cell(row, column) for row in rows]
@@ -70,11 +65,28 @@ def find_labels(rows: Sequence[dict[str, Any]], asked_kind: Kind | None) -> Labe
         if any(len(one) > _ANSWER_CHARACTERS for gold in known for one in ([gold] if isinstance(gold, str) else gold)):
             reason = f"column {name!r} has solutions without a marked final answer"
             continue
-        if not known:
-            continue
-        found, why = kind_of_file(known, asked_kind, f"column {name!r}, among the rows with an answer")
-        return Labels(name, [gold or None for gold in golds], found, why)
-    return Labels(None, [None] * len(rows), kind, reason)
+        if known:
+            return name, [gold or None for gold in golds], ""
+    return None, [None] * len(rows), reason
+
+
+def find_labels(rows: Sequence[dict[str, Any]], asked_kind: Kind | None) -> Labels:
+    """
+    Find the right answers of rows ([`find_golds`]), and how they are compared.
+
+    Args:
+        rows: The rows whose prompts are asked.
+        asked_kind: Overrides the kind.
+
+    Raises:
+        ValueError: If `asked_kind` does not fit the answers; the message has the row.
+    """
+    column, golds, reason = find_golds(rows)
+    if column is None:
+        return Labels(None, golds, asked_kind or "math", reason)
+    known = [gold for gold in golds if gold]
+    kind, why = kind_of_file(known, asked_kind, f"column {column!r}, among the rows with an answer")
+    return Labels(column, golds, kind, why)
 
 
 def _cell(row: dict[str, Any], column: str) -> Any:

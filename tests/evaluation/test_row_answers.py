@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_crisp.preflight.labels import find_labels
+from trl_crisp.evaluation.row_answers import find_labels
 
 
 @pytest.mark.parametrize(
