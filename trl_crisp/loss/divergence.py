@@ -114,15 +114,7 @@ def per_token_divergence(
         ValueError: If the divergence is infinite: with beta 1 if the teacher's bias masks a token that the student can generate,
             with beta 0 if the student's bias masks a token that the teacher can generate.
     """
-    if beta in (0.0, 1.0):
-        sides = [("student", student_head), ("teacher", teacher_head)]
-        (giver, giver_head), (masker, masker_head) = sides if beta == 1.0 else sides[::-1]
-        if len(tokens := _only_masked_by(masker_head, giver_head).nonzero()):
-            raise ValueError(
-                f"the divergence is infinite: the bias of the {masker}'s output head is -inf for {len(tokens)} tokens, such "
-                f"as id {tokens[0].item()}, that the {giver} can generate. Mask the same tokens in both, or set beta between 0 "
-                "and 1."
-            )
+    refuse_infinite(student_head, teacher_head, beta)
     in_loss_BT = loss_mask_BT != 0
     divergence_N, entropy_N = _divergence(
         student_hidden_BTH[in_loss_BT], student_head, teacher_hidden_BTH[in_loss_BT], teacher_head, beta, temperature
@@ -164,7 +156,7 @@ def sampled_diagnostics(
     reverse_kl_N, teacher_entropy_N = _divergence(
         teacher_hidden_NH, teacher_head, student_hidden_NH, student_head, beta=0.0, temperature=temperature
     )
-    reverse_kl_N = reverse_kl_N.masked_fill(_only_masked_by(teacher_head, student_head).any(), torch.inf)
+    reverse_kl_N = reverse_kl_N.masked_fill(only_masked_by(teacher_head, student_head).any(), torch.inf)
     num_tokens = torch.tensor(len(tokens_N), device=tokens_N.device)
     return {
         "teacher_entropy": Diagnostic(teacher_entropy_N.sum(), num_tokens),
@@ -245,10 +237,10 @@ def _divergence(
     return ChunkedDivergenceFunction.apply(
         student_hidden_NH,
         student_head.weight_VH,
-        _finite(student_head.bias_V),
+        finite_bias(student_head.bias_V),
         teacher_hidden_NH,
         teacher_head.weight_VH,
-        _finite(teacher_head.bias_V),
+        finite_bias(teacher_head.bias_V),
         beta,
         temperature,
         student_head.logit_scale,
@@ -258,14 +250,30 @@ def _divergence(
     )
 
 
-def _finite(bias_V: torch.Tensor | None) -> torch.Tensor | None:
+def finite_bias(bias_V: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a head's bias in float32, with values that are finite in products and at any temperature."""
     # Under ZeRO-3 the kernel gathers the bias. A bias that masks tokens was refused at the start
     if bias_V is None or hasattr(bias_V, "ds_id"):
         return bias_V
     return bias_V.float().clamp(min=_LOWEST_BIAS)
 
 
-def _only_masked_by(head: OutputHead, other: OutputHead) -> torch.Tensor:
+def refuse_infinite(student_head: OutputHead, teacher_head: OutputHead, beta: float) -> None:
+    """Raise a `ValueError` if the biases make the divergence infinite ([`per_token_divergence`])."""
+    if beta not in (0.0, 1.0):
+        return
+    sides = [("student", student_head), ("teacher", teacher_head)]
+    (giver, giver_head), (masker, masker_head) = sides if beta == 1.0 else sides[::-1]
+    if len(tokens := only_masked_by(masker_head, giver_head).nonzero()):
+        raise ValueError(
+            f"the divergence is infinite: the bias of the {masker}'s output head is -inf for {len(tokens)} tokens, such "
+            f"as id {tokens[0].item()}, that the {giver} can generate. Mask the same tokens in both, or set beta between 0 "
+            "and 1."
+        )
+
+
+def only_masked_by(head: OutputHead, other: OutputHead) -> torch.Tensor:
+    """Return which tokens, [V], the bias of a head masks with -inf and another head does not mask."""
     if head.bias_V is None or hasattr(head.bias_V, "ds_id") or head.softcap is not None:
         # Soft-capping raises a masked logit to -softcap, so the token keeps a probability
         return torch.zeros(1, dtype=torch.bool, device=head.weight_VH.device)
