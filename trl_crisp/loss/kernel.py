@@ -144,7 +144,9 @@ class _FusedLoss(torch.autograd.Function):
         inputs = (student_hidden_NH, student_weight_VH, student_bias_V)
         gradients = [
             # In float32, whatever the inputs are
-            torch.zeros(tensor.shape, device=device) if settings.needs_gradient and needs else None
+            torch.zeros(tensor.shape, device=device)
+            if settings.needs_gradient and needs and tensor is not None
+            else None
             for tensor, needs in zip(inputs, ctx.needs_input_grad[:3], strict=True)
         ]
         needs_gradient = any(gradient is not None for gradient in gradients)

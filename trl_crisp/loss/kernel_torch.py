@@ -68,7 +68,13 @@ def fold(
         slope_RV = _transform_(student_RV, student_transform, temperature, needs_gradient)
         _transform_(teacher_RV, teacher_transform, temperature, False)
         gradient_RV = _fold_block(
-            TokenValues(*values_6C[:, block]), student_RV, teacher_RV, token_ids_C[block], beta, needs_gradient, scratch
+            TokenValues(*values_6C[:, block]),
+            student_RV,
+            teacher_RV,
+            token_ids_C[block],
+            beta,
+            needs_gradient,
+            scratch,
         )
         if gradient_CV is None or gradient_RV is None:
             continue
