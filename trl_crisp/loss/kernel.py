@@ -18,14 +18,12 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
-from trl_crisp._upstream import maybe_gather_lm_head_ctx
 from trl_crisp.loss import kernel_torch
-from trl_crisp.loss.divergence import OutputHead, finite_bias, only_masked_by, refuse_infinite
+from trl_crisp.loss.divergence import OutputHead, finite_bias, gathered, only_masked_by, refuse_infinite
 from trl_crisp.loss.kernel_torch import TokenValues, Transform
 
 # Logits of a chunk, of each model. Our choice, so that the chunk takes no more memory than TRL's kernel: on a CPU 256 tokens of
@@ -97,16 +95,6 @@ def fused_loss(
             values = values._replace(reverse_kl=torch.full_like(values.reverse_kl, torch.inf))
     zeros_BT = torch.zeros(in_loss_BT.shape, device=loss.device)
     return loss, TokenValues(*(zeros_BT.masked_scatter(in_loss_BT, value_N) for value_N in values))
-
-
-@contextmanager
-def gathered(*heads: OutputHead) -> Iterator[None]:
-    """Gather heads that ZeRO-3 partitions, for all that reads them inside. Heads that are there already stay."""
-    with ExitStack() as stack:
-        for head in heads:
-            # One context each, because a teacher may share the student's head
-            stack.enter_context(maybe_gather_lm_head_ctx(*head[:2]))  # type: ignore[arg-type]
-        yield
 
 
 def fold_for(device: torch.device) -> Callable[..., TokenValues]:
