@@ -18,6 +18,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +100,10 @@ def fused_loss(
 
 def fold_for(device: torch.device) -> Callable[..., TokenValues]:
     """Return the elementwise pass for a device: Triton's on a GPU if Triton is installed, else plain torch's."""
+    if device.type in ("cuda", "xpu") and find_spec("triton") is not None:
+        from trl_crisp.loss import kernel_triton
+
+        return kernel_triton.fold
     return kernel_torch.fold
 
 

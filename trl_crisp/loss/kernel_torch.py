@@ -11,7 +11,7 @@ import torch
 # 1 MiB a tensor in float32; smaller blocks were not faster.
 BLOCK_LOGITS = 2**18
 # exp(-80) is 2e-35, which adds nothing to a sum of probabilities in float32, and expm1(80) is still finite
-_LARGEST_LOG_RATIO = 80.0
+LARGEST_LOG_RATIO = 80.0
 
 
 class Transform(NamedTuple):
@@ -138,7 +138,7 @@ def _fold_block(
         return q.sub_(p) if needs_gradient else None
 
     # With m the mixture: log m - log q = log1p(beta * (p / q - 1)), and log p - log m = gap - that
-    gap.clamp_(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    gap.clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     log_m_over_q = torch.expm1(gap, out=log_q).mul_(beta).log1p_()
     torch.sum(p.mul_(gap.sub_(log_m_over_q)), -1, out=values.divergence)
     terms = torch.mul(q, log_m_over_q, out=log_p)
