@@ -215,8 +215,7 @@ class _Projection:
         # As TRL's kernel does, which follows the autocast around it
         is_autocast = torch.is_autocast_enabled(device_type)
         self.dtype = torch.get_autocast_dtype(device_type) if is_autocast else hidden_NH.dtype
-        # Other devices have no product of half-precision tensors with a float32 result
-        self.is_half = device_type == "cuda" and self.dtype in (torch.float16, torch.bfloat16)
+        self.is_half = _multiplies_halves(device_type) and self.dtype in (torch.float16, torch.bfloat16)
         self.hidden_NH = hidden_NH.to(self.dtype) if self.is_half else hidden_NH.to(self.dtype).float()
         self.weight_VH = weight_VH.to(self.dtype) if self.is_half else weight_VH
         self.bias_V = bias_V
@@ -229,6 +228,11 @@ class _Projection:
         for start in range(0, len(self.weight_VH), CONVERTED_ROWS):
             rows = slice(start, start + CONVERTED_ROWS)
             yield rows, self.weight_VH[rows].to(self.dtype).float()
+
+
+def _multiplies_halves(device_type: str) -> bool:
+    # Other devices have no product of half-precision tensors with a float32 result
+    return device_type == "cuda"
 
 
 def _chunk_logits(device: torch.device) -> int:
