@@ -8,7 +8,7 @@ Each case is a forward and a backward from hidden states and heads to the gradie
 inputs, in the same process, in turns that start with another one each round. Their losses and gradients are compared first. The peak
 memory is measured apart, each contestant in a process of its own: what the pass adds to the process on a CPU (its `ru_maxrss` minus
 what it held before, after a pass over 2 tokens), what torch allocates above the inputs on a GPU. The output is a table, and a JSON
-with the protocol and every measurement.
+with the protocol and every measurement, in which cases that were not measured again stay.
 
 Contestants:
 
@@ -363,7 +363,6 @@ def protocol(args: argparse.Namespace) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "commit": commit,
         "uncommitted_changes_in_package": bool(changed.strip()),
-        "contestants": __doc__.split("Contestants:\n\n")[1],
     }
 
 
@@ -392,9 +391,11 @@ def main() -> None:
         return
     cases = QUICK if args.quick else {name: CASES[name] for name in args.cases}
     output = Path(args.output) if args.output else None if args.quick else RESULT
-    record: dict[str, Any] = {"protocol": protocol(args), "cases": {}}
+    record: dict[str, Any] = {"contestants": __doc__.split("Contestants:\n\n")[1], "cases": {}}
+    if output is not None and output.exists():
+        record["cases"] = json.loads(output.read_text(encoding="utf-8"))["cases"]
     for case_name, case in cases.items():
-        record["cases"][case_name] = entry = {"size": case._asdict()}
+        record["cases"][case_name] = entry = {"size": case._asdict(), "protocol": protocol(args)}
         if case.device == "cuda" and not torch.cuda.is_available():
             entry["skipped"] = "no GPU"
         else:
@@ -405,6 +406,9 @@ def main() -> None:
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record["cases"] = {name: record["cases"][name] for name in (CASES | QUICK) if name in record["cases"]}
+    if output is not None:
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table_of(record["cases"]))
 
 

@@ -36,12 +36,14 @@ def test_a_contestant_that_computes_something_else_is_an_error(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cases_for_a_gpu_are_skipped_with_a_word(monkeypatch, capsys, tmp_path):
     output = tmp_path / "speed.json"
+    output.write_text(json.dumps({"cases": {"quick": {"skipped": "kept"}}}))
     monkeypatch.setattr("sys.argv", ["speed", "--cases", "qwen3-8b", "--output", str(output)])
     speed.main()
     assert "| qwen3-8b | skipped: no GPU |" in capsys.readouterr().out
     record = json.loads(output.read_text())
     assert record["cases"]["qwen3-8b"]["skipped"] == "no GPU"
-    assert record["protocol"]["versions"]["torch"] == torch.__version__
+    assert record["cases"]["quick"]["skipped"] == "kept"
+    assert record["cases"]["qwen3-8b"]["protocol"]["versions"]["torch"] == torch.__version__
 
 
 def test_the_table_in_the_readme_is_that_of_the_json():
@@ -49,4 +51,4 @@ def test_the_table_in_the_readme_is_that_of_the_json():
     assert set(record["cases"]) == set(speed.CASES)
     table = speed.table_of(record["cases"])
     assert table in Path("benchmarks/README.md").read_text(encoding="utf-8")
-    assert re.fullmatch("[0-9a-f]{40}", record["protocol"]["commit"])
+    assert all(re.fullmatch("[0-9a-f]{40}", case["protocol"]["commit"]) for case in record["cases"].values())

@@ -35,7 +35,8 @@ GPU_CHUNK_LOGITS = 100 * 2**20
 CONVERTED_ROWS = 8192
 # Float16 loses values below 6e-8. The gradient with respect to logits is at most some tens, so this factor keeps it finite
 _FLOAT16_FACTOR = 256.0
-_TINY = torch.finfo(torch.float32).tiny
+# Weights that are all below it count as zero
+_LEAST_UNIT = 1e-30
 
 
 def fused_loss(
@@ -144,11 +145,11 @@ class _FusedLoss(torch.autograd.Function):
         ]
         needs_gradient = any(gradient is not None for gradient in gradients)
         # What these gradients lack: a factor that all tokens have in common
-        lacking = torch.tensor(settings.student_transform.scale / settings.temperature, device=device)
+        lacking = torch.full((), settings.student_transform.scale / settings.temperature, device=device)
         factors_N = None
         if student.is_half:
             # The gradient with respect to the logits is rounded to half precision, so the factors in it should be near 1
-            unit = weights_N.abs().amax().clamp(min=_TINY) if num_tokens else lacking
+            unit = weights_N.abs().amax().clamp(min=_LEAST_UNIT) if num_tokens else lacking
             if student.dtype == torch.float16:
                 unit = unit / _FLOAT16_FACTOR
             factors_N, lacking = weights_N / unit, lacking * unit
