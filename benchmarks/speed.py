@@ -6,8 +6,8 @@ Compares time and memory of the loss with TRL's kernel, with full logits, and wi
 
 Each case is a forward and a backward from hidden states and heads to the gradients of the student's. All contestants get the same
 inputs, in the same process, in turns that start with another one each round. Their losses and gradients are compared first. The peak
-memory is measured apart, each contestant in a process of its own: what the pass adds to the process on a CPU (its `ru_maxrss` minus
-what it held before, after a pass over 2 tokens), what torch allocates above the inputs on a GPU. The output is a table, and a JSON
+memory is measured apart, each contestant in a process of its own: what the pass adds to the process on a CPU (Linux's `VmHWM` minus
+what the process held before, after a small pass), what torch allocates above the inputs on a GPU. The output is a table, and a JSON
 with the protocol and every measurement, in which cases that were not measured again stay.
 
 Contestants:
@@ -297,7 +297,9 @@ def measure_peak_mib(name: str, case: Case) -> float:
     run_once(name, make_inputs(small), small)
     before = rss_mib()
     run_once(name, inputs, case)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    # Not ru_maxrss, which a new process takes over from the one that started it
+    [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(peak.split()[1]) / 1024 - before
 
 
 def peak_in_child(name: str, case_name: str, threads: int) -> float:
@@ -354,7 +356,7 @@ def protocol(args: argparse.Namespace) -> dict[str, Any]:
         "measured": "a forward and a backward, from hidden states and heads to the gradients of the student's",
         "rounds": args.rounds,
         "order": "in turns in one process, each round starts with another contestant; the first pass of each is not counted",
-        "peak_mib": "one pass in a process of its own: ru_maxrss minus the memory before (CPU), max_memory_allocated minus that (GPU)",
+        "peak_mib": "one pass in a process of its own: VmHWM minus the memory before (CPU), max_memory_allocated minus that (GPU)",
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),

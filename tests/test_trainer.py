@@ -174,7 +174,7 @@ def test_refresh_at_every_step_equals_live(tmp_path, tuning):
 def test_chunk_sizes_change_nothing(tmp_path, monkeypatch):
     """The chunks of the loss, and the blocks inside them."""
     whole, trainer = run(tmp_path, "whole")
-    monkeypatch.setattr(kernel, "CPU_CHUNK_LOGITS", 5 * trainer.model.config.vocab_size)
+    monkeypatch.setattr(kernel, "CPU_CHUNK_TOKENS", 5)
     monkeypatch.setattr(kernel_torch, "BLOCK_LOGITS", 2 * trainer.model.config.vocab_size)
     tiled, _ = run(tmp_path, "tiled")
     for name, value in whole.items():

@@ -111,7 +111,7 @@ def truth_of(given: Problem, beta, temperature) -> Truth:
 
 
 def chunks_of(monkeypatch, tokens: int, vocab: int = V, block_tokens: int = 2) -> None:
-    monkeypatch.setattr(kernel, "CPU_CHUNK_LOGITS", tokens * vocab)
+    monkeypatch.setattr(kernel, "CPU_CHUNK_TOKENS", tokens)
     monkeypatch.setattr(kernel_torch, "BLOCK_LOGITS", block_tokens * vocab)
 
 

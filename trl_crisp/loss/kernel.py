@@ -27,9 +27,11 @@ from trl_crisp.loss import kernel_torch
 from trl_crisp.loss.divergence import OutputHead, finite_bias, gathered, only_masked_by, refuse_infinite
 from trl_crisp.loss.kernel_torch import TokenValues, Transform
 
-# Logits of a chunk, of each model. Our choice, so that the chunk takes no more memory than TRL's kernel: on a CPU 256 tokens of
-# SmolLM2 (48 MiB in float32), on a GPU 690 tokens of Qwen3 (400 MiB).
-CPU_CHUNK_LOGITS = 256 * 49_152
+# Tokens of a chunk on a CPU. Our choice: fewer are slower with a wide vocabulary, because each chunk adds to the whole gradient of the
+# head, and more are not faster.
+CPU_CHUNK_TOKENS = 256
+# Logits of a chunk on a GPU, of each model. Our choice, so that the chunk takes no more memory than TRL's kernel: 690 tokens of
+# Qwen3, 400 MiB in float32.
 GPU_CHUNK_LOGITS = 100 * 2**20
 # Rows of a head that are converted to float32 at once, if the device has no product of half-precision tensors into float32
 CONVERTED_ROWS = 8192
@@ -154,7 +156,7 @@ class _FusedLoss(torch.autograd.Function):
                 unit = unit / _FLOAT16_FACTOR
             factors_N, lacking = weights_N / unit, lacking * unit
 
-        chunk_tokens = min(max(1, _chunk_logits(device) // vocab_size), max(1, num_tokens))
+        chunk_tokens = min(_chunk_tokens(device, vocab_size), max(1, num_tokens))
         logits = torch.empty(2 * chunk_tokens * vocab_size, device=device)
         if student.is_half and needs_gradient:
             half_CV = torch.empty((chunk_tokens, vocab_size), device=device, dtype=student.dtype)
@@ -236,8 +238,8 @@ def _multiplies_halves(device_type: str) -> bool:
     return device_type == "cuda"
 
 
-def _chunk_logits(device: torch.device) -> int:
-    return CPU_CHUNK_LOGITS if device.type == "cpu" else GPU_CHUNK_LOGITS
+def _chunk_tokens(device: torch.device, vocab_size: int) -> int:
+    return CPU_CHUNK_TOKENS if device.type == "cpu" else max(1, GPU_CHUNK_LOGITS // vocab_size)
 
 
 def _project(student: _Projection, teacher: _Projection, chunk: slice, logits_2CV: torch.Tensor) -> None:
