@@ -303,8 +303,9 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("frozen", "needs_gradient", "products"), [(False, True, 4), (True, True, 3), (False, False, 2)]
 )
-def test_products_with_the_vocabulary(beta, frozen, needs_gradient, products):
+def test_products_with_the_vocabulary(monkeypatch, beta, frozen, needs_gradient, products):
     """4 in forward and backward together, 3 with a frozen head, 2 in an evaluation."""
+    chunks_of(monkeypatch, 300, 300)
     given = problem(frozen=frozen, **WIDE)
     with Operations() as seen, torch.set_grad_enabled(needs_gradient):
         loss, _ = fused_loss(*given, beta, 1.0)

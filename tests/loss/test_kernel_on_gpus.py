@@ -189,7 +189,8 @@ def test_nothing_to_learn_gives_zero(half_products, fold, mask):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_shared_head_projects_both_models_at_once(half_products, shared, frozen):
+def test_a_shared_head_projects_both_models_at_once(monkeypatch, half_products, shared, frozen):
+    chunks_of(monkeypatch, 300, 300)
     given = problem(torch.bfloat16, frozen=frozen, **WIDE)
     if shared:
         given = given._replace(teacher=given.student._replace(bias_V=None))
