@@ -188,6 +188,11 @@ def test_zero3_refreshes_the_teacher(zero3, name):
     assert_teacher_is_student_of_last_refresh(zero3[name])
 
 
+def test_zero3_gathers_each_head_once_for_a_micro_batch(zero3):
+    """In the forward: the backward has the gradients already. The teacher's; DeepSpeed keeps the student's, which is small."""
+    assert zero3["path"].head_gathers == [1] * (ZERO_RUN.accumulation * ZERO_RUN.steps)
+
+
 def test_zero3_copy_of_a_loaded_model_draws_nothing_from_the_rollouts_random_stream(zero3):
     assert torch.equal(zero3["path"].random_state, zero3["full"].random_state)
 

@@ -23,7 +23,8 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_crisp._upstream import pad
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
-from trl_crisp.loss.divergence import Diagnostic, output_head, per_token_divergence, sampled_diagnostics
+from trl_crisp.loss.divergence import Diagnostic, gathered, output_head, sampled_topk_overlap
+from trl_crisp.loss.kernel import fused_loss
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
@@ -463,18 +464,27 @@ class CRISPTrainer(ResumableTrainer):
             device = student_head.weight_VH.device
             sides = (student_hidden_BTH.to(device), student_head, teacher_hidden_BTH.to(device), teacher_head)
             loss_mask_BT = loss_mask_BT.to(device)
-            divergence_BT, entropy_BT = per_token_divergence(*sides, loss_mask_BT, args.beta, args.loss_temperature)
-            self._diagnostics = sampled_diagnostics(*sides, loss_mask_BT, args.loss_temperature)
+            if num_items_in_batch is None:
+                num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
+            weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
+            with gathered(student_head, teacher_head):
+                loss, values = fused_loss(
+                    *sides,
+                    inputs["completion_ids"].to(device),
+                    loss_mask_BT,
+                    weights_BT,
+                    args.beta,
+                    args.loss_temperature,
+                )
+                topk_overlap = sampled_topk_overlap(*sides, loss_mask_BT, args.loss_temperature)
 
         num_tokens = (loss_mask_BT != 0).sum()
-        if args.beta == 1.0:
-            # The divergence of the loss is the reverse KL over all tokens, which is exact; the diagnostic samples tokens
-            self._diagnostics["reverse_kl"] = Diagnostic(divergence_BT.detach().sum(), num_tokens)
-        if num_items_in_batch is None:
-            num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
-        weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
-        loss = (weights_BT * divergence_BT).sum()
-        return loss, entropy_BT.sum(), num_tokens
+        self._diagnostics = {
+            "reverse_kl": Diagnostic(values.reverse_kl.sum(), num_tokens),
+            "teacher_entropy": Diagnostic(values.teacher_entropy.sum(), num_tokens),
+            "topk_overlap": topk_overlap,
+        }
+        return loss, values.student_entropy.sum(), num_tokens
 
     def train(
         self,

@@ -57,6 +57,8 @@ class Outcome:
     refreshes: int
     # Of the random stream that the rollouts are sampled with, before the first
     random_state: torch.Tensor
+    # How often ZeRO-3 gathered an output head for the loss and its backward, of each micro-batch
+    head_gathers: list[int]
 
 
 class CraftedTrainer(CRISPTrainer):
@@ -147,7 +149,8 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
     random_state = torch.get_rng_state()
     student, teacher = trainer.model, trainer.teacher
     before = full_weights(student)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with counted_head_gathers(trainer) as head_gathers:
+        trainer.train(resume_from_checkpoint=checkpoint)
     after = full_weights(student)
     if run.lora:
         # Of one adapter and the other, under one name
@@ -171,6 +174,7 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
         ),
         refreshes=teacher.refreshes,
         random_state=random_state,
+        head_gathers=head_gathers,
     )
 
 
@@ -204,6 +208,48 @@ def end_with_the_best(run: Run, directory: str | Path) -> list[dict[str, torch.T
     trainer.train()
     assert spot.loaded_step == 1
     return [*by_steps.weights, full_weights(trainer.model)]
+
+
+@contextmanager
+def counted_head_gathers(trainer: CRISPTrainer):
+    """Count into a list, one number for each micro-batch. Modules' own gathers, and those of generation and refreshes, are left out."""
+    import deepspeed
+
+    counts: list[int] = []
+    is_counting = False
+    original, compute_loss, backward = (
+        deepspeed.zero.GatheredParameters,
+        trainer.compute_loss,
+        trainer.accelerator.backward,
+    )
+    head_shape = tuple(getattr(trainer.model.get_output_embeddings().weight, "ds_shape", ()))
+
+    class Counting(original):
+        def __init__(self, params, *args, **kwargs):
+            super().__init__(params, *args, **kwargs)
+            if is_counting:
+                counts[-1] += sum(tuple(p.ds_shape) == head_shape for p in params)
+
+    def counting(function, begins_micro_batch: bool):
+        def call(*args, **kwargs):
+            nonlocal is_counting
+            if begins_micro_batch:
+                counts.append(0)
+            is_counting = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                is_counting = False
+
+        return call
+
+    deepspeed.zero.GatheredParameters = Counting
+    trainer.compute_loss = counting(compute_loss, True)
+    trainer.accelerator.backward = counting(backward, False)
+    try:
+        yield counts
+    finally:
+        deepspeed.zero.GatheredParameters = original
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
