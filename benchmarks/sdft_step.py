@@ -38,9 +38,9 @@ WARM_UP_TOKENS = 16
 MIB = 2**20
 
 DIFFERENCES = [
-    "SDFT holds both models' logits [batch, tokens, vocabulary] and their log-softmax; CRISP takes hidden states and heads "
-    "through TRL's chunked kernel, which projects again in the backward.",
-    "CRISP also computes entropies, and for its logs the divergence of up to 256 tokens a second time.",
+    "SDFT holds both models' logits [batch, tokens, vocabulary] and their log-softmax; CRISP projects hidden states in chunks of "
+    "tokens, and makes the gradients in its forward.",
+    "CRISP also computes both entropies, and for its logs the overlap of the models' top tokens on up to 32 tokens.",
     "SDFT cuts prompts from the left at 512 tokens (max_prompt_length); none of these is that long.",
     "SDFT takes the student's weights over after steps 50, 100, ...; CRISP at their start. Neither happens here.",
     "With bf16, SDFT's models run under accelerate's autocast and give float32 logits; CRISP's loss runs under autocast "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import fsdp2
+from tests.distributed import distance, fsdp2
 from tests.distributed.runs import DDP_RUNS, ZERO_RUN, Outcome, Run, alone, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -111,6 +111,7 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 def assert_same_training(actual: Outcome, expected: Outcome, rtol: float = 1e-3) -> None:
     # A logged loss is rounded to 6 digits
     assert actual.losses == pytest.approx(expected.losses, rel=rtol, abs=2e-6)
+    assert actual.per_token == pytest.approx(expected.per_token, rel=rtol, abs=2e-6)
     assert any(change.abs().max() > 0 for change in expected.change.values())
     assert_close(actual.change, expected.change, rtol)
 
@@ -187,6 +188,11 @@ def test_zero3_refreshes_the_teacher(zero3, name):
     assert_teacher_is_student_of_last_refresh(zero3[name])
 
 
+def test_zero3_gathers_each_head_once_for_a_micro_batch(zero3):
+    """In the forward: the backward has the gradients already. The teacher's; DeepSpeed keeps the student's, which is small."""
+    assert zero3["path"].head_gathers == [1] * (ZERO_RUN.accumulation * ZERO_RUN.steps)
+
+
 def test_zero3_copy_of_a_loaded_model_draws_nothing_from_the_rollouts_random_stream(zero3):
     assert torch.equal(zero3["path"].random_state, zero3["full"].random_state)
 
@@ -199,6 +205,30 @@ def test_zero3_keeps_tied_weights_tied(zero3):
 def test_zero3_with_lora_is_an_error_that_names_the_way_out(zero3):
     assert "does not work under DeepSpeed ZeRO-3" in zero3["lora"]
     assert "ZeRO-2 or FSDP2" in zero3["lora"]
+
+
+@pytest.mark.parametrize(("stage", "name"), [("zero2", "best"), ("zero2", "best-lora"), ("zero3", "best")])
+def test_a_run_ends_with_the_weights_of_its_best_checkpoint(request, stage, name):
+    *by_steps, end = request.getfixturevalue(stage)[name]
+    assert len(by_steps) == 3
+    for parameter, weight in end.items():
+        # DeepSpeed keeps the teacher's adapter, which is no part of the student, as it was at the end
+        if ".teacher." not in parameter:
+            assert torch.equal(weight, by_steps[0][parameter]), parameter
+    assert any(not torch.equal(weight, by_steps[2][parameter]) for parameter, weight in end.items())
+
+
+@pytest.mark.parametrize("launch", ["ddp", "zero2"])
+def test_the_distance_of_two_processes_is_that_of_one(launch, request, tmp_path):
+    outcome = request.getfixturevalue(launch)["distance"]
+    assert outcome.logged[0] == pytest.approx(distance.measure(tmp_path).logged[0], abs=1e-5)
+    assert list(outcome.logged) == [0, 1, 2]
+    assert outcome.found == pytest.approx(outcome.expected, abs=1e-4)
+    assert outcome.is_restored
+
+
+def test_zero3_has_no_distance_and_says_so(zero3):
+    assert "monitor_distance: DeepSpeed ZeRO-3 partitions the weights" in zero3["distance"]
 
 
 @pytest.mark.parametrize("name", fsdp2.CASES)

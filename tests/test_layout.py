@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "trainer": {"_upstream", "config", "loss", "models", "prompts", "rollouts", "rows", "run", "teacher"},
     "evaluation": {"models", "prompts", "rollouts", "rows", "run"},
     # The trainer is attached to, by one call, and imported by nobody below it
-    "health": {"_upstream", "config", "evaluation", "prompts", "rows", "run"},
+    "health": {"_upstream", "config", "evaluation", "loss", "models", "prompts", "rows", "run"},
+    "preflight": {"config", "evaluation", "health", "loss", "models", "prompts", "rows", "run"},
     # It reads results and compares them again; it never samples or grades
     "report": {"evaluation.comparison", "evaluation.metrics", "evaluation.records", "evaluation.results"},
     "train": None,

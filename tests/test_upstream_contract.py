@@ -405,6 +405,24 @@ def test_rollouts_are_made_at_the_first_micro_batch_of_each_step(tmp_path, monke
     )
 
 
+def test_the_rollouts_of_a_step_are_a_new_list_of_micro_batches(tmp_path):
+    """trainer.py sorts and trims them as soon as `_buffered_inputs` is another object."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer.model.train()
+    batch, buffers, given = list(trainer.train_dataset)[:4], [], []
+    assert trainer._buffered_inputs is None
+    for step in range(4):
+        trainer._step = step
+        given.append(DistillationTrainer._prepare_inputs(trainer, batch))
+        buffers.append(trainer._buffered_inputs)
+    assert buffers[0] is buffers[1] is not buffers[2] is buffers[3]
+    assert [inputs is buffers[step][step % 2] for step, inputs in enumerate(given)] == [True] * 4
+    assert [len(buffer) for buffer in buffers] == [2] * 4
+    trainer.model.eval()
+    trainer._prepare_inputs(batch)
+    assert trainer._buffered_inputs is buffers[3], "an evaluation changed the rollouts of training"
+
+
 def test_metrics_are_lists_that_log_averages_and_clears(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     assert set(trainer._metrics) == {"train", "eval"}

@@ -1,4 +1,8 @@
-"""The command line `trl-crisp`: `train` runs `accelerate launch -m trl_crisp.train`, `eval` measures a model, `report` shows it."""
+"""
+The command line `trl-crisp`.
+
+`train` runs `accelerate launch -m trl_crisp.train`, `preflight` looks before it, `eval` measures a model, and `report` shows what was measured.
+"""
 
 import argparse
 import contextlib
@@ -13,9 +17,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from trl_crisp import __version__
+from trl_crisp.prompts.chat_template_flags import json_object
 
 TRAIN_DESCRIPTION = """\
 Train a model to reason in fewer tokens, through `accelerate launch`.
@@ -58,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         kept = "The finished answers are kept: the same command resumes with the rest."
-        print("\nInterrupted." + (f" {kept}" if args.command == "eval" else ""), file=sys.stderr)
+        print("\nInterrupted." + (f" {kept}" if args.command in ("eval", "preflight") else ""), file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -274,7 +278,7 @@ def make_eval_parser() -> argparse.ArgumentParser:
     add(
         "--chat-template-kwargs",
         "--chat_template_kwargs",
-        type=_json_object,
+        type=json_object,
         help="flags of the chat template, as JSON: '{\"enable_thinking\": false}'",
     )
     add(
@@ -336,32 +340,50 @@ def read_eval_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[s
             if not isinstance(value, list):
                 raise ValueError(f"--config {path}: {key} is {value!r}; give a list.")
             arguments += [flag, *map(str, value)]
-        elif isinstance(value, dict) == (action.type is _json_object) and not isinstance(value, list | bool):
+        elif isinstance(value, dict) == (action.type is json_object) and not isinstance(value, list | bool):
             # As one argument, because a value may begin with a dash
             arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         else:
             # YAML reads the words no, off and yes as booleans
             kind = (
                 "a mapping"
-                if action.type is _json_object
+                if action.type is json_object
                 else "one value, in quotes if it is a word that YAML reads as something else"
             )
             raise ValueError(f"--config {path}: {key} is {value!r}; give {kind}.")
     return [*arguments, *argv[:position], *argv[position + 2 :]]
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} has to be a JSON object, such as {{"enable_thinking": false}}')
-    return value
-
-
 class _EvalHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def preflight(argv: list[str]) -> int:
+    """
+    Measure before training what instructions do to a model, and print numbers and verdicts.
+
+    Args:
+        argv: See `trl-crisp preflight --help`.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: If the model cannot be measured with these arguments.
+    """
+    from trl_crisp.preflight.arguments import make_preflight_parser, output_of, settings_of
+
+    args = make_preflight_parser().parse_args(argv)
+    settings, output_dir = settings_of(args), output_of(args)
+
+    from trl_crisp.preflight.running import run_preflight
+    from trl_crisp.report.console import progress
+    from trl_crisp.report.preflight_table import print_preflight, print_preflight_start
+    from trl_crisp.run.known_warnings import silence_known_warnings
+
+    silence_known_warnings()
+    with progress() as on_progress:
+        results = run_preflight(settings, output_dir, on_progress, print_preflight_start)
+    print_preflight(results)
+    print(f"Wrote {output_dir / 'preflight.json'} and, with the answers, {output_dir / 'samples'}.")
+    return 0
 
 
 def report(argv: list[str]) -> int:
@@ -374,6 +396,8 @@ def report(argv: list[str]) -> int:
     Raises:
         ValueError, FileNotFoundError, ImportError: See [`~trl_crisp.report.page.write_report`].
     """
+    from trl_crisp.report.arguments import make_report_parser
+
     args = make_report_parser().parse_args(argv)
 
     from trl_crisp.report.page import write_report
@@ -383,45 +407,12 @@ def report(argv: list[str]) -> int:
     return 0
 
 
-def make_report_parser() -> argparse.ArgumentParser:
-    """Return the parser of `trl-crisp report`."""
-    parser = argparse.ArgumentParser(
-        prog="trl-crisp report",
-        description="Write one page about results of `trl-crisp eval` and a training: a verdict, tables, figures, and answers side by side. "
-        "It is a single file that needs no network.",
-        epilog="example:\n  trl-crisp report base concise after --run qwen3-0.6b-crisp --output report.html\n"
-        "  trl-crisp report base after-seed0 after-seed1 --output seeds.html\n\n"
-        "The first RESULT is the base. One of the same weights with an instruction is shown as told to be concise; all others are shown as "
-        "trained.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "results",
-        metavar="RESULT",
-        type=Path,
-        nargs="*",
-        help="an --output directory of `trl-crisp eval`, or its results.json; the base first",
-    )
-    add(
-        "--run",
-        metavar="OUTPUT_DIR",
-        type=Path,
-        action="append",
-        default=[],
-        help="output_dir of a training, of which the log is drawn; may be given again",
-    )
-    add(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help="report.html writes the page and report.md beside it; report.md writes Markdown alone",
-    )
-    return parser
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "report": report}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "preflight": preflight,
+    "eval": evaluate,
+    "report": report,
+}
 
 
 def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:

@@ -93,15 +93,19 @@ class CRISPConfig(DistillationConfig):
         monitor_file (`str`, *optional*):
             A .jsonl, .json, .parquet or .csv file with prompts of its own to measure on, in the form of the training rows, instead of
             training prompts. With `monitor_prompts`, its first ones; else all.
-        monitor_samples (`int`, defaults to `5`; ours, as in the trials on which the rule was tried):
+        monitor_samples (`int`, defaults to `5`; ours, as in the lab's runs that the rule was tested on):
             Answers per monitor prompt, of the base and at each measurement.
         monitor_steps (`int`, *optional*):
             Optimizer steps between two measurements. If unset: `teacher_sync_steps`, and 50 for a teacher without one. Step k is
             measured if k + 1 is a multiple, just before a refresh is due; so is the last step.
         monitor_grader (`str`, defaults to `"math"`):
             How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line.
-        monitor_margin (`float`, defaults to `0.03`; ours, as in the trials):
+        monitor_margin (`float`, defaults to `0.03`; ours: 2% false alarms of a measurement with 128 prompts, benchmarks/README):
             How far agreement may be below the base's own before it counts as fallen: 0.03 is three points.
+        monitor_distance (`bool`, defaults to `False`; ours, because it costs two passes over the answers):
+            Also measure how many nats an answer of the student is more likely than under the base told to be concise
+            ([`~trl_crisp.health.distance.ConciseBaseDistance`]). With LoRA it costs no memory; in full fine-tuning the initial weights are
+            kept in the CPU's memory.
         teacher_refresh_gate (`str`, *optional*):
             `"agreement"` postpones a due refresh while agreement is below the base's own by more than `monitor_margin`. If unset, each
             due refresh happens, as in the paper.
@@ -118,6 +122,9 @@ class CRISPConfig(DistillationConfig):
             all tokens of the global batch, as in TRL.
         loss_temperature (`float`, defaults to `1.0`, as in the authors' code):
             Softmax temperature of both distributions in the divergence and in the logged entropies.
+        profile_steps (`bool`, defaults to `False`; ours, because measuring costs some speed):
+            Log the seconds of each step's parts, and the share of the hardware's limit that training reaches
+            ([`~trl_crisp.run.profile.StepProfile`]).
         max_prompt_length (`int` or `None`, defaults to `1024`, in tokens):
             Rows with a longer student or teacher prompt are dropped before training, counted and reported. Prompts are never
             truncated. `None` keeps all rows.
@@ -208,6 +215,10 @@ class CRISPConfig(DistillationConfig):
     monitor_margin: float = field(
         default=0.03, metadata={"help": "How far agreement may be below the base's own; 0.03 is three points."}
     )
+    monitor_distance: bool = field(
+        default=False,
+        metadata={"help": "Also measure how far the student's answers are from the base told to be concise, in nats."},
+    )
     teacher_refresh_gate: str | None = field(
         default=None,
         metadata={
@@ -236,6 +247,10 @@ class CRISPConfig(DistillationConfig):
     )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Softmax temperature of both distributions in the divergence."}
+    )
+    profile_steps: bool = field(
+        default=False,
+        metadata={"help": "Log the seconds of each step's parts and the share of the hardware's limit (profile/*)."},
     )
     max_prompt_length: int | None = field(
         default=1024,
@@ -438,7 +453,7 @@ class CRISPConfig(DistillationConfig):
                     "monitor_prompts, such as 64, or monitor_file."
                 )
             defaults = CRISPConfig.__dataclass_fields__
-            names = ("monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin")
+            names = ("monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin", "monitor_distance")
             if changed := [name for name in names if getattr(self, name) != defaults[name].default]:
                 self._warn(f"{', '.join(changed)} has no effect without monitor_prompts or monitor_file.")
             return

@@ -23,19 +23,22 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_crisp._upstream import pad
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
-from trl_crisp.loss.divergence import Diagnostic, output_head, per_token_divergence, sampled_diagnostics
+from trl_crisp.loss.divergence import Diagnostic, gathered, output_head, sampled_topk_overlap
+from trl_crisp.loss.kernel import fused_loss
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
 from trl_crisp.models.hidden_states import last_hidden_state
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
-from trl_crisp.prompts.pairs import PromptPairs, check_columns, check_row
+from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 from trl_crisp.rollouts.own_sampling import own_sampling
+from trl_crisp.rollouts.packing import sort_and_trim
 from trl_crisp.rollouts.text_measures import epistemic_words, repeats_itself
 from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
+from trl_crisp.run.profile import StepProfile
 from trl_crisp.run.resumable import ResumableTrainer
 from trl_crisp.teacher import Teacher, make_teacher
 
@@ -56,6 +59,8 @@ class CRISPTrainer(ResumableTrainer):
 
     - The teacher is the model itself with the instruction in its prompt ([`~trl_crisp.teacher.Teacher`]), its weights
       refreshed from the student every `teacher_sync_steps`. With LoRA both share one base model.
+    - The rollouts of a step are sorted by length, and each micro-batch is trimmed to its own longest
+      ([`~trl_crisp.rollouts.packing.sort_and_trim`]). Values per token are logged as means over the step's tokens.
     - Student and teacher see the same completion token ids after different prompts, so each has its own inputs.
     - The loss is averaged over each rollout's tokens and then over rollouts (`loss_normalization`), and its softmax has its
       own temperature (`loss_temperature`).
@@ -115,6 +120,9 @@ class CRISPTrainer(ResumableTrainer):
 
     args: CRISPConfig
     prompt_pairs: PromptPairs
+    # What was found in the training rows, and how many tokens at the end of each prompt open the model's turn
+    prompt_report: PromptReport
+    turn_tokens: int
     teacher: Teacher
 
     def __init__(
@@ -182,9 +190,13 @@ class CRISPTrainer(ResumableTrainer):
         self._baseline_lengths_tokens: list[float] = []
         # Mean entropies (student, teacher) of each micro-batch of the current optimizer step
         self._step_entropies_nats: list[tuple[float, float]] = []
+        # Of the current step's micro-batches: loss tokens, over all processes, relative to their mean. `None` weighs all alike
+        self._token_shares: list[float] | None = None
         # Filled inside the wrapped forward, which must not run a collective operation; compute_loss reads it afterwards
         self._diagnostics: dict[str, Diagnostic] | None = None
         self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
+        if args.profile_steps:
+            StepProfile(self)
 
     def _check_learning_rate(self) -> None:
         rate = self.args.learning_rate
@@ -216,7 +228,7 @@ class CRISPTrainer(ResumableTrainer):
         if first is None:
             raise ValueError("the train dataset is empty. Check its split and filters.")
         check_row(first, 0)
-        self._turn_tokens = turn_tokens = self._count_generation_prompt_tokens(first["prompt"])
+        self.turn_tokens = turn_tokens = self._count_generation_prompt_tokens(first["prompt"])
         self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, turn_tokens)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {
@@ -226,7 +238,7 @@ class CRISPTrainer(ResumableTrainer):
         elif self.eval_dataset is not None:
             self.eval_dataset, _ = self.prompt_pairs.select(self.eval_dataset, turn_tokens, "eval")
 
-        self._report = report
+        self.prompt_report = report
         self.accelerator.print(f"CRISP: {report.describe(args.max_prompt_length)}")
         teacher_prompt, _ = self.prompt_pairs.teacher_prompt(first)
         (student_ids, teacher_ids), *_ = self._tokenize_prompts([first["prompt"], teacher_prompt])
@@ -282,7 +294,7 @@ class CRISPTrainer(ResumableTrainer):
         is_raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if is_raw and "teacher_prompt_ids" not in (eval_dataset.column_names or []):
             check_columns(eval_dataset, "eval")
-            eval_dataset, _ = self.prompt_pairs.select(eval_dataset, self._turn_tokens, "eval")
+            eval_dataset, _ = self.prompt_pairs.select(eval_dataset, self.turn_tokens, "eval")
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         # With persistent workers transformers keeps the first loader, and answers with it for any other rows
@@ -305,7 +317,21 @@ class CRISPTrainer(ResumableTrainer):
             # Before the rollout, because Algorithm 1 refreshes at the start of a step
             self.teacher.begin_step(self.state.global_step + 1)
             self._step_entropies_nats.clear()
-        return super()._prepare_inputs(generation_batch)
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            # The parent has padded, shuffled and split the rollouts of a new step
+            self._buffered_inputs = sort_and_trim(self._buffered_inputs, self.pad_to_multiple_of)
+            self._token_shares = self._count_token_shares(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+        return inputs
+
+    def _count_token_shares(self, micro_batches: list[dict[str, Any]]) -> list[float] | None:
+        if len(micro_batches) == 1:
+            return None
+        counts = torch.stack([(self.get_loss_mask(inputs) != 0).sum() for inputs in micro_batches])
+        counts = self.accelerator.reduce(counts, "sum")
+        return (counts * len(counts) / counts.sum()).tolist() if counts.any() else None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with own_sampling(self.model):
@@ -393,12 +419,19 @@ class CRISPTrainer(ResumableTrainer):
         means = {name: self._mean_over_processes(diagnostic) for name, diagnostic in self._diagnostics.items()}
         self._diagnostics = None
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, mean in means.items():
-            if mean is not None:
-                metrics[name].append(mean)
         if self.model.training and means["teacher_entropy"] is not None:
             self._step_entropies_nats.append((metrics["entropy"][-1], means["teacher_entropy"]))
             self._check_teacher_is_not_uniform()
+        share = None
+        if self.model.training and self._token_shares is not None:
+            # The log averages over micro-batches, and those of short rollouts have fewer tokens
+            share = self._token_shares[self._step % self.args.gradient_accumulation_steps]
+            metrics["entropy"][-1] *= share
+        for name, mean in means.items():
+            if share is not None:
+                metrics[name].append(mean * share if mean is not None else 0.0)
+            elif mean is not None:
+                metrics[name].append(mean)
         return loss
 
     def _mean_over_processes(self, diagnostic: Diagnostic) -> float | None:
@@ -431,18 +464,27 @@ class CRISPTrainer(ResumableTrainer):
             device = student_head.weight_VH.device
             sides = (student_hidden_BTH.to(device), student_head, teacher_hidden_BTH.to(device), teacher_head)
             loss_mask_BT = loss_mask_BT.to(device)
-            divergence_BT, entropy_BT = per_token_divergence(*sides, loss_mask_BT, args.beta, args.loss_temperature)
-            self._diagnostics = sampled_diagnostics(*sides, loss_mask_BT, args.loss_temperature)
+            if num_items_in_batch is None:
+                num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
+            weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
+            with gathered(student_head, teacher_head):
+                loss, values = fused_loss(
+                    *sides,
+                    inputs["completion_ids"].to(device),
+                    loss_mask_BT,
+                    weights_BT,
+                    args.beta,
+                    args.loss_temperature,
+                )
+                topk_overlap = sampled_topk_overlap(*sides, loss_mask_BT, args.loss_temperature)
 
         num_tokens = (loss_mask_BT != 0).sum()
-        if args.beta == 1.0:
-            # The divergence of the loss is the reverse KL over all tokens, which is exact; the diagnostic samples tokens
-            self._diagnostics["reverse_kl"] = Diagnostic(divergence_BT.detach().sum(), num_tokens)
-        if num_items_in_batch is None:
-            num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
-        weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
-        loss = (weights_BT * divergence_BT).sum()
-        return loss, entropy_BT.sum(), num_tokens
+        self._diagnostics = {
+            "reverse_kl": Diagnostic(values.reverse_kl.sum(), num_tokens),
+            "teacher_entropy": Diagnostic(values.teacher_entropy.sum(), num_tokens),
+            "topk_overlap": topk_overlap,
+        }
+        return loss, values.student_entropy.sum(), num_tokens
 
     def train(
         self,
@@ -466,7 +508,7 @@ class CRISPTrainer(ResumableTrainer):
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.state.global_step == 0 < self.state.max_steps:
             raise ValueError(
-                f"the rows ended before the first step: of {self._report.rows} rows read, {self._report.dropped} were dropped "
+                f"the rows ended before the first step: of {self.prompt_report.rows} rows read, {self.prompt_report.dropped} were dropped "
                 f"because a prompt has more than max_prompt_length={self.args.max_prompt_length} tokens, and a step needs "
                 f"{self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes} rows. "
                 "Give more rows, a smaller batch, or a larger max_prompt_length."

@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ def new_model(vocab_size: int, pad_id: int, eos_id: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train_stage(model: LlamaForCausalLM, form: Form, seed: int, steps: int) -> None:
+def train_stage(
+    model: LlamaForCausalLM, form: Form, seed: int, steps: int, is_enough: Callable[[int], bool] | None = None
+) -> None:
     """
     Train a model in place, with cross-entropy on solutions.
 
@@ -49,6 +52,7 @@ def train_stage(model: LlamaForCausalLM, form: Form, seed: int, steps: int) -> N
         form: How the solutions are written.
         seed: Seed of the problems and their solutions.
         steps: Optimizer steps of 48 solutions.
+        is_enough: Called with the number of steps done, after each step; if it returns true, the stage ends early.
     """
     rng = random.Random(seed)
     tokenizer = lab_tokenizer()
@@ -72,6 +76,8 @@ def train_stage(model: LlamaForCausalLM, form: Form, seed: int, steps: int) -> N
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if is_enough is not None and is_enough(step + 1):
+            return
         if (step + 1) % 50 == 0:
             left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
             print(f"step {step + 1}/{steps}: loss {total_nats:.4f} nats per token, {left:.0f} s left", flush=True)

@@ -11,7 +11,10 @@ from typing import IO
 
 
 def run_side_by_side(
-    runs: list[tuple[str, int]], workers: int, path_of: Callable[[str, int], Path]
+    runs: list[tuple[str, int]],
+    workers: int,
+    path_of: Callable[[str, int], Path],
+    module: str = "benchmarks.lab.run",
 ) -> list[tuple[str, int]]:
     """
     Run settings, with a bar that shows the time left. No process is left running, even after an error.
@@ -20,6 +23,7 @@ def run_side_by_side(
         runs: Setting and seed of each run.
         workers: How many runs at once.
         path_of: Returns the file of a run's result, from its setting and seed.
+        module: What makes one run, from its setting, its seed and the file.
 
     Returns:
         The runs that failed. The end of each one's error output is printed.
@@ -51,7 +55,7 @@ def run_side_by_side(
             while waiting or running:
                 while waiting and len(running) < workers:
                     name, seed = waiting.pop()
-                    command = [sys.executable, "-m", "benchmarks.lab.run", name, str(seed), str(path_of(name, seed))]
+                    command = [sys.executable, "-m", module, name, str(seed), str(path_of(name, seed))]
                     errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as its process
                     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors)
                     running[name, seed] = process, errors

@@ -21,7 +21,8 @@ from trl.models.utils import _ForwardRedirection
 from tests.distributed.runs import LORA, SCALE
 from tests.tiny_models import tiny_llama
 from trl_crisp import CRISPConfig
-from trl_crisp.loss.divergence import output_head, per_token_divergence
+from trl_crisp.loss.divergence import output_head
+from trl_crisp.loss.kernel import fused_loss
 from trl_crisp.teacher import Teacher, make_teacher
 from trl_crisp.teacher.sharding import named_parameters
 
@@ -159,11 +160,19 @@ def _loss(student, teacher: Teacher, step: int, rollouts: list[int]) -> torch.Te
             )
         teacher_head = output_head(served, teacher_hidden_BTH.dtype)
     student_head = output_head(student, student_hidden_BTH.dtype)
-    mask_BT = torch.ones(len(rollouts), COMPLETION_TOKENS)
-    divergence_BT, _ = per_token_divergence(
-        student_hidden_BTH, student_head, teacher_hidden_BTH.float(), teacher_head, mask_BT, 1.0, 1.0
+    ones_BT = torch.ones(len(rollouts), COMPLETION_TOKENS)
+    loss, _ = fused_loss(
+        student_hidden_BTH,
+        student_head,
+        teacher_hidden_BTH.float(),
+        teacher_head,
+        ones_BT.long(),
+        ones_BT,
+        ones_BT / ones_BT.numel(),
+        1.0,
+        1.0,
     )
-    return divergence_BT.mean()
+    return loss
 
 
 def _last_hidden(model, side: str, step: int, rollouts: list[int]) -> torch.Tensor:

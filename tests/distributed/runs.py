@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 from trl_crisp import CRISPConfig, CRISPTrainer
+from trl_crisp.health.sweet_spot import Measurement, SweetSpot
 
 ROLLOUTS = 8
 # The rollout of this row is a tool's from end to end: in the loss of none, and not counted
@@ -46,6 +47,8 @@ class Outcome:
     """What a run left. Parameters are by name, gathered where they are partitioned."""
 
     losses: list[float]
+    # At each step: entropy, reverse_kl and teacher_entropy, in nats per token
+    per_token: list[float]
     # The trained parameters' difference to those of the start
     change: dict[str, torch.Tensor]
     # At the end: the teacher's parameters, and those that the student had when the teacher was refreshed last
@@ -54,6 +57,8 @@ class Outcome:
     refreshes: int
     # Of the random stream that the rollouts are sampled with, before the first
     random_state: torch.Tensor
+    # How often ZeRO-3 gathered an output head for the loss and its backward, of each micro-batch
+    head_gathers: list[int]
 
 
 class CraftedTrainer(CRISPTrainer):
@@ -144,7 +149,8 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
     random_state = torch.get_rng_state()
     student, teacher = trainer.model, trainer.teacher
     before = full_weights(student)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with counted_head_gathers(trainer) as head_gathers:
+        trainer.train(resume_from_checkpoint=checkpoint)
     after = full_weights(student)
     if run.lora:
         # Of one adapter and the other, under one name
@@ -153,6 +159,12 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
         at_the_end = full_weights(teacher._model)
     return Outcome(
         losses=[log["loss"] for log in trainer.state.log_history if "loss" in log],
+        per_token=[
+            log[name]
+            for log in trainer.state.log_history
+            for name in ("entropy", "reverse_kl", "teacher_entropy")
+            if name in log
+        ],
         change={name: after[name] - before[name] for name, p in student.named_parameters() if p.requires_grad},
         teacher=at_the_end,
         student_at_refresh=next(
@@ -162,7 +174,82 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
         ),
         refreshes=teacher.refreshes,
         random_state=random_state,
+        head_gathers=head_gathers,
     )
+
+
+class BestIsTheFirst:
+    """Measurements that are given: the first step is the shortest that holds."""
+
+    margin, subject = 0.03, "agreement"
+
+    def measurements(self, state):
+        tokens = {1: 50, 2: 60, 3: 70}
+        return [Measurement(s, n, 1 - n / 100, 0.0, 0.0) for s, n in tokens.items() if s <= state.global_step]
+
+
+class WeightsBySteps(TrainerCallback):
+    """Keeps the student's weights after each step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append(full_weights(model))
+
+
+def end_with_the_best(run: Run, directory: str | Path) -> list[dict[str, torch.Tensor]]:
+    """Train with `stop_at_sweet_spot`, and return the student's weights after each step, and at the end."""
+    trainer = make_trainer(run, directory)
+    trainer.args.stop_at_sweet_spot = trainer.is_watched = True
+    by_steps, spot = WeightsBySteps(), SweetSpot(trainer, BestIsTheFirst())
+    trainer.add_callback(by_steps)
+    trainer.add_callback(spot)
+    trainer.train()
+    assert spot.loaded_step == 1
+    return [*by_steps.weights, full_weights(trainer.model)]
+
+
+@contextmanager
+def counted_head_gathers(trainer: CRISPTrainer):
+    """Count into a list, one number for each micro-batch. Modules' own gathers, and those of generation and refreshes, are left out."""
+    import deepspeed
+
+    counts: list[int] = []
+    is_counting = False
+    original, compute_loss, backward = (
+        deepspeed.zero.GatheredParameters,
+        trainer.compute_loss,
+        trainer.accelerator.backward,
+    )
+    head_shape = tuple(getattr(trainer.model.get_output_embeddings().weight, "ds_shape", ()))
+
+    class Counting(original):
+        def __init__(self, params, *args, **kwargs):
+            super().__init__(params, *args, **kwargs)
+            if is_counting:
+                counts[-1] += sum(tuple(p.ds_shape) == head_shape for p in params)
+
+    def counting(function, begins_micro_batch: bool):
+        def call(*args, **kwargs):
+            nonlocal is_counting
+            if begins_micro_batch:
+                counts.append(0)
+            is_counting = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                is_counting = False
+
+        return call
+
+    deepspeed.zero.GatheredParameters = Counting
+    trainer.compute_loss = counting(compute_loss, True)
+    trainer.accelerator.backward = counting(backward, False)
+    try:
+        yield counts
+    finally:
+        deepspeed.zero.GatheredParameters = original
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

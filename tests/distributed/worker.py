@@ -12,8 +12,18 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.distributed import fsdp2
-from tests.distributed.runs import DDP_RUNS, LATER_EPOCH_RUN, SAVING_RUN, SCALE, ZERO_RUN, Run, make_trainer, train
+from tests.distributed import distance, fsdp2
+from tests.distributed.runs import (
+    DDP_RUNS,
+    LATER_EPOCH_RUN,
+    SAVING_RUN,
+    SCALE,
+    ZERO_RUN,
+    Run,
+    end_with_the_best,
+    make_trainer,
+    train,
+)
 from tests.tiny_models import save_tiny
 
 Outcomes = dict[str, Any]
@@ -24,6 +34,7 @@ def ddp(directory: Path) -> Outcomes:
     for name, run in (("", SAVING_RUN), ("-later", LATER_EPOCH_RUN)):
         outcomes[f"saved{name}"] = train(run, directory / f"saved{name}")
         outcomes[f"resumed{name}"] = _resume(run, directory / f"saved{name}")
+    outcomes["distance"] = distance.measure(directory / "distance")
     return outcomes
 
 
@@ -32,6 +43,11 @@ def zero2(directory: Path) -> Outcomes:
     _forget_launch()
     outcomes["resumed"] = _resume(SAVING_RUN, directory)
     outcomes["lora"] = _train_zero(replace(ZERO_RUN, lora=True), directory)
+    for name, lora in (("best", False), ("best-lora", True)):
+        _forget_launch()
+        outcomes[name] = end_with_the_best(replace(ZERO_RUN, lora=lora), directory / name)
+    _forget_launch()
+    outcomes["distance"] = distance.measure(directory / "distance")
     return outcomes
 
 
@@ -47,10 +63,17 @@ def zero3(directory: Path) -> Outcomes:
     for name, path in paths.items():
         outcomes[name] = _train_zero(replace(ZERO_RUN, model=str(path)), directory)
     _forget_launch()
+    outcomes["best"] = end_with_the_best(ZERO_RUN, directory / "best")
+    _forget_launch()
     try:
         make_trainer(replace(ZERO_RUN, lora=True), directory)
     except ValueError as error:
         outcomes["lora"] = str(error)
+    _forget_launch()
+    try:
+        distance.measure(directory / "distance")
+    except ValueError as error:
+        outcomes["distance"] = str(error)
     return outcomes
 
 

@@ -104,12 +104,18 @@ def measured(files, tmp_path_factory):
     return trainer
 
 
+def change_of(interval: dict[str, float]) -> dict[str, float]:
+    names = {"change": "estimate", "change_low": "low", "change_high": "high"}
+    return {f"eval_own_accuracy_{name}": interval[field] for name, field in names.items()}
+
+
 def test_the_log_has_the_numbers_of_the_command_on_the_checkpoint(measured, files, tmp_path):
     output_dir = Path(measured.args.output_dir)
     points = measurements(measured.state.log_history)
     assert list(points) == [0, 2, 4]
     for step, model in ((0, files / "model"), (2, output_dir / "checkpoint-2"), (4, output_dir / "checkpoint-4")):
-        by_command = evaluate(settings(files, model), tmp_path / str(step))
+        baseline = load_results(tmp_path / "0") if step else None
+        by_command = evaluate(settings(files, model), tmp_path / str(step), baseline=baseline)
         along = load_results(output_dir / "evaluation" / "own" / f"step-{step}")
         assert along["problems"] == by_command["problems"], step
         assert along["protocol"]["step"] == step
@@ -123,6 +129,7 @@ def test_the_log_has_the_numbers_of_the_command_on_the_checkpoint(measured, file
             "eval_own_mean_tokens": summary["mean_tokens"],
             "eval_own_reduction": 1 - summary["mean_tokens"] / base_tokens,
             "eval_own_truncated": summary["truncated"],
+            **({} if step == 0 else change_of(by_command["comparison"]["24"]["accuracy_change"])),
         }
     texts = [(output_dir / "evaluation" / "own" / f"step-{step}" / "samples.jsonl").read_text() for step in (0, 4)]
     assert texts[0].partition("\n")[2] != texts[1].partition("\n")[2], "training changed no answer"

@@ -11,7 +11,11 @@ from trl_crisp.health.attach import attach_health
 from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.train import main, parse_args
 
-pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The global batch is",
+    "ignore:teacher_sync_steps=",
+    "ignore:.* of the base.s answers to the monitor prompts",
+)
 
 # At this temperature the tiny model repeats itself, so its answers have majorities
 FIELDS = {"monitor_prompts": 8, "monitor_samples": 3, "teacher_sync_steps": 2, "max_steps": 6, "temperature": 0.02}
@@ -71,6 +75,12 @@ def test_the_gate_follows_the_last_measurement(gated):
     assert any(fallen), "this run should break the model"
     assert (trainer.teacher.postponed, trainer.teacher.refreshes) == (sum(fallen), 3 - sum(fallen))
     assert [entry["teacher/postponed"] for entry in trainer.state.log_history if "loss" in entry][-1] == sum(fallen)
+
+
+def test_a_cap_that_cuts_the_bases_answers_warns(tmp_path):
+    # The tiny model ends no answer of 8 tokens
+    with pytest.warns(UserWarning, match=r"\d+% of the base's answers .* were cut at max_completion_length=8 tokens"):
+        train(tmp_path, max_steps=1)
 
 
 def test_a_killed_gated_run_ends_with_the_same_bits(gated):

@@ -19,7 +19,11 @@ from trl_crisp.health.sweet_spot import Measurement, SweetSpot, has_fallen, hold
 from trl_crisp.run.interruption import resume_command
 from trl_crisp.train import main, parse_args
 
-pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The global batch is",
+    "ignore:teacher_sync_steps=",
+    "ignore:.* of the base.s answers to the monitor prompts",
+)
 
 MARGIN = 0.03
 # A change and the upper end of its interval: fine, below by noise, below for sure but within the margin, fallen

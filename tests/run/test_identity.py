@@ -63,7 +63,7 @@ def test_a_fresh_run_among_the_checkpoints_of_another_resumes_its_own(among_othe
     said = capsys.readouterr().out
     assert f"checkpoint-6 is skipped: it is of another run, {run_id_of(among_others / 'checkpoint-6')}." in said
     if resumed_at:
-        assert resumed._run_id == first._run_id == run_id_of(among_others)
+        assert resumed.run_id == first.run_id == run_id_of(among_others)
     assert [path.name for path in own_checkpoints(among_others)] == ["checkpoint-4", "checkpoint-2"]
 
 

@@ -140,19 +140,23 @@ def load_generation_config(source: ModelSource) -> "GenerationConfig":
         return GenerationConfig.from_model_config(load_config(source))
 
 
-def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
+def load_tokenizer(source: ModelSource, needs_chat_template: bool = True) -> "PreTrainedTokenizerBase":
     """
     Return a model's tokenizer. If an adapter has none, return that of its base.
 
+    Args:
+        source: See [`find_model`].
+        needs_chat_template: Whether the prompts are messages.
+
     Raises:
-        ValueError: If it cannot be loaded, or has no chat template.
+        ValueError: If it cannot be loaded, or has no chat template and needs one.
     """
     from transformers import AutoTokenizer
 
     owner = _tokenizer_owner(source)
     with loading_errors_named(owner.name, "its tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(owner.name, revision=owner.revision)
-    if not tokenizer.chat_template:
+    if needs_chat_template and not tokenizer.chat_template:
         raise ValueError(
             f"model {source.name!r} has no chat template, so the prompts cannot be written as a user's messages. Use a model "
             "trained on conversations, or set tokenizer.chat_template and save the tokenizer beside the model."

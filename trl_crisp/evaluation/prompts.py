@@ -66,7 +66,11 @@ def _with_system(prompt: "Prompt", system: str, problem: Problem) -> "Prompt":
 
 
 def check_positions(
-    config: "PretrainedConfig", problems: Sequence[Problem], prompts: Sequence[Sequence[int]], max_new_tokens: int
+    config: "PretrainedConfig",
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    option: str = "--max-new-tokens (during training --eval_benchmark_max_new_tokens)",
 ) -> None:
     """
     Check that the model has enough positions for each prompt and its answer.
@@ -78,6 +82,7 @@ def check_positions(
         problems: The error names the problem with the longest prompt.
         prompts: The token ids of each problem's prompt.
         max_new_tokens: An answer is cut at this many tokens.
+        option: The user's name for the cap, for the error message.
 
     Raises:
         ValueError: If the longest prompt and its answer need more positions than the model has.
@@ -100,5 +105,5 @@ def check_positions(
     raise ValueError(
         f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens, that of {problem}, needs "
         f"{prompt_tokens + max_new_tokens} positions, and the model was made for {positions}: beyond them its answers mean "
-        f"nothing. Give --max-new-tokens (during training --eval_benchmark_max_new_tokens) {positions - prompt_tokens} or less."
+        f"nothing. Give {option} {positions - prompt_tokens} or less."
     )

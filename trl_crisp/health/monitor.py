@@ -21,6 +21,7 @@ from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.prompts import check_positions
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.distance import ConciseBaseDistance, teacher_prompts_of
 from trl_crisp.health.monitor_prompts import find_unreadable, take_prompts
 from trl_crisp.health.reference import (
     Reference,
@@ -36,6 +37,8 @@ from trl_crisp.health.sweet_spot import Measurement
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
 _PREFIX = "eval_agreement"
+# Ours: in the lab, 9% of cut answers make the change of agreement look 7 points better than it is, and 55% 20 points
+MAX_CUT_SHARE = 0.05
 # Fields that shape the rollouts and that the evaluation's sampler does not have, with their values that change nothing
 _UNUSED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "min_p": (None, 0.0),
@@ -54,6 +57,8 @@ class AgreementMonitor(TrainerCallback):
     The log gets `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
     (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds). If the
     prompts have right answers, it also gets `eval_agreement_accuracy` of the same answers, with its change and interval in the same way.
+    With `monitor_distance` it gets `eval_agreement_distance_nats` ([`~trl_crisp.health.distance.ConciseBaseDistance`]) and the standard error
+    over prompts, `eval_agreement_distance_standard_error_nats`.
 
     The monitor prompts are taken from the training rows and left out of them, or are those of `monitor_file`. If fewer than half of them
     get a reference, agreement is not measured, and a gate allows each refresh, with a message.
@@ -111,6 +116,11 @@ class AgreementMonitor(TrainerCallback):
         self._problems = [Problem(str(i), prompt, "", is_whole_prompt=True) for i, prompt in enumerate(prompts)]
         self._token_ids = trainer.prompt_pairs.tokenize_students(prompts, 0)
         check_positions(trainer.model.config, self._problems, self._token_ids, self.settings.max_new_tokens)
+        self._distance: ConciseBaseDistance | None = None
+        if args.monitor_distance:
+            told = teacher_prompts_of(trainer, taken.monitored)
+            check_positions(trainer.model.config, self._problems, told, self.settings.max_new_tokens)
+            self._distance = ConciseBaseDistance(trainer, self._token_ids, told)
         self.references: dict[int, Reference] = {}
         self._base_accuracies: dict[int, float] = {}
         self.is_on = True
@@ -144,14 +154,18 @@ class AgreementMonitor(TrainerCallback):
         path = Path(args.output_dir or ".", "agreement", "reference.jsonl")
         if state.global_step == 0:
             if state.max_steps > 0:
+                if self._distance is not None:
+                    self._distance.begin_run(path.parent)
                 self._ask_base(path)
         else:
             self._read_references(path, state)
+            if self._distance is not None:
+                self._distance.resume_run(path.parent)
 
     def _ask_base(self, path: Path) -> None:
         start_s = time.monotonic()
         numbers = range(len(self._problems))
-        texts, lengths_tokens = self._sample(numbers, self.settings.seed)
+        texts, answers = self._sample(numbers, self.settings.seed)
         found: list[Reference | None] = []
         accuracies: list[float] | None = None
         if self.trainer.is_world_process_zero():
@@ -165,14 +179,28 @@ class AgreementMonitor(TrainerCallback):
         self.references = {i: reference for i, reference in enumerate(found) if reference is not None}
         self._base_accuracies = {i: accuracies[i] for i in self.references} if accuracies is not None else {}
         self._turn_off_without_references()
-        if not self._measures:
-            return
-        values = {f"{_PREFIX}_mean_tokens": float(np.mean([np.mean(lengths_tokens[i]) for i in self._asked]))}
+        self._warn_of_cut_answers(answers)
+        asked = self._asked
+        # Always, because a resumed run may need it
+        values = {f"{_PREFIX}_mean_tokens": _mean_tokens([answers[i] for i in asked])}
+        values |= self._measure_distance(asked, [answers[i] for i in asked])
         if self.is_on:
             values[_PREFIX] = float(np.mean([one.base_agreement for one in self.references.values()]))
         if self.is_on and self._base_accuracies:
             values[f"{_PREFIX}_accuracy"] = float(np.mean(list(self._base_accuracies.values())))
         log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
+
+    def _warn_of_cut_answers(self, answers: list[list[list[int]]]) -> None:
+        cap = self.settings.max_new_tokens
+        # An answer that ends with the cap's last token is counted too
+        share = float(np.mean([len(ids) >= cap for row in answers for ids in row]))
+        if share > MAX_CUT_SHARE:
+            warnings.warn(
+                f"{share:.0%} of the base's answers to the monitor prompts were cut at max_completion_length={cap} tokens. Prompts whose answers "
+                "are cut have no reference, and shorter answers are cut less, so agreement looks better than accuracy is. Raise "
+                "max_completion_length, or do not trust a gate or a stop by agreement.",
+                stacklevel=2,
+            )
 
     def _read_references(self, path: Path, state: TrainerState) -> None:
         if not path.is_file():
@@ -215,8 +243,8 @@ class AgreementMonitor(TrainerCallback):
 
     @property
     def _measures(self) -> bool:
-        # Lengths need no reference
-        return self.is_on or self.trainer.args.target_reduction is not None
+        # Lengths and distances need no reference
+        return self.is_on or self.trainer.args.target_reduction is not None or self._distance is not None
 
     @property
     def _asked(self) -> list[int]:
@@ -232,14 +260,16 @@ class AgreementMonitor(TrainerCallback):
     def _measure(self, state: TrainerState) -> None:
         start_s = time.monotonic()
         asked = self._asked
-        texts, lengths_tokens = self._sample(asked, self.settings.seed + state.global_step)
+        texts, answers = self._sample(asked, self.settings.seed + state.global_step)
+        distance = self._measure_distance(asked, answers)
         values: dict[str, float] = {}
         if self.trainer.is_world_process_zero():
             base_tokens = next(
                 log[f"{_PREFIX}_mean_tokens"] for log in state.log_history if f"{_PREFIX}_mean_tokens" in log
             )
-            mean_tokens = float(np.mean([np.mean(row) for row in lengths_tokens]))
+            mean_tokens = _mean_tokens(answers)
             values = {f"{_PREFIX}_mean_tokens": mean_tokens, f"{_PREFIX}_reduction": 1 - mean_tokens / base_tokens}
+            values |= distance
             if self.is_on:
                 references = [self.references[i] for i in asked]
                 agreed = self._grade(texts, [one.answer for one in references], by_answer_line=True)
@@ -267,8 +297,17 @@ class AgreementMonitor(TrainerCallback):
             if f"{_PREFIX}_reduction" in log
         ]
 
-    def _sample(self, asked: Sequence[int], seed: int) -> tuple[list[list[str]], list[list[int]]]:
-        """Return the texts and the lengths in tokens of the answers to some of the prompts, both [prompts, samples]."""
+    def _measure_distance(self, asked: Sequence[int], answers: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
+        if self._distance is None:
+            return {}
+        nats, standard_error_nats = self._distance.measure(asked, answers)
+        return {
+            f"{_PREFIX}_distance_nats": nats,
+            f"{_PREFIX}_distance_standard_error_nats": standard_error_nats,
+        }
+
+    def _sample(self, asked: Sequence[int], seed: int) -> tuple[list[list[str]], list[list[list[int]]]]:
+        """Return the texts and the token ids of the answers to some of the prompts, both [prompts, samples]."""
         settings = EvaluationSettings(**{**vars(self.settings), "seed": seed})
         first = self.trainer.is_world_process_zero()
         with self.progress() if first else nullcontext(None) as on_progress:  # type: ignore[attr-defined]
@@ -285,7 +324,7 @@ class AgreementMonitor(TrainerCallback):
             by_prompt[int(sample.problem)].append(sample)
         return (
             [[sample.text for sample in by_prompt[i]] for i in asked],
-            [[len(sample.token_ids) for sample in by_prompt[i]] for i in asked],
+            [[sample.token_ids for sample in by_prompt[i]] for i in asked],
         )
 
     def _right(self, texts: Sequence[Sequence[str]], asked: Sequence[int]) -> list[list[bool]]:
@@ -328,6 +367,10 @@ class AgreementMonitor(TrainerCallback):
             f"points from the base's own, and monitor_margin allows {-100 * margin:.1f}."
         )
         return False
+
+
+def _mean_tokens(answers: Sequence[Sequence[Sequence[int]]]) -> float:
+    return float(np.mean([np.mean([len(ids) for ids in row]) for row in answers]))
 
 
 def _with_change(name: str, flags: Sequence[Sequence[bool]], change: Interval) -> dict[str, float]:

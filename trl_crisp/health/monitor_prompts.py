@@ -10,17 +10,14 @@ from typing import Any
 from datasets import Dataset
 
 from trl_crisp.config import MIN_MONITOR_PROMPTS
-from trl_crisp.evaluation.answers import find_box, find_letter
-from trl_crisp.evaluation.golds import gold_of
+from trl_crisp.evaluation.answers import find_letter
 from trl_crisp.evaluation.grading import Grader, Kind
+from trl_crisp.evaluation.row_answers import find_golds
 from trl_crisp.evaluation.text_answers import words
 from trl_crisp.prompts.instructions import Prompt
 from trl_crisp.rows.arguments import CRISPScriptArguments
 from trl_crisp.rows.loading import load_file
 from trl_crisp.rows.prompts import to_prompts
-
-# The columns in which datasets of problems have their right answers, the one that is read first
-ANSWER_COLUMNS = ("answer", "solution")
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,13 @@ class MonitorPrompts:
         prompts: As the student has them.
         golds: The right answer to each prompt, as [`~trl_crisp.evaluation.grading.grade`] reads them; `None` if the rows have none.
         rows: The rows that are left to train on.
+        monitored: The rows of the prompts, with all their columns.
     """
 
     prompts: list[Prompt]
     golds: list[str | list[str]] | None
     rows: Any
+    monitored: Dataset
 
 
 def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None = None) -> MonitorPrompts:
@@ -56,10 +55,7 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         return _from_training_rows(args, train_dataset)
     if monitor_dataset is None:
         monitor_dataset = load_monitor_file(args.monitor_file)
-    distinct = list(
-        dict(zip(reversed(_keys(monitor_dataset)), reversed(range(len(monitor_dataset))), strict=True)).values()
-    )
-    distinct.sort()
+    distinct = sorted(_first_rows(_keys(monitor_dataset)).values())
     wanted = len(distinct) if args.monitor_prompts is None else args.monitor_prompts
     if len(distinct) < max(wanted, MIN_MONITOR_PROMPTS):
         raise ValueError(
@@ -76,7 +72,7 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
                 f"(row {shared[0][1]} of the training rows). What is trained on cannot be held out: remove them from the file or from the rows, "
                 "or set monitor_prompts alone, which leaves prompts out of the rows."
             )
-    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), train_dataset)
+    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), train_dataset, chosen)
 
 
 def load_monitor_file(path: str, script_args: CRISPScriptArguments | None = None) -> Dataset:
@@ -87,14 +83,16 @@ def load_monitor_file(path: str, script_args: CRISPScriptArguments | None = None
         path: A .jsonl, .json, .parquet or .csv file.
         script_args: How the training rows become prompts; by default by their column `prompt`.
     """
-    args = CRISPScriptArguments(
-        **{**vars(script_args or CRISPScriptArguments()), "dataset_name": path, "teacher_prompt_column": None}
-    )
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(
             f"monitor_file={path!r}: there is no such file (looked for {Path(path).expanduser().absolute()})."
         )
-    rows = to_prompts(load_file(Path(path).expanduser(), streaming=False, field_name="monitor_file"), args)
+    loaded = load_file(Path(path).expanduser(), streaming=False, field_name="monitor_file")
+    given = vars(script_args or CRISPScriptArguments())
+    # Only the distance from the base needs teacher's prompts
+    column = given["teacher_prompt_column"]
+    column = column if column in loaded.column_names else None
+    rows = to_prompts(loaded, CRISPScriptArguments(**{**given, "dataset_name": path, "teacher_prompt_column": column}))
     assert isinstance(rows, Dataset)
     return rows
 
@@ -106,7 +104,7 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
             "rows without streaming, give the prompts as a monitor_file, or leave it unset."
         )
     keys = _keys(train_dataset)
-    distinct = {key: row for row, key in reversed(list(enumerate(keys)))}
+    distinct = _first_rows(keys)
     if len(distinct) <= args.monitor_prompts:
         raise ValueError(
             f"monitor_prompts={args.monitor_prompts}: the training rows have {len(distinct)} different prompts, so none would be left to "
@@ -116,37 +114,23 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
     taken = {keys[row] for row in rows}
     chosen = train_dataset.select(rows)
     left = train_dataset.select([row for row, key in enumerate(keys) if key not in taken])
-    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), left)
+    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), left, chosen)
 
 
 def _keys(dataset: Dataset) -> list[str]:
     return [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
 
 
+def _first_rows(keys: list[str]) -> dict[str, int]:
+    """Return the number of the first row of each key."""
+    return {key: row for row, key in reversed(list(enumerate(keys)))}
+
+
 def golds_of(rows: Dataset) -> list[str | list[str]] | None:
-    r"""
-    Return the right answer of each row, or `None` if there is no column of them or a row has none.
-
-    The answer is what follows `####` (GSM8K), else the last `\boxed{...}`, else the whole cell.
-    """
-    column = next((name for name in ANSWER_COLUMNS if name in rows.column_names), None)
-    if column is None:
-        return None
-    golds = []
-    for cell in rows[column]:
-        try:
-            gold = gold_of(cell)
-        except ValueError:
-            return None
-        golds.append(_final(gold) if isinstance(gold, str) else gold)
-    return golds if all(golds) else None
-
-
-def _final(text: str) -> str:
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    box = find_box(text)
-    return text if box is None else box
+    """Return the right answer of each row ([`~trl_crisp.evaluation.row_answers.find_golds`]), or `None` if a row has none."""
+    _, golds, _ = find_golds(list(rows))
+    known = [gold for gold in golds if gold is not None]
+    return known if len(known) == len(rows) else None
 
 
 def find_unreadable(

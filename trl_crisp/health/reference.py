@@ -76,12 +76,8 @@ def count_votes(
             Votes(answers, [[one is not None and one == other for one in answers] for other in answers])
             for answers in found
         ]
-    answers = [[_final_answer(text, kind) for text in samples] for samples in texts]
     with Grader() as grader:
-        if kind == "math":
-            flat = sorted({answer for row in answers for answer in row if answer is not None})
-            readable = {answer for answer, is_read in zip(flat, grader.readable(flat), strict=True) if is_read}
-            answers = [[answer if answer in readable else None for answer in row] for row in answers]
+        answers = find_final_answers(texts, kind, grader)
         # Each distinct answer is a gold once, for all samples of its prompt
         jobs = [
             (number, gold, j)
@@ -100,6 +96,16 @@ def count_votes(
 def agrees(grade: Grade, kind: Kind) -> bool:
     """Whether a graded sample gives the reference's answer. A text's first sentence is no final answer, so only its answer line counts."""
     return grade.answer_correct if kind == "text" else grade.correct
+
+
+def find_final_answers(texts: Sequence[Sequence[str]], kind: Kind, grader: Grader) -> list[list[str | None]]:
+    """Return the final answer of each text, [prompts, samples]; `None` if none was found, or if it cannot be read as its kind."""
+    answers = [[_final_answer(text, kind) for text in samples] for samples in texts]
+    if kind != "math":
+        return answers
+    flat = sorted({answer for row in answers for answer in row if answer is not None})
+    readable = {answer for answer, is_read in zip(flat, grader.readable(flat), strict=True) if is_read}
+    return [[answer if answer in readable else None for answer in row] for row in answers]
 
 
 def _final_answer(text: str, kind: Kind) -> str | None:

@@ -305,7 +305,7 @@ class HealthSignals(TrainerCallback):
     An event, which is a change of the status or a new reason, is printed, and becomes a line of `output_dir/health_events.jsonl`
     ([`RunningSignals.add`]). A resumed run has the events of the uninterrupted run, because they follow from the log.
 
-    It must come before the callbacks that report the log; [`~trl_crisp.health.attach.attach_signals`] puts it there.
+    It must come before the callbacks that report the log; [`~trl_crisp.health.attach.attach_health`] puts it there.
 
     Attributes:
         running: The signals so far.

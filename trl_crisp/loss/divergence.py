@@ -3,6 +3,8 @@
 Shape suffixes: B rollouts of a micro-batch, T completion positions, N tokens in the loss, H hidden width, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from trl_crisp._upstream import ChunkedDivergenceFunction, maybe_gather_lm_head_
 # Tokens per call of the kernel on a CPU, where it allocates several [tokens, 32768] float32 temporaries. Our choice: down to
 # this number the kernel is not slower, and fewer tokens need less memory.
 CPU_SLICE_TOKENS = 256
-# Tokens of a micro-batch that the overlap of the two models' top tokens is measured on. Our choice: all 256 sampled tokens would take
+# Tokens of a micro-batch that the overlap of the two models' top tokens is measured on. Our choice: 256 would take
 # some percent of a small micro-batch's time on a CPU, and 32 take an eighth of that; their logits (40 MB with 150,000 tokens of
 # vocabulary) exist at once.
 OVERLAP_TOKENS = 32
@@ -82,6 +84,16 @@ def logits_of(hidden_BTH: torch.Tensor, head: OutputHead) -> torch.Tensor:
     return logits_BTV if head.softcap is None else head.softcap * torch.tanh(logits_BTV / head.softcap)
 
 
+@contextmanager
+def gathered(*heads: OutputHead) -> Iterator[None]:
+    """Gather heads that ZeRO-3 partitions, for all that reads them inside. Heads that are gathered already stay so."""
+    with ExitStack() as stack:
+        for head in heads:
+            # One context each, because a teacher may share the student's head
+            stack.enter_context(maybe_gather_lm_head_ctx(*head[:2]))  # type: ignore[arg-type]
+        yield
+
+
 def per_token_divergence(
     student_hidden_BTH: torch.Tensor,
     student_head: OutputHead,
@@ -114,15 +126,7 @@ def per_token_divergence(
         ValueError: If the divergence is infinite: with beta 1 if the teacher's bias masks a token that the student can generate,
             with beta 0 if the student's bias masks a token that the teacher can generate.
     """
-    if beta in (0.0, 1.0):
-        sides = [("student", student_head), ("teacher", teacher_head)]
-        (giver, giver_head), (masker, masker_head) = sides if beta == 1.0 else sides[::-1]
-        if len(tokens := _only_masked_by(masker_head, giver_head).nonzero()):
-            raise ValueError(
-                f"the divergence is infinite: the bias of the {masker}'s output head is -inf for {len(tokens)} tokens, such "
-                f"as id {tokens[0].item()}, that the {giver} can generate. Mask the same tokens in both, or set beta between 0 "
-                "and 1."
-            )
+    refuse_infinite(student_head, teacher_head, beta)
     in_loss_BT = loss_mask_BT != 0
     divergence_N, entropy_N = _divergence(
         student_hidden_BTH[in_loss_BT], student_head, teacher_hidden_BTH[in_loss_BT], teacher_head, beta, temperature
@@ -133,46 +137,29 @@ def per_token_divergence(
 
 
 @torch.no_grad()
-def sampled_diagnostics(
+def sampled_topk_overlap(
     student_hidden_BTH: torch.Tensor,
     student_head: OutputHead,
     teacher_hidden_BTH: torch.Tensor,
     teacher_head: OutputHead,
     loss_mask_BT: torch.Tensor,
     temperature: float,
-    max_tokens: int = 256,
-) -> dict[str, Diagnostic]:
+) -> Diagnostic:
     """
-    Return the teacher's entropy and the reverse KL over at most `max_tokens` tokens of the loss, evenly spaced, and the overlap of
-    the models' top tokens over at most 32 of these.
+    Return the overlap of the models' top tokens ([`topk_overlap_of`]) over at most 32 tokens of the loss, evenly spaced.
 
     Args:
         student_hidden_BTH, student_head, teacher_hidden_BTH, teacher_head, loss_mask_BT, temperature: As in
             [`per_token_divergence`].
-        max_tokens: Our choice, because two [256, V] tiles cost little compared with the pass and bound the error of the mean.
-
-    Returns:
-        `teacher_entropy` and `reverse_kl` in nats, float32, and `topk_overlap`, a share ([`topk_overlap_of`]). The reverse KL is
-        infinite if the teacher masks a token that the student can generate.
     """
-    tokens_N = _evenly_spaced((loss_mask_BT != 0).flatten().nonzero().squeeze(1), max_tokens)
-    student_hidden_NH, teacher_hidden_NH = (
-        hidden_BTH.flatten(0, 1)[tokens_N] for hidden_BTH in (student_hidden_BTH, teacher_hidden_BTH)
-    )
-    # With the roles swapped, the kernel's forward KL(second || first) is KL(student || teacher), and its entropy is the
-    # teacher's
-    reverse_kl_N, teacher_entropy_N = _divergence(
-        teacher_hidden_NH, teacher_head, student_hidden_NH, student_head, beta=0.0, temperature=temperature
-    )
-    reverse_kl_N = reverse_kl_N.masked_fill(_only_masked_by(teacher_head, student_head).any(), torch.inf)
-    num_tokens = torch.tensor(len(tokens_N), device=tokens_N.device)
-    return {
-        "teacher_entropy": Diagnostic(teacher_entropy_N.sum(), num_tokens),
-        "reverse_kl": Diagnostic(reverse_kl_N.sum(), num_tokens),
-        "topk_overlap": _sampled_overlap(
-            student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, temperature
-        ),
-    }
+    tokens_N = _evenly_spaced((loss_mask_BT != 0).flatten().nonzero().squeeze(1), OVERLAP_TOKENS)
+    sides = (student_hidden_BTH, student_head), (teacher_hidden_BTH, teacher_head)
+    with gathered(student_head, teacher_head):
+        student_NV, teacher_NV = (
+            logits_of(hidden_BTH.flatten(0, 1)[tokens_N][None], head)[0] for hidden_BTH, head in sides
+        )
+    overlap_N = topk_overlap_of(student_NV, teacher_NV, temperature)
+    return Diagnostic(overlap_N.sum(), torch.tensor(len(overlap_N), device=overlap_N.device))
 
 
 def _evenly_spaced(items_N: torch.Tensor, limit: int) -> torch.Tensor:
@@ -209,26 +196,6 @@ def topk_overlap_of(
     return (masses_N[0] + masses_N[1]) / 2
 
 
-def _sampled_overlap(
-    student_hidden_NH: torch.Tensor,
-    student_head: OutputHead,
-    teacher_hidden_NH: torch.Tensor,
-    teacher_head: OutputHead,
-    temperature: float,
-) -> Diagnostic:
-    sides = (student_hidden_NH, student_head), (teacher_hidden_NH, teacher_head)
-    # One context each, because a teacher may share the student's head
-    with (
-        maybe_gather_lm_head_ctx(*student_head[:2]),  # type: ignore[arg-type]
-        maybe_gather_lm_head_ctx(*teacher_head[:2]),  # type: ignore[arg-type]
-    ):
-        student_NV, teacher_NV = (
-            logits_of(_evenly_spaced(hidden_NH, OVERLAP_TOKENS)[None], head)[0] for hidden_NH, head in sides
-        )
-    overlap_N = topk_overlap_of(student_NV, teacher_NV, temperature)
-    return Diagnostic(overlap_N.sum(), torch.tensor(len(overlap_N), device=overlap_N.device))
-
-
 def _divergence(
     student_hidden_NH: torch.Tensor,
     student_head: OutputHead,
@@ -245,10 +212,10 @@ def _divergence(
     return ChunkedDivergenceFunction.apply(
         student_hidden_NH,
         student_head.weight_VH,
-        _finite(student_head.bias_V),
+        finite_bias(student_head.bias_V),
         teacher_hidden_NH,
         teacher_head.weight_VH,
-        _finite(teacher_head.bias_V),
+        finite_bias(teacher_head.bias_V),
         beta,
         temperature,
         student_head.logit_scale,
@@ -258,14 +225,30 @@ def _divergence(
     )
 
 
-def _finite(bias_V: torch.Tensor | None) -> torch.Tensor | None:
+def finite_bias(bias_V: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a head's bias in float32, with values that are finite in products and at any temperature."""
     # Under ZeRO-3 the kernel gathers the bias. A bias that masks tokens was refused at the start
     if bias_V is None or hasattr(bias_V, "ds_id"):
         return bias_V
     return bias_V.float().clamp(min=_LOWEST_BIAS)
 
 
-def _only_masked_by(head: OutputHead, other: OutputHead) -> torch.Tensor:
+def refuse_infinite(student_head: OutputHead, teacher_head: OutputHead, beta: float) -> None:
+    """Raise a `ValueError` if the biases make the divergence infinite ([`per_token_divergence`])."""
+    if beta not in (0.0, 1.0):
+        return
+    sides = [("student", student_head), ("teacher", teacher_head)]
+    (giver, giver_head), (masker, masker_head) = sides if beta == 1.0 else sides[::-1]
+    if len(tokens := only_masked_by(masker_head, giver_head).nonzero()):
+        raise ValueError(
+            f"the divergence is infinite: the bias of the {masker}'s output head is -inf for {len(tokens)} tokens, such "
+            f"as id {tokens[0].item()}, that the {giver} can generate. Mask the same tokens in both, or set beta between 0 "
+            "and 1."
+        )
+
+
+def only_masked_by(head: OutputHead, other: OutputHead) -> torch.Tensor:
+    """Return which tokens, [V], the bias of a head masks with -inf and another head does not mask."""
     if head.bias_V is None or hasattr(head.bias_V, "ds_id") or head.softcap is not None:
         # Soft-capping raises a masked logit to -softcap, so the token keeps a probability
         return torch.zeros(1, dtype=torch.bool, device=head.weight_VH.device)

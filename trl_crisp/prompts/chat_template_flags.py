@@ -1,6 +1,8 @@
 """Which keys of `chat_template_kwargs` a user may set: flags of the template, but not arguments of its application."""
 
+import argparse
 import inspect
+import json
 from typing import Any
 
 
@@ -32,3 +34,14 @@ def check_chat_template_kwargs(flags: Any, field_name: str = "chat_template_kwar
             f"{field_name} has {', '.join(taken)}, which is not a flag of a chat template: it sets how the template is applied, and "
             "only the trainer sets that. Remove it, and keep the template's own flags, such as enable_thinking."
         )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read the flags from a command line, where they are JSON; for argparse's `type`."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} has to be a JSON object, such as {{"enable_thinking": false}}')
+    return value

@@ -131,7 +131,7 @@ class PromptPairs:
 
         def pair(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
             rows = [{key: values[i] for key, values in columns.items()} for i in range(len(numbers))]
-            added, fits = self._pair(rows, numbers[0], generation_prompt_tokens, report)
+            added, fits = self.pair_rows(rows, numbers[0], generation_prompt_tokens, report)
             kept.extend(number for number, fit in zip(numbers, fits, strict=True) if fit)
             return added
 
@@ -166,7 +166,7 @@ class PromptPairs:
         self, dataset: IterableDataset, generation_prompt_tokens: int, report: PromptReport
     ) -> IterableDataset:
         def pair(row: dict[str, Any]) -> dict[str, Any]:
-            added, [fit] = self._pair([row], report.rows, generation_prompt_tokens, report)
+            added, [fit] = self.pair_rows([row], report.rows, generation_prompt_tokens, report)
             return {**{column: values[0] for column, values in added.items()}, _FITS: fit}
 
         features = None if dataset.features is None else _with_pair(dataset.features)
@@ -175,10 +175,24 @@ class PromptPairs:
         paired = dataset.map(pair, features=features)
         return paired.filter(lambda fits: fits, input_columns=_FITS).remove_columns(_FITS)
 
-    def _pair(
+    def pair_rows(
         self, rows: list[dict[str, Any]], first_row: int, generation_prompt_tokens: int, report: PromptReport
     ) -> tuple[dict[str, list[Any]], list[bool]]:
-        """Return the new columns of the rows, and which rows are short enough."""
+        """
+        Give consecutive rows their teacher prompts, and check both prompts, as [`select`] does.
+
+        Args:
+            rows: The rows, with `prompt` and optionally `teacher_prompt`.
+            first_row: The number of the first of them.
+            generation_prompt_tokens: See [`select`].
+            report: It counts the rows.
+
+        Returns:
+            The columns `teacher_prompt` and `teacher_prompt_ids`, and whether both prompts of each row are short enough.
+
+        Raises:
+            ValueError: If a row's prompts are invalid; the message has its number.
+        """
         pairs = []
         for i, row in enumerate(rows):
             report.kind = check_row(row, first_row + i, report.kind)
@@ -228,14 +242,11 @@ class PromptPairs:
 
 def check_columns(dataset: Dataset | IterableDataset, name: str = "train") -> None:
     """
-        Check a dataset's columns before the model is loaded.
+    Check a dataset's columns before the model is loaded.
 
-        Raises:
-    <<<<<<< HEAD
-            ValueError: If there is no `prompt` column, or if there is a column of images, which the teacher's prompt cannot contain.
-    =======
-            ValueError: For what is no dataset, without a `prompt` column, and for images, which the teacher's prompt cannot carry.
-    >>>>>>> review1
+    Raises:
+        ValueError: If it is no dataset, there is no `prompt` column, or there is a column of images, which the teacher's prompt cannot
+            contain.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(

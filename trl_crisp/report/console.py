@@ -75,12 +75,7 @@ def print_evaluation(results: dict[str, Any]) -> None:
     Args:
         results: The results that [`~trl_crisp.evaluation.results.load_results`] returns.
     """
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        # A pipe or a file has no width of its own
-        console = Console(width=_PIPE_WIDTH)
+    console = make_console()
     protocol = results["protocol"]
     rows = [
         (f"{name}, {int(budget):,} tokens" if len(results["summary"]) > 1 else name, values)
@@ -100,9 +95,9 @@ def print_evaluation(results: dict[str, Any]) -> None:
         tokens.append([label, *(f"{values[key]:,.0f}" for key in _LENGTHS), *cut, words])
     title = f"{protocol['model']} on {protocol['benchmark']}"
     headers = ["", *names.values(), f"pass@{k}", "no answer", "not graded"]
-    console.print(_table(f"{title}: correct answers", headers, accuracy))
+    console.print(make_table(f"{title}: correct answers", headers, accuracy))
     headers = ["", "mean", "median", "p90", "p99", "thinking", "answer", "cut", "repeats", "doubt words / 1,000"]
-    console.print(_table(f"{title}: tokens", headers, tokens))
+    console.print(make_table(f"{title}: tokens", headers, tokens))
     for budget, comparison in results.get("comparison", {}).items():
         groups = {"all": comparison, **comparison["by_pass_rate"]}
         columns = {f"{key}_change": f"{name}, points" for key, name in names.items()}
@@ -116,12 +111,21 @@ def print_evaluation(results: dict[str, Any]) -> None:
         changes = [[name, str(values["problems"]), *_changes(values, columns)] for name, values in groups.items()]
         headers = ["the baseline's pass rate", "problems", "tokens", *columns.values()]
         title = f"Against the baseline at {int(budget):,} tokens: 95% intervals over problems"
-        console.print(_table(title, headers, changes))
+        console.print(make_table(title, headers, changes))
         if not comparison["by_pass_rate"]:
             console.print("Groups by the baseline's pass rate need at least two samples per problem.")
 
 
-def _table(title: str, headers: list[str], rows: list[list[str]]) -> Any:
+def make_console() -> Any:
+    """Return rich's console on stdout, with a width also for a pipe or a file, which have none."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_WIDTH)
+
+
+def make_table(title: str, headers: list[str], rows: list[list[str]]) -> Any:
+    """Return a table of rich, with a column for each header."""
     from rich.table import Table
 
     table = Table(title=title)

@@ -80,10 +80,10 @@ def own_checkpoints(output_dir: str | Path) -> list[Path]:
         ValueError: If `output_dir` does not say which run it belongs to, and has checkpoints of several runs.
     """
     whole = [path for path in checkpoints_in(output_dir) if find_fault(path) is None]
-    whole.sort(key=_saved_at, reverse=True)
+    last_saved_first = sorted(whole, key=_saved_at, reverse=True)
     own = run_id_of(output_dir)
     if own is not None:
-        return [path for path in whole if run_id_of(path) == own]
+        return [path for path in last_saved_first if run_id_of(path) == own]
     first_of_each = {run_id_of(path): path for path in reversed(whole)}
     if len(first_of_each) > 1:
         raise ValueError(
@@ -91,7 +91,7 @@ def own_checkpoints(output_dir: str | Path) -> list[Path]:
             f"{' and '.join(f'{path.name} is of run {run_id}' for run_id, path in first_of_each.items())}. Name the checkpoint "
             "to resume from: resume_from_checkpoint=PATH."
         )
-    return whole
+    return last_saved_first
 
 
 def _saved_at(checkpoint: Path) -> float:

@@ -52,6 +52,7 @@ class ResumableTrainer(DistillationTrainer):
     Attributes:
         run_description: The settings that identify a run ([`~trl_crisp.run.identity.describe_run`]). A checkpoint of a run with
             another description is refused.
+        run_id: The id of the run, which its checkpoints have too; `None` before training.
         is_over: Receives the state of a checkpoint, and says whether the run had ended there before its last step. Then nothing more is
             trained from it. `None` if only the last step ends a run.
     """
@@ -63,7 +64,7 @@ class ResumableTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
         check_can_be_saved(self.model, self.processing_class)  # type: ignore[arg-type]
         warn_of_rows_made_on_access(self.train_dataset)  # type: ignore[arg-type]
-        self._run_id: str | None = None
+        self.run_id: str | None = None
         self._passes = Passes()
         self._nonfinite = SkipNonFiniteSteps(self.accelerator)
         # transformers prints a dict of twenty values per step. The trackers keep these values; StepLines prints one line
@@ -111,6 +112,9 @@ class ResumableTrainer(DistillationTrainer):
         if chosen is not None:
             check_same_run(chosen, self.run_description, allowed)
         self._passes.start()
+        # A run of this trainer that was interrupted leaves a step's rollouts half used, and its metrics
+        self._step, self._buffered_inputs = 0, None
+        self._metrics["train"].clear()
         return super().train(chosen, trial, ignore_keys_for_eval)
 
     def _from_main_process(self, decide: Any) -> Any:
@@ -163,7 +167,7 @@ class ResumableTrainer(DistillationTrainer):
         )
         output_dir = self.args.output_dir or "."
         if resume_from_checkpoint is None:
-            self._run_id = self._from_main_process(lambda: start_run(output_dir))
+            self.run_id = self._from_main_process(lambda: start_run(output_dir))
             self.start_own_state()
             return epochs, batches
         step = self.state.global_step
@@ -174,7 +178,7 @@ class ResumableTrainer(DistillationTrainer):
                 "another run."
             )
         # Only now: a refused checkpoint must not take over the directory
-        self._run_id = self._from_main_process(lambda: start_run(output_dir, run_id_of(resume_from_checkpoint)))
+        self.run_id = self._from_main_process(lambda: start_run(output_dir, run_id_of(resume_from_checkpoint)))
         started_at_step = step - batches // self.args.gradient_accumulation_steps
         record = _read_record(resume_from_checkpoint)["pass"]
         # transformers assumes that a stream has max_steps steps, and that every epoch before was read to its end. Its numbers are
@@ -262,7 +266,7 @@ class ResumableTrainer(DistillationTrainer):
         loss_sum = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
         if self.args.should_save:
             record = {
-                "run_id": self._run_id,
+                "run_id": self.run_id,
                 "saved_at": time.time(),
                 "run": self.run_description,
                 "pass": {"index": self._passes.index, "started_at_step": self._passes.started_at_step},

@@ -1,0 +1,90 @@
+"""The runs of the health experiment: which base, how often the teacher is due for a refresh, and who decides about it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.lab.settings import COMMON
+
+# 640 answers. An interval of 64 prompts with 5 answers was 5 points wide to each side in a first measurement, which is too much for
+# a margin of 3 points
+MONITOR_PROMPTS = 128
+MONITOR_SAMPLES = 5
+MONITOR_MARGIN = 0.03
+# The rollouts are cut at 160 tokens, as in the lab, which cuts 40% of the base's answers. The monitor's are never cut before the end of
+# a complete answer, as those of the lab's evaluation
+MONITOR_MAX_NEW_TOKENS = 352
+# More answers of the base to the prompts of seed 0, for the power calculation
+MORE_BASE_SAMPLES = 11
+# Held-out test problems per difficulty, at each measurement. The first run had 50
+HELD_OUT_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    One run but for its seed.
+
+    Attributes:
+        form: The form of the lab's task.
+        arm: `"ungated"`, `"gated"` or `"frozen"`.
+        sync_steps: M; `None` for a frozen teacher.
+        steps: Optimizer steps.
+        monitor_steps: Steps between two measurements.
+        base: `"full"`, the lab's own, or the aim of a base that was stopped early, in percent.
+        more_base_samples: Further answers of the base to each monitor prompt, with seed 0. The run does not use them.
+    """
+
+    form: str
+    arm: str
+    sync_steps: int | None
+    steps: int
+    monitor_steps: int = 10
+    base: str = "full"
+    more_base_samples: int = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of `CRISPConfig` without the seed."""
+        teacher = {"teacher_model_kind": "base"} if self.arm == "frozen" else {}
+        return {
+            **COMMON,
+            "max_steps": self.steps,
+            "teacher_sync_steps": self.sync_steps,
+            **teacher,
+            "monitor_prompts": MONITOR_PROMPTS,
+            "monitor_samples": MONITOR_SAMPLES,
+            "monitor_steps": self.monitor_steps,
+            "monitor_margin": MONITOR_MARGIN,
+            "teacher_refresh_gate": "agreement" if self.arm == "gated" else None,
+        }
+
+
+def _settings() -> dict[str, Setting]:
+    found = {}
+    for form in ("tradeoff", "stability"):
+        found[f"{form}-m20-ungated"] = Setting(form, "ungated", 20, 150, more_base_samples=MORE_BASE_SAMPLES)
+        # The gate looks at the measurements just before due refreshes, so those between them change nothing
+        found[f"{form}-m20-gated"] = Setting(form, "gated", 20, 150, monitor_steps=20)
+        for arm in ("ungated", "gated"):
+            found[f"{form}-m10-{arm}"] = Setting(form, arm, 10, 100)
+        found[f"{form}-frozen"] = Setting(form, "frozen", None, 150, monitor_steps=30)
+        found[f"{form}-m1-ungated"] = Setting(form, "ungated", 1, 40, monitor_steps=5)
+        for base in ("75", "50"):
+            found[f"{form}-{base}-m20-ungated"] = Setting(form, "ungated", 20, 80, monitor_steps=20, base=base)
+    return found
+
+
+SETTINGS = _settings()
+
+
+def planned_runs() -> list[tuple[str, int]]:
+    """Return setting and seed of each run, the most important first."""
+    forms = ("tradeoff", "stability")
+    m20 = [f"{form}-m20-{arm}" for form in forms for arm in ("gated", "ungated")]
+    m10 = [f"{form}-m10-{arm}" for form in forms for arm in ("gated", "ungated")]
+    frozen = [f"{form}-frozen" for form in forms]
+    weak = [f"{form}-{base}-m20-ungated" for form in forms for base in ("50", "75")]
+    m1 = [f"{form}-m1-ungated" for form in forms]
+    blocks = [(m20, 0), (frozen, 0), (m20, 1), (weak, 0), (m1, 0), (m10, 0), (m20, 2), (m10, 1), (m10, 2)]
+    blocks += [(frozen, 1), (frozen, 2), (m20, 3), (m20, 4), (frozen, 3), (frozen, 4)]
+    return [(name, seed) for names, seed in blocks for name in names]

@@ -1,0 +1,131 @@
+"""All numbers of the health experiment, from the JSONs of its runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.health.measured import Runs
+from benchmarks.health.outcomes import ends, gate_decisions, is_healthy, paired, stop_outcome, stops
+from benchmarks.health.power import calculate, frequencies_of, rule_chances
+from benchmarks.health.settings import MONITOR_MARGIN, MONITOR_PROMPTS, MONITOR_SAMPLES, MORE_BASE_SAMPLES, SETTINGS
+from benchmarks.health.stopping import PLANNED
+from benchmarks.health.tracking import errors, hard_third, left_by_the_cap, wrong_majority
+from benchmarks.lab.table import load as load_lab
+
+FORMS = ("tradeoff", "stability")
+BASES = ("full", "75", "50")
+SAMPLES = (2, 3, 5)
+PROMPTS = (16, 32, 64, 128)
+MARGINS = (0.02, 0.025, 0.03, 0.04)
+# N, K and the base's K
+DESIGNS = tuple(
+    (prompts, samples, base_samples)
+    for base_samples in (5, 16)
+    for prompts, samples in ((64, 2), (64, 5), (128, 2), (128, 5), (256, 2), (256, 5))
+)
+# The lab's runs with a frozen teacher: 200 steps and 100 steps. They have no monitor, and train on all rows
+LAB_FROZEN = {"tradeoff": "long-frozen", "stability": "stability-frozen"}
+
+
+def load_lab_frozen(directory: Path) -> Runs:
+    """Return the lab's runs with a frozen teacher by form, with the measurement at their end as this experiment's runs have it."""
+    results = load_lab(directory)
+    return {
+        form: [{"seed": run["seed"], "final": run["plain"]} for run in results[name]]
+        for form, name in LAB_FROZEN.items()
+    }
+
+
+def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
+    """
+    Return the summary, as it is committed.
+
+    Args:
+        runs: This experiment's runs.
+        frozen: From `load_lab_frozen`.
+    """
+    everything = [run for results in runs.values() for run in results]
+    by_base = {f"{form}, {base}": group for form in FORMS for base in BASES if (group := _of(everything, form, base))}
+    full = [run for run in everything if run["protocol"]["base"] == "full"]
+    with_more = [run for run in full if run["protocol"]["more_base_samples"]]
+    frequencies = frequencies_of(with_more)
+    return {
+        "runs": {name: [run["seed"] for run in results] for name, results in runs.items()},
+        "cpu_hours": sum(run["cpu_seconds"] for run in everything) / 3600,
+        "bases": {
+            name: {
+                "accuracy": sum(run["measurements"][0]["held_out"]["all"]["accuracy"] for run in group) / len(group),
+                "tokens": sum(run["measurements"][0]["held_out"]["all"]["mean_tokens"] for run in group) / len(group),
+                "level": sum(run["measurements"][0]["agreement"] for run in group) / len(group),
+                "runs": len(group),
+            }
+            for name, group in by_base.items()
+        },
+        "tracking": {name: errors(group) for name, group in by_base.items()},
+        "tracking_by_size": {
+            f"K = {samples}, N = {prompts}": errors(full, samples, prompts)
+            for samples in SAMPLES
+            for prompts in PROMPTS
+        },
+        "hard_third": {name: hard_third(group) for name, group in by_base.items()},
+        "wrong_majority": {name: wrong_majority(group) for name, group in by_base.items()},
+        "rollouts_cap": {
+            name: left_by_the_cap(group) | errors(group, cut=True)
+            for name, group in by_base.items()
+            if name.endswith("full")
+        },
+        "power": [calculate(frequencies, *design, MARGINS) for design in DESIGNS],
+        "chances_of_rules": {
+            str(base_samples): rule_chances(
+                frequencies, MONITOR_PROMPTS, MONITOR_SAMPLES, base_samples, MONITOR_MARGIN
+            )
+            for base_samples in (MONITOR_SAMPLES, MONITOR_SAMPLES + MORE_BASE_SAMPLES)
+        },
+        "gate": {
+            name: ends(runs[name])
+            for name in SETTINGS
+            if name in runs and SETTINGS[name].base == "full" and SETTINGS[name].sync_steps != 1
+        },
+        "lab_frozen": {form: _lab_ends(results) for form, results in frozen.items()},
+        "gate_differences": _differences(runs, frozen),
+        "gate_rules": {
+            f"{margin:g}": gate_decisions(
+                [run for run in full if run["protocol"]["arm"] != "frozen" and _sync(run) > 1], margin
+            )
+            for margin in MARGINS
+        },
+        "stop": {
+            name: [
+                stop_outcome(run, PLANNED, MONITOR_MARGIN) | {"seed": run["seed"], "healthy": is_healthy(run)}
+                for run in results
+            ]
+            for name, results in runs.items()
+        },
+        "stop_rules": {f"{margin:g}": stops(full, margin) for margin in MARGINS},
+    }
+
+
+def _of(runs: Sequence[dict[str, Any]], form: str, base: str) -> list[dict[str, Any]]:
+    return [run for run in runs if (run["protocol"]["form"], run["protocol"]["base"]) == (form, base)]
+
+
+def _sync(run: dict[str, Any]) -> int:
+    return run["protocol"]["config"]["teacher_sync_steps"]
+
+
+def _lab_ends(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    return {
+        "seeds": [run["seed"] for run in results],
+        "tokens": [run["final"]["all"]["mean_tokens"] for run in results],
+        "accuracy": [run["final"]["all"]["accuracy"] for run in results],
+    }
+
+
+def _differences(runs: Runs, frozen: Runs) -> dict[str, Any]:
+    found = {}
+    for form in FORMS:
+        for sync in ("m20", "m10"):
+            gated = runs.get(f"{form}-{sync}-gated", [])
+            for label, others in (("ungated", runs.get(f"{form}-{sync}-ungated", [])), ("frozen", frozen[form])):
+                found[f"{form}-{sync}: gated - {label}"] = paired(gated, others)
+    return found
