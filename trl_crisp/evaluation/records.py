@@ -149,7 +149,7 @@ def problem_to_dict(problem: ScoredProblem) -> dict[str, Any]:
         "id": problem.id,
         "level": problem.level,
         "answer": problem.answer,
-        "prompt": problem.prompt,
+        **({} if problem.prompt is None else {"prompt": problem.prompt}),
         "samples": [
             {
                 "tokens": sample.tokens,
