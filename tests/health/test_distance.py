@@ -86,7 +86,7 @@ def test_the_distance_is_that_of_the_oracle(tmp_path, kind, adapter):
     last = copy.deepcopy(trainer.model)
     for step, student in ((3, last), (0, first)):
         trainer.model.load_state_dict(student.state_dict(), strict=False)
-        _, answers = monitor._sample(range(8), trainer.args.seed + step)
+        _, answers = monitor._sample(range(8), trainer.args.seed + step, 2)
         expected = []
         exact_student, exact_base = in_float64(student), in_float64(first)
         for problem, own in zip(monitor._problems, answers, strict=True):
@@ -119,7 +119,7 @@ def test_the_passes_have_the_weights_of_their_own_in_bfloat16(tmp_path):
     first = tiny_model()
     trainer, monitor = attached(tmp_path, bf16=True, instruction="")
     trainer.train()
-    _, answers = monitor._sample(range(8), 5)
+    _, answers = monitor._sample(range(8), 5, 2)
     prompts = [ids for ids, own in zip(monitor._token_ids, answers, strict=True) for _ in own]
     flat = [answer for own in answers for answer in own]
     tokens = 4 * max(len(ids) + len(answer) for ids, answer in zip(prompts, flat, strict=True))
