@@ -308,10 +308,12 @@ def test_a_file_whose_teacher_prompt_is_the_students_is_refused(tmp_path):
 # What is refused, and what warns
 
 
-def test_partitioned_weights_are_refused():
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
-    with pytest.raises(ValueError, match=r"ZeRO-3 partitions the weights.*Use ZeRO-2"):
-        ConciseBaseDistance(SimpleNamespace(accelerator=SimpleNamespace(state=state)), [], [])
+@pytest.mark.parametrize(("is_fsdp", "zero_stage", "by"), [(False, 3, "DeepSpeed ZeRO-3"), (True, None, "FSDP")])
+def test_partitioned_weights_are_refused(is_fsdp, zero_stage, by):
+    plugin = None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match=rf"{by} partitions the weights.*Use ZeRO-2"):
+        ConciseBaseDistance(SimpleNamespace(accelerator=accelerator, is_fsdp_enabled=is_fsdp), [], [])
 
 
 def test_it_warns_without_monitor_prompts(tmp_path):

@@ -200,4 +200,8 @@ class ServerEngine:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("transformers", "torch", "vllm")}
+    import vllm
+
+    installed = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
+    # Its build for CPUs has another name
+    return {**installed, "vllm": vllm.__version__}
