@@ -91,7 +91,7 @@ def merged_parameters(model: Any, device: torch.device) -> Iterator[tuple[str, t
         RuntimeError: If the adapter is merged into the base model already, so that it would be counted twice.
     """
     adapter = model.active_adapters[0]
-    adapted: dict[int, list[tuple[LoraLayer, str]]] = {}
+    adapted: dict[int, list[tuple[Any, str]]] = {}
     for name, layer in _adapted_layers(model, adapter):
         if layer.merged:
             raise RuntimeError(
@@ -122,17 +122,17 @@ def merged_parameters(model: Any, device: torch.device) -> Iterator[tuple[str, t
         yield engine_name(name), whole
 
 
-def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+def _lora_layers(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+def _adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.scaling:
             yield name, module
 
 
-def _adapted_parameters(layer: LoraLayer, adapter: str) -> list[str]:
+def _adapted_parameters(layer: Any, adapter: str) -> list[str]:
     """Return the names of the base layer's parameters that a merge changes."""
     if isinstance(layer, ParamWrapper):
         return [layer.parameter_name]
@@ -149,22 +149,20 @@ def _whole(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
 class _Merge(nn.Module):
     """PEFT's merge as a forward, so that `functional_call` can run it on other tensors than the layer's own."""
 
-    def __init__(self, layer: LoraLayer) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, adapter: str, parameter_name: str) -> torch.Tensor:
-        self.layer.merge(adapter_names=[adapter])  # type: ignore[operator]
-        return getattr(self.layer.get_base_layer(), parameter_name).data  # type: ignore[operator]
+        self.layer.merge(adapter_names=[adapter])
+        return getattr(self.layer.get_base_layer(), parameter_name).data
 
 
-def _merge(
-    layer: LoraLayer, adapter: str, parameter_name: str, base: torch.Tensor, device: torch.device
-) -> torch.Tensor:
+def _merge(layer: Any, adapter: str, parameter_name: str, base: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a base layer's parameter with the adapter merged into it, float32."""
     base_layer: Any = layer.get_base_layer()
-    tensors = {}
-    for name, parameter in layer.named_parameters():  # type: ignore[attr-defined]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in layer.named_parameters():
         is_adapters = not name.startswith("base_layer.") and adapter in name.split(".")
         # A merge with lora_bias writes the bias too
         is_written = any(
