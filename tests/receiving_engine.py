@@ -52,6 +52,15 @@ class ReceivingEngine:
         self._open = {}
         self.resets += 1
 
+    def sleep(self, level: int) -> None:
+        """Level 2 of vLLM discards the weights."""
+        assert level == 2
+        for parameter in self.model.parameters():
+            parameter.data.fill_(torch.nan)
+
+    def wake_up(self, tags: list[str]) -> None:
+        """The weights come with the next push."""
+
     # TRL's client of a server
 
     def update_named_params(self, metadata: Any, named_parameters: Any) -> None:
@@ -130,7 +139,9 @@ def receiving(engine: ReceivingEngine, monkeypatch: Any) -> Any:
         engine.starts += 1
         if generation.mode == "colocate":
             generation.llm = engine
-            generation._llm_weights_sleeping = False
+            generation._llm_weights_sleeping = generation.enable_sleep_mode
+            if generation.enable_sleep_mode:
+                engine.sleep(level=2)
         else:
             generation.vllm_client = engine
 
