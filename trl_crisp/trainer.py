@@ -33,7 +33,7 @@ from trl_crisp.models.hidden_states import last_hidden_state
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
-from trl_crisp.rollouts.adapter_push import push_out_of_place
+from trl_crisp.rollouts.adapter_push import prepare_pushes
 from trl_crisp.rollouts.engine_check import EngineCheck, Gap, engine_gap
 from trl_crisp.rollouts.engine_limits import check_engine_limits
 from trl_crisp.rollouts.own_sampling import own_sampling
@@ -200,7 +200,7 @@ class CRISPTrainer(ResumableTrainer):
         self.teacher = make_teacher(self.model, args, self.accelerator)
         self._engine_check = None
         if self.use_vllm:
-            push_out_of_place(self.vllm_generation, self.model)
+            prepare_pushes(self.vllm_generation, self.model)
             self._engine_check = EngineCheck(self.vllm_generation)
         # Whether padded rows need position ids. One answer serves both models, because they have the same architecture
         self._passes_positions = self._check_model()

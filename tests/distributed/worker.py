@@ -14,8 +14,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.distributed import distance, fsdp2
 from tests.distributed.runs import (
-    DDP_RUNS,
     LATER_EPOCH_RUN,
+    RECORDED_RUNS,
     SAVING_RUN,
     SCALE,
     ZERO_RUN,
@@ -30,7 +30,7 @@ Outcomes = dict[str, Any]
 
 
 def ddp(directory: Path) -> Outcomes:
-    outcomes: Outcomes = {name: train(run, directory) for name, run in DDP_RUNS.items()}
+    outcomes: Outcomes = {name: train(run, directory) for name, run in RECORDED_RUNS.items()}
     for name, run in (("", SAVING_RUN), ("-later", LATER_EPOCH_RUN)):
         outcomes[f"saved{name}"] = train(run, directory / f"saved{name}")
         outcomes[f"resumed{name}"] = _resume(run, directory / f"saved{name}")
@@ -43,6 +43,7 @@ def zero2(directory: Path) -> Outcomes:
     _forget_launch()
     outcomes["resumed"] = _resume(SAVING_RUN, directory)
     outcomes["lora"] = _train_zero(replace(ZERO_RUN, lora=True), directory)
+    outcomes["recorded"] = {name: _train_zero(run, directory) for name, run in RECORDED_RUNS.items()}
     for name, lora in (("best", False), ("best-lora", True)):
         _forget_launch()
         outcomes[name] = end_with_the_best(replace(ZERO_RUN, lora=lora), directory / name)
@@ -64,6 +65,8 @@ def zero3(directory: Path) -> Outcomes:
         outcomes[name] = _train_zero(replace(ZERO_RUN, model=str(path)), directory)
     _forget_launch()
     outcomes["best"] = end_with_the_best(ZERO_RUN, directory / "best")
+    recorded = {name: run for name, run in RECORDED_RUNS.items() if not run.lora}
+    outcomes["recorded"] = {name: _train_zero(run, directory) for name, run in recorded.items()}
     _forget_launch()
     try:
         make_trainer(replace(ZERO_RUN, lora=True), directory)

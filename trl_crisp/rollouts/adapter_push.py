@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from trl_crisp.teacher.sharding import full_tensor, named_parameters, plain_name
 
 
-def push_out_of_place(generation: Any, model: nn.Module) -> None:
+def prepare_pushes(generation: Any, model: nn.Module) -> None:
     """
-    Make TRL's engine read a LoRA student's weights through [`merged_parameters`]. Another model's weights are read by TRL as before.
+    Make TRL's engine read a LoRA student's weights through [`merged_parameters`], and another student's when its shards are in place.
 
     Args:
         generation: TRL's `VLLMGeneration`, colocated or of a server.
@@ -30,6 +30,15 @@ def push_out_of_place(generation: Any, model: nn.Module) -> None:
     if is_peft_model(model):
         check_pushable(model)
         generation._iter_named_params = lambda: merged_parameters(model, generation.accelerator.device)
+        return
+    read = generation._iter_named_params
+
+    def read_shards() -> Iterator[tuple[str, torch.Tensor]]:
+        # Under FSDP2 TRL reads shards only, and an evaluation leaves gathered weights behind
+        named_parameters(model)
+        yield from read()
+
+    generation._iter_named_params = read_shards
 
 
 def check_pushable(model: Any) -> None:
