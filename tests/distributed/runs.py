@@ -36,6 +36,7 @@ class Run:
     accumulation: int = 1
     normalization: str = "sequence"
     lora: bool = False
+    kind: str = "periodic"
     teacher_sync_steps: int = 50
     steps: int = 1
     # Of SGD: a gradient that is wrong by a factor shows, which Adam would hide, and so would clipping of each run
@@ -50,6 +51,11 @@ class Run:
     save_steps: int = 0
     # A directory to load the student from; None makes it in memory
     model: str | None = None
+
+    @property
+    def works_under_zero3(self) -> bool:
+        """Whether the teacher has modules of its own."""
+        return not self.lora and self.kind != "live"
 
 
 @dataclass
@@ -139,7 +145,8 @@ def make_trainer(run: Run, directory: str | Path) -> CRISPTrainer:
         max_grad_norm=run.max_grad_norm,
         instruction="Be brief.",
         loss_normalization=run.normalization,
-        teacher_sync_steps=run.teacher_sync_steps,
+        teacher_model_kind=run.kind,
+        teacher_sync_steps=None if run.kind == "live" else run.teacher_sync_steps,
         max_completion_length=8,
         generation_kwargs={"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
         gradient_checkpointing=False,
@@ -179,7 +186,7 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
         # Of one adapter and the other, under one name
         at_the_end = {name.replace(".teacher.", ".default."): w for name, w in after.items() if ".teacher." in name}
     else:
-        at_the_end = full_weights(teacher._model)
+        at_the_end = full_weights(getattr(teacher, "_model", student))
     return Outcome(
         losses=[log["loss"] for log in trainer.state.log_history if "loss" in log],
         per_token=[
@@ -313,6 +320,8 @@ RECORDED_RUNS = {
     "lora": Run(batch=2, accumulation=2, lora=True, teacher_sync_steps=1, steps=2),
     "lora-token": Run(batch=2, accumulation=2, normalization="token", lora=True, teacher_sync_steps=1, steps=2),
     "adamw": Run(batch=2, accumulation=2, optimizer="adamw_torch", learning_rate=1e-3),
+    "ema": Run(batch=2, accumulation=2, kind="ema", teacher_sync_steps=1, steps=2),
+    "live": Run(batch=2, accumulation=2, kind="live"),
     "masked": Run(batch=2, accumulation=2, masked_rank=1),
     "masked-token": Run(batch=2, accumulation=2, masked_rank=1, normalization="token"),
     "masked-lora": Run(batch=2, accumulation=2, masked_rank=1, lora=True),

@@ -65,13 +65,14 @@ def zero3(directory: Path) -> Outcomes:
         outcomes[name] = _train_zero(replace(ZERO_RUN, model=str(path)), directory)
     _forget_launch()
     outcomes["best"] = end_with_the_best(ZERO_RUN, directory / "best")
-    recorded = {name: run for name, run in RECORDED_RUNS.items() if not run.lora}
+    recorded = {name: run for name, run in RECORDED_RUNS.items() if run.works_under_zero3}
     outcomes["recorded"] = {name: _train_zero(run, directory) for name, run in recorded.items()}
-    _forget_launch()
-    try:
-        make_trainer(replace(ZERO_RUN, lora=True), directory)
-    except ValueError as error:
-        outcomes["lora"] = str(error)
+    for name, run in (("lora", replace(ZERO_RUN, lora=True)), ("live", replace(ZERO_RUN, kind="live"))):
+        _forget_launch()
+        try:
+            make_trainer(run, directory)
+        except ValueError as error:
+            outcomes[name] = str(error)
     _forget_launch()
     try:
         distance.measure(directory / "distance")
