@@ -19,6 +19,7 @@ from tests.distributed.runs import (
     SAVING_RUN,
     SCALE,
     ZERO_RUN,
+    ZERO_RUNS,
     Run,
     end_with_the_best,
     make_trainer,
@@ -43,7 +44,7 @@ def zero2(directory: Path) -> Outcomes:
     _forget_launch()
     outcomes["resumed"] = _resume(SAVING_RUN, directory)
     outcomes["lora"] = _train_zero(replace(ZERO_RUN, lora=True), directory)
-    outcomes["recorded"] = {name: _train_zero(run, directory) for name, run in RECORDED_RUNS.items()}
+    outcomes["recorded"] = {name: _train_zero(run, directory) for name, run in ZERO_RUNS.items()}
     for name, lora in (("best", False), ("best-lora", True)):
         _forget_launch()
         outcomes[name] = end_with_the_best(replace(ZERO_RUN, lora=lora), directory / name)
@@ -65,7 +66,7 @@ def zero3(directory: Path) -> Outcomes:
         outcomes[name] = _train_zero(replace(ZERO_RUN, model=str(path)), directory)
     _forget_launch()
     outcomes["best"] = end_with_the_best(ZERO_RUN, directory / "best")
-    recorded = {name: run for name, run in RECORDED_RUNS.items() if run.works_under_zero3}
+    recorded = {name: run for name, run in ZERO_RUNS.items() if run.works_under_zero3}
     outcomes["recorded"] = {name: _train_zero(run, directory) for name, run in recorded.items()}
     for name, run in (("lora", replace(ZERO_RUN, lora=True)), ("live", replace(ZERO_RUN, kind="live"))):
         _forget_launch()
