@@ -161,7 +161,9 @@ class Recorded:
                 )
             else:
                 rows = zip(completions, log_probs, token_ids or log_probs, strict=True)
-                self._first = completions, [_of_sampled(*row, token_ids is not None) for row in rows]
+                values = [_of_sampled(*row, token_ids is not None) for row in rows]
+                # Copies, because TRL puts what a tool and the model write later into the same lists
+                self._first = [list(ids) for ids in completions], values
         return output
 
     def log_probs(self, completion_ids_BT: torch.Tensor) -> torch.Tensor | None:
