@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "prompts": set(),
     "loss": {"_upstream"},
     "run": set(),
-    "rollouts": set(),
+    # The weights that vLLM gets may be sharded, and only one module knows shards
+    "rollouts": {"loss", "teacher.sharding"},
     # What a prompt is, is one rule for rows that are loaded and for rows that a user passes
     "rows": {"prompts"},
     "data": {"rows"},

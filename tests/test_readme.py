@@ -64,7 +64,7 @@ def result(name: str) -> dict:
 # What a block is run with instead of what it shows: a tiny model, few rows, and one short step on a CPU
 REPLACED = {
     "README.md": {
-        "max_steps=99, use_vllm=True": "max_steps=1, {small}",
+        "use_vllm=True": "max_steps=1, {small}",
         'model="Qwen/Qwen3-8B"': "model={model!r}",
     },
     "examples/README.md": {

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from tests.helpers import config
+from tests.receiving_engine import engine_like, receiving
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from trl_crisp import CRISPTrainer
 
@@ -279,3 +280,18 @@ def test_a_prompt_that_has_a_tools_turn_already_trains(model_that_calls, tmp_pat
         assert teacher == student.replace(f"user\n{QUESTION}", f"user\n{C}\n\n{QUESTION}")
         assert teacher.index(C) < teacher.index('{"name": "add", "arguments": {"a": 2, "b": 3}}')
     assert math.isfinite(trainer.seen["loss"].item())
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_vllms_tokens_before_the_tools_are_compared(model_that_calls, tmp_path, monkeypatch, mode):
+    """The engine has no log-probabilities of what the tool wrote, and those after it are of another request."""
+    engine = engine_like(model_that_calls)
+    with receiving(engine, monkeypatch):
+        prompts = [prompt_of(QUESTION), prompt_of(SMALL_TALK)]
+        trainer = train_a_step(model_that_calls, tmp_path, prompts, use_vllm=True, vllm_mode=mode)
+    assert calls == [(2, 3)]
+    tokenizer = tiny_tokenizer("qwen3")
+    has_value = [row.isfinite().sum().item() for row in trainer.seen["inputs"]["engine_log_probs"]]
+    assert sorted(has_value) == sorted(len(tokenizer(text)["input_ids"]) for text in (CALL, REPLY))
+    [gap] = [log["vllm/mean_gap_nats"] for log in trainer.state.log_history if "vllm/mean_gap_nats" in log]
+    assert gap == pytest.approx(0.0, abs=1e-4)

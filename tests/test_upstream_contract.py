@@ -18,9 +18,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 from trl import DistillationConfig, DistillationTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import _ForwardRedirection
 
 from tests.helpers import make_trainer, rows
+from tests.receiving_engine import engine_like, receiving
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 from trl_crisp import CRISPTrainer, _upstream
 from trl_crisp.loss.divergence import _logit_scale
@@ -48,6 +50,17 @@ SIGNATURES = [
         "self unwrapped_model input_ids attention_mask logits_to_keep pixel_values image_grid_thw pixel_attention_mask "
         "spatial_shapes image_sizes token_type_ids mm_token_type_ids image_position_ids",
         "trainer.py passes the first four by position and no vision input",
+    ),
+    (VLLMGeneration._iter_named_params, "self", "rollouts/adapter_push.py puts its own in place of it"),
+    (
+        VLLMGeneration.sync_weights,
+        "self",
+        "rollouts/adapter_push.py relies on it to read the weights, reset the cache",
+    ),
+    (
+        VLLMGeneration.generate,
+        "self prompts images num_generations profiler",
+        "rollouts/engine_check.py wraps it, and sets `logprobs`",
     ),
     (_ForwardRedirection.__call__, "self wrapper_module original_module method args kwargs", "trainer.py calls it"),
     (Trainer._save_optimizer_and_scheduler, "self output_dir", "trainer.py saves the teacher in it"),
@@ -105,6 +118,7 @@ def test_what_we_override_is_still_there():
         "_record_rollouts",
         "_record_texts",
         "_check_teacher_is_not_uniform",
+        "_judge_engine",
         "_describe_failed_save",
         "_from_main_process",
     }
@@ -279,6 +293,25 @@ def test_the_last_hidden_state_is_what_predicts_the_completion(tmp_path, tuning)
 
 
 # Rollouts and their batches
+
+
+def test_the_engine_reads_the_weights_where_we_put_ours_and_only_in_another_step(tmp_path, monkeypatch):
+    """rollouts/adapter_push.py sets `_iter_named_params` of the object, and trainer.py `_last_loaded_step` at a run's start."""
+    model = tiny_llama()
+    with receiving(engine_like(model), monkeypatch) as engine:
+        trainer = make_trainer(tmp_path, model=model, use_vllm=True)
+        sent = [(name, torch.full_like(parameter, 0.5)) for name, parameter in model.named_parameters()]
+        trainer.vllm_generation._iter_named_params = lambda: iter(sent)
+        for step, pushes in ((0, 1), (0, 1), (1, 2)):
+            trainer.state.global_step = step
+            trainer._generate_single_turn([[1, 2]], None, {})
+            assert len(engine.pushes) == pushes, "TRL pushes at other times; see CRISPTrainer.train"
+        assert (engine.pushes[0]["lm_head.weight"] == 0.5).all(), (
+            "TRL reads the weights elsewhere; see adapter_push.py"
+        )
+        trainer._last_loaded_step = -1
+        trainer._generate_single_turn([[1, 2]], None, {})
+        assert len(engine.pushes) == 3
 
 
 def test_a_subclass_may_leave_the_teacher_out(tmp_path):

@@ -101,8 +101,8 @@ def tiny_llama(**overrides) -> PreTrainedModel:
     return tiny_model("llama", **overrides)
 
 
-def save_tiny(path: str | Path, kind: str = "llama", **overrides) -> str:
+def save_tiny(path: str | Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **overrides) -> str:
     """Save a random model of a family with its tokenizer, and return the directory."""
-    tiny_model(kind, **overrides).save_pretrained(path)
+    tiny_model(kind, **overrides).to(dtype).save_pretrained(path)
     tiny_tokenizer(kind).save_pretrained(path)
     return str(path)

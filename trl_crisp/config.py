@@ -349,6 +349,15 @@ class CRISPConfig(DistillationConfig):
             defaults = DistillationConfig.__dataclass_fields__
             if changed := [n for n in defaults if n.startswith("vllm_") and getattr(self, n) != defaults[n].default]:
                 self._warn(f"{', '.join(changed)} has no effect without use_vllm=True.")
+        elif self.vllm_mode == "colocate" and self.vllm_max_model_length is not None:
+            # One token at least, if max_prompt_length keeps all rows
+            needed = (self.max_prompt_length or 1) + self.max_completion_length  # type: ignore[operator]
+            if self.vllm_max_model_length < needed:
+                raise ValueError(
+                    f"vllm_max_model_length={self.vllm_max_model_length} is less than max_prompt_length={self.max_prompt_length} and "
+                    f"max_completion_length={self.max_completion_length} together, so vLLM would cut rollouts short. Set it to {needed}, or "
+                    "lower the other two."
+                )
 
     def _check_choices(self) -> None:
         for name, choices in (

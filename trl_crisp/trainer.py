@@ -4,6 +4,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -32,6 +33,9 @@ from trl_crisp.models.hidden_states import last_hidden_state
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
+from trl_crisp.rollouts.adapter_push import prepare_pushes
+from trl_crisp.rollouts.engine_check import EngineCheck, Gap, engine_gap
+from trl_crisp.rollouts.engine_limits import check_engine_limits
 from trl_crisp.rollouts.own_sampling import own_sampling
 from trl_crisp.rollouts.packing import sort_and_trim
 from trl_crisp.rollouts.text_measures import epistemic_words, repeats_itself
@@ -73,6 +77,8 @@ class CRISPTrainer(ResumableTrainer):
     - `completions/relative_length` (relative to the mean of the first 5 steps) and `completions/p95_length` (tokens);
     - the shares `completions/repeats` ([`~trl_crisp.rollouts.text_measures.repeats_itself`]) and `completions/empty` (the first
       token ends the rollout), and `completions/epistemic_words` (words of doubt per 1,000 tokens);
+    - if vLLM samples the rollouts, in the first steps and then now and then `vllm/mean_gap_nats` and `vllm/off_share`, how far its
+      log-probabilities are from the student's ([`~trl_crisp.rollouts.engine_check.EngineCheck`]);
     - if the chat template has thinking tokens, `completions/mean_thinking_length` and `completions/mean_answer_length` (tokens).
 
     Args:
@@ -149,6 +155,16 @@ class CRISPTrainer(ResumableTrainer):
             if dataset is not None:
                 check_columns(dataset, name)
         check_adapters_of(model, peft_config)
+        if args.use_vllm:
+            # The engine starts in the parent, which takes minutes
+            check_engine_limits(
+                model,
+                args.model_init_kwargs,
+                args.trust_remote_code,
+                args.vllm_max_model_length if args.vllm_mode == "colocate" else None,
+                args.max_prompt_length,
+                args.max_completion_length,
+            )
 
         super().__init__(
             model=model,
@@ -182,6 +198,10 @@ class CRISPTrainer(ResumableTrainer):
         revision = cached_commit(self.model.config._name_or_path, init_kwargs.get("revision"))
         self.run_description = describe_run(self.model, args, instruction, revision)
         self.teacher = make_teacher(self.model, args, self.accelerator)
+        self._engine_check = None
+        if self.use_vllm:
+            prepare_pushes(self.vllm_generation, self.model)
+            self._engine_check = EngineCheck(self.vllm_generation)
         # Whether padded rows need position ids. One answer serves both models, because they have the same architecture
         self._passes_positions = self._check_model()
 
@@ -194,6 +214,7 @@ class CRISPTrainer(ResumableTrainer):
         self._token_shares: list[float] | None = None
         # Filled inside the wrapped forward, which must not run a collective operation; compute_loss reads it afterwards
         self._diagnostics: dict[str, Diagnostic] | None = None
+        self._engine_gap: Gap | None = None
         self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
         if args.profile_steps:
             StepProfile(self)
@@ -334,8 +355,12 @@ class CRISPTrainer(ResumableTrainer):
         return (counts * len(counts) / counts.sum()).tolist() if counts.any() else None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with own_sampling(self.model):
+        check = self._engine_check if self.model.training else None
+        is_compared = check is not None and check.is_due(self.state.global_step + 1)
+        with own_sampling(self.model), check.recording() if is_compared else nullcontext() as recorded:
             output = super()._generate_and_score_completions(inputs)
+        if recorded is not None and (log_probs := recorded.log_probs(output["completion_ids"])) is not None:
+            output["engine_log_probs"] = log_probs
         teacher_ids = [torch.tensor(row["teacher_prompt_ids"]) for row in inputs]
         for key, rows, value in (
             ("teacher_prompt_ids", teacher_ids, self._tokenizer.pad_token_id),
@@ -419,6 +444,8 @@ class CRISPTrainer(ResumableTrainer):
         means = {name: self._mean_over_processes(diagnostic) for name, diagnostic in self._diagnostics.items()}
         self._diagnostics = None
         metrics = self._metrics["train" if self.model.training else "eval"]
+        if self._engine_gap is not None:
+            self._judge_engine(self._engine_gap)
         if self.model.training and means["teacher_entropy"] is not None:
             self._step_entropies_nats.append((metrics["entropy"][-1], means["teacher_entropy"]))
             self._check_teacher_is_not_uniform()
@@ -433,6 +460,14 @@ class CRISPTrainer(ResumableTrainer):
             elif mean is not None:
                 metrics[name].append(mean)
         return loss
+
+    def _judge_engine(self, gap: Gap) -> None:
+        sums, self._engine_gap = self.accelerator.gather(torch.stack([x.double() for x in gap])[None]), None
+        self._engine_check.add(*sums.sum(dim=0).tolist())
+        micro_batches = self.args.gradient_accumulation_steps
+        if self._step % micro_batches == micro_batches - 1:
+            for name, value in self._engine_check.judge(self.state.global_step + 1).items():
+                self._metrics["train"][name].append(value)
 
     def _mean_over_processes(self, diagnostic: Diagnostic) -> float | None:
         total, num_tokens = (self.accelerator.gather_for_metrics(x).sum().item() for x in diagnostic)
@@ -477,6 +512,9 @@ class CRISPTrainer(ResumableTrainer):
                     args.loss_temperature,
                 )
                 topk_overlap = sampled_topk_overlap(*sides, loss_mask_BT, args.loss_temperature)
+                if (engine_log_probs_BT := inputs.get("engine_log_probs")) is not None:
+                    ids_BT, sampling = inputs["completion_ids"].to(device), self._engine_check.sampling
+                    self._engine_gap = engine_gap(*sides[:2], ids_BT, engine_log_probs_BT.to(device), sampling)
 
         num_tokens = (loss_mask_BT != 0).sum()
         self._diagnostics = {
@@ -505,6 +543,10 @@ class CRISPTrainer(ResumableTrainer):
                 f"{', '.join(unattached)}: nothing measures this trainer, so it has no effect. Call "
                 "trl_crisp.health.attach.attach_health(trainer) before training."
             )
+        if self._engine_check is not None:
+            self._engine_check.begin_run()
+            # The parent updates vLLM if the step is another than at the last update, but a run may begin at that very step
+            self._last_loaded_step = -1
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.state.global_step == 0 < self.state.max_steps:
             raise ValueError(

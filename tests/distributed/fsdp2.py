@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from trl.models.utils import _ForwardRedirection
 
-from tests.distributed.runs import LORA, SCALE
+from tests.distributed.runs import LORA, SCALE, pushed_weights
 from tests.tiny_models import tiny_llama
 from trl_crisp import CRISPConfig
 from trl_crisp.loss.divergence import output_head
@@ -126,12 +126,15 @@ def train(case: Case, directory: Path, sharded: bool) -> dict[str, Any]:
         return {"teacher": {name: _full(p) for name, p in own.items()}, "averages": averages}
 
     at_the_end = weights_of_teacher()
+    # After a forward that no backward follows, which leaves gathered weights behind
+    pushed = pushed_weights(student, accelerator)
     if sharded:
         _save_spoil_and_load(teacher, directory / f"{case}")
     return {
         "losses": losses,
         "change": {name: weight - before[name] for name, weight in _trained(student).items()},
         "student_at_refresh": at_refresh,
+        "pushed": pushed,
         **at_the_end,
         "restored": weights_of_teacher(),
     }

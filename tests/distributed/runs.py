@@ -1,22 +1,28 @@
 """Training runs of a few steps on tiny models, the same alone and as one of several processes."""
 
+import re
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.health.sweet_spot import Measurement, SweetSpot
+from trl_crisp.rollouts.adapter_push import prepare_pushes
 
 ROLLOUTS = 8
-# The rollout of this row is a tool's from end to end: in the loss of none, and not counted
-TOOL_ROW = 3
+# The rollouts of these rows are a tool's from end to end: in the loss of none, and not counted
+TOOL_ROWS = frozenset({3})
 # Of the head: far from uniform, so that the gradients stand out of float32 rounding
 SCALE = 64.0
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -30,16 +36,26 @@ class Run:
     accumulation: int = 1
     normalization: str = "sequence"
     lora: bool = False
+    kind: str = "periodic"
     teacher_sync_steps: int = 50
     steps: int = 1
     # Of SGD: a gradient that is wrong by a factor shows, which Adam would hide, and so would clipping of each run
     learning_rate: float = 0.1
     max_grad_norm: float = 0.0
     crafted: bool = True
+    tool_rows: frozenset[int] = TOOL_ROWS
+    # The process whose rollouts are all a tool's
+    masked_rank: int | None = None
+    optimizer: str = "sgd"
     # Steps between two checkpoints; 0 saves none
     save_steps: int = 0
     # A directory to load the student from; None makes it in memory
     model: str | None = None
+
+    @property
+    def works_under_zero3(self) -> bool:
+        """Whether the teacher has modules of its own."""
+        return not self.lora and self.kind != "live"
 
 
 @dataclass
@@ -59,10 +75,18 @@ class Outcome:
     random_state: torch.Tensor
     # How often ZeRO-3 gathered an output head for the loss and its backward, of each micro-batch
     head_gathers: list[int]
+    # What vLLM would receive, by name
+    pushed: dict[str, torch.Tensor]
+    # The rows of the first step whose rollouts were a tool's, of all processes
+    masked_rows: frozenset[int]
 
 
 class CraftedTrainer(CRISPTrainer):
-    """Rollouts that depend on the prompt alone: 1 to 12 tokens, and those of `TOOL_ROW` from a tool."""
+    """Rollouts that depend on the prompt alone: 1 to 12 tokens, and those of some rows, or of a process, from a tool."""
+
+    tool_rows = TOOL_ROWS
+    masked_rank: int | None = None
+    masked_rows: frozenset[int] = frozenset()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         rollouts = []
@@ -74,10 +98,12 @@ class CraftedTrainer(CRISPTrainer):
 
     def _generate(self, prompts):
         prompt_ids, completion_ids, _, images, tool_images = super()._generate(prompts)
-        tool_mask = [
-            [int(f"number {TOOL_ROW}." not in prompt[0]["content"])] * len(ids)
-            for prompt, ids in zip(prompts, completion_ids, strict=True)
-        ]
+        numbers = [int(re.search(r"number (\d+)", prompt[0]["content"])[1]) for prompt in prompts]
+        is_tools = [n in self.tool_rows or self.accelerator.process_index == self.masked_rank for n in numbers]
+        tool_mask = [[int(not one)] * len(ids) for one, ids in zip(is_tools, completion_ids, strict=True)]
+        if not self.masked_rows:
+            masked = gather_object([n for n, one in zip(numbers, is_tools, strict=True) if one])
+            self.masked_rows = frozenset(masked)
         return prompt_ids, completion_ids, tool_mask, images, tool_images
 
 
@@ -111,13 +137,16 @@ def make_trainer(run: Run, directory: str | Path) -> CRISPTrainer:
         per_device_train_batch_size=run.batch,
         gradient_accumulation_steps=run.accumulation,
         max_steps=run.steps,
-        optim="sgd",
+        optim=run.optimizer,
+        # Of AdamW: values whose gradient is rounding alone hardly move
+        adam_epsilon=1e-6,
         learning_rate=run.learning_rate,
         weight_decay=0.0,
         max_grad_norm=run.max_grad_norm,
         instruction="Be brief.",
         loss_normalization=run.normalization,
-        teacher_sync_steps=run.teacher_sync_steps,
+        teacher_model_kind=run.kind,
+        teacher_sync_steps=None if run.kind == "live" else run.teacher_sync_steps,
         max_completion_length=8,
         generation_kwargs={"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
         gradient_checkpointing=False,
@@ -140,6 +169,7 @@ def make_trainer(run: Run, directory: str | Path) -> CRISPTrainer:
         callbacks=[at_refresh],
     )
     at_refresh.trainer = trainer
+    trainer.tool_rows, trainer.masked_rank = run.tool_rows, run.masked_rank
     return trainer
 
 
@@ -156,7 +186,7 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
         # Of one adapter and the other, under one name
         at_the_end = {name.replace(".teacher.", ".default."): w for name, w in after.items() if ".teacher." in name}
     else:
-        at_the_end = full_weights(teacher._model)
+        at_the_end = full_weights(getattr(teacher, "_model", student))
     return Outcome(
         losses=[log["loss"] for log in trainer.state.log_history if "loss" in log],
         per_token=[
@@ -175,7 +205,18 @@ def train(run: Run, directory: str | Path, checkpoint: str | None = None) -> Out
         refreshes=teacher.refreshes,
         random_state=random_state,
         head_gathers=head_gathers,
+        pushed=pushed_weights(student, trainer.accelerator),
+        masked_rows=getattr(trainer, "masked_rows", frozenset()),
     )
+
+
+def pushed_weights(student: torch.nn.Module, accelerator: Any) -> dict[str, torch.Tensor]:
+    """Return what TRL would send to vLLM, by name. All processes call it."""
+    generation = VLLMGeneration.__new__(VLLMGeneration)
+    generation.model, generation.accelerator = student, accelerator
+    generation._dist = DistributedBackend(accelerator)
+    prepare_pushes(generation, student)
+    return {name: tensor.detach().clone() for name, tensor in generation._iter_named_params()}
 
 
 class BestIsTheFirst:
@@ -272,13 +313,21 @@ def _gathered(parameter: torch.nn.Parameter):
         yield
 
 
-# For two processes; alone, twice the batch makes the same global batch
-DDP_RUNS = {
+# For two processes; alone, twice the batch makes the same global batch. On the same rollouts, whatever the weights
+RECORDED_RUNS = {
     "full": Run(batch=2, accumulation=2),
     "full-token": Run(batch=2, accumulation=2, normalization="token"),
     "lora": Run(batch=2, accumulation=2, lora=True, teacher_sync_steps=1, steps=2),
     "lora-token": Run(batch=2, accumulation=2, normalization="token", lora=True, teacher_sync_steps=1, steps=2),
+    "adamw": Run(batch=2, accumulation=2, optimizer="adamw_torch", learning_rate=1e-3),
+    "ema": Run(batch=2, accumulation=2, kind="ema", teacher_sync_steps=1, steps=2),
+    "live": Run(batch=2, accumulation=2, kind="live"),
+    "masked": Run(batch=2, accumulation=2, masked_rank=1),
+    "masked-token": Run(batch=2, accumulation=2, masked_rank=1, normalization="token"),
+    "masked-lora": Run(batch=2, accumulation=2, masked_rank=1, lora=True),
 }
+# DeepSpeed takes longer to start each
+ZERO_RUNS = {name: run for name, run in RECORDED_RUNS.items() if name not in ("masked-token", "masked-lora")}
 # With clipping, because the gradients' norm is that of all processes
 ZERO_RUN = Run(
     batch=2,

@@ -14,11 +14,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.distributed import distance, fsdp2
 from tests.distributed.runs import (
-    DDP_RUNS,
     LATER_EPOCH_RUN,
+    RECORDED_RUNS,
     SAVING_RUN,
     SCALE,
     ZERO_RUN,
+    ZERO_RUNS,
     Run,
     end_with_the_best,
     make_trainer,
@@ -30,7 +31,7 @@ Outcomes = dict[str, Any]
 
 
 def ddp(directory: Path) -> Outcomes:
-    outcomes: Outcomes = {name: train(run, directory) for name, run in DDP_RUNS.items()}
+    outcomes: Outcomes = {name: train(run, directory) for name, run in RECORDED_RUNS.items()}
     for name, run in (("", SAVING_RUN), ("-later", LATER_EPOCH_RUN)):
         outcomes[f"saved{name}"] = train(run, directory / f"saved{name}")
         outcomes[f"resumed{name}"] = _resume(run, directory / f"saved{name}")
@@ -43,6 +44,7 @@ def zero2(directory: Path) -> Outcomes:
     _forget_launch()
     outcomes["resumed"] = _resume(SAVING_RUN, directory)
     outcomes["lora"] = _train_zero(replace(ZERO_RUN, lora=True), directory)
+    outcomes["recorded"] = {name: _train_zero(run, directory) for name, run in ZERO_RUNS.items()}
     for name, lora in (("best", False), ("best-lora", True)):
         _forget_launch()
         outcomes[name] = end_with_the_best(replace(ZERO_RUN, lora=lora), directory / name)
@@ -64,11 +66,14 @@ def zero3(directory: Path) -> Outcomes:
         outcomes[name] = _train_zero(replace(ZERO_RUN, model=str(path)), directory)
     _forget_launch()
     outcomes["best"] = end_with_the_best(ZERO_RUN, directory / "best")
-    _forget_launch()
-    try:
-        make_trainer(replace(ZERO_RUN, lora=True), directory)
-    except ValueError as error:
-        outcomes["lora"] = str(error)
+    recorded = {name: run for name, run in ZERO_RUNS.items() if run.works_under_zero3}
+    outcomes["recorded"] = {name: _train_zero(run, directory) for name, run in recorded.items()}
+    for name, run in (("lora", replace(ZERO_RUN, lora=True)), ("live", replace(ZERO_RUN, kind="live"))):
+        _forget_launch()
+        try:
+            make_trainer(run, directory)
+        except ValueError as error:
+            outcomes[name] = str(error)
     _forget_launch()
     try:
         distance.measure(directory / "distance")

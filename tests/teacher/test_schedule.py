@@ -1,10 +1,12 @@
 """Who the teacher is, when it is refreshed, and that its pass leaves the student alone."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -395,12 +397,19 @@ def test_the_base_model_is_unchanged_after_20_lora_steps(tmp_path):
     assert trainer.teacher.refreshes == 5
 
 
-def test_settings_without_effect_on_a_shared_teacher_warn(tmp_path):
-    """A dtype for a copy that is not made; a half-precision base that TRL's merging into vLLM would let drift."""
+def test_a_dtype_for_a_copy_that_is_not_made_warns(tmp_path):
     with pytest.warns(UserWarning, match="teacher_model_init_kwargs has no effect with LoRA"):
         teacher_of(lora_model(), tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"})
-    with pytest.warns(UserWarning, match="trl#6688"):
-        teacher_of(get_peft_model(tiny_model().to(torch.bfloat16), lora()), tmp_path, use_vllm=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+def test_fsdp_version_1_is_refused_for_every_teacher(tmp_path, kind, is_lora):
+    student = lora_model() if is_lora else tiny_model()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None))
+    with pytest.raises(ValueError, match=r"fsdp_version: 2.*fsdp2\.yaml"):
+        make_teacher(student, config(tmp_path, **KINDS[kind]), accelerator)
 
 
 def test_made_up_rollouts_are_what_they_say():

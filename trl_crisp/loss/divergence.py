@@ -152,7 +152,7 @@ def sampled_topk_overlap(
         student_hidden_BTH, student_head, teacher_hidden_BTH, teacher_head, loss_mask_BT, temperature: As in
             [`per_token_divergence`].
     """
-    tokens_N = _evenly_spaced((loss_mask_BT != 0).flatten().nonzero().squeeze(1), OVERLAP_TOKENS)
+    tokens_N = evenly_spaced((loss_mask_BT != 0).flatten().nonzero().squeeze(1), OVERLAP_TOKENS)
     sides = (student_hidden_BTH, student_head), (teacher_hidden_BTH, teacher_head)
     with gathered(student_head, teacher_head):
         student_NV, teacher_NV = (
@@ -162,7 +162,8 @@ def sampled_topk_overlap(
     return Diagnostic(overlap_N.sum(), torch.tensor(len(overlap_N), device=overlap_N.device))
 
 
-def _evenly_spaced(items_N: torch.Tensor, limit: int) -> torch.Tensor:
+def evenly_spaced(items_N: torch.Tensor, limit: int) -> torch.Tensor:
+    """Return at most `limit` of the items, evenly spaced over them."""
     if len(items_N) <= limit:
         return items_N
     return items_N[torch.linspace(0, len(items_N) - 1, limit, device=items_N.device).round().long()]

@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig
@@ -135,13 +134,6 @@ def check_adapter(model: Any, args: CRISPConfig, accelerator: Accelerator) -> No
     if args.teacher_model_init_kwargs:
         warnings.warn(
             "teacher_model_init_kwargs has no effect with LoRA: the teacher's adapter has the dtype of the student's.",
-            stacklevel=5,
-        )
-    dtype = model.get_input_embeddings().weight.dtype
-    if args.use_vllm and dtype in (torch.bfloat16, torch.float16):
-        warnings.warn(
-            f"for each update of vLLM, TRL merges the adapter into the {dtype} base model and unmerges it, which rounds. The base "
-            "model drifts, and the teacher with it (huggingface/trl#6688). Load the model in float32, or train the full model.",
             stacklevel=5,
         )
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from trl_crisp.config import CRISPConfig
 from trl_crisp.teacher.schedule import Teacher
-from trl_crisp.teacher.sharding import check_backend, is_partitioned, named_parameters, place, plain_name, zero3_copy
+from trl_crisp.teacher.sharding import is_partitioned, named_parameters, place, plain_name, zero3_copy
 
 
 class CopyTeacher(Teacher):
@@ -18,7 +18,6 @@ class CopyTeacher(Teacher):
 
     def __init__(self, student: nn.Module, args: CRISPConfig, accelerator: Accelerator) -> None:
         super().__init__(student, args)
-        check_backend(accelerator)
         copied = _frozen_copy(student, (args.teacher_model_init_kwargs or {}).get("dtype"))  # type: ignore[union-attr]
         self._model, self.wrapped_model = place(copied, accelerator)
         if self.kind == "ema" and is_partitioned(self._model) and self._model.dtype != torch.float32:

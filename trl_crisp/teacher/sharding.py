@@ -80,11 +80,11 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_backend(accelerator: Accelerator) -> None:
-    """Raise `ValueError` for a backend under which a copied teacher cannot be refreshed."""
+    """Raise `ValueError` for a backend that is not supported, whatever the teacher: FSDP version 1."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise ValueError(
-            "a teacher cannot be refreshed under FSDP version 1, which flattens the parameters. Set fsdp_version: 2 in "
+            "FSDP version 1 is not supported: it flattens the parameters, so no teacher can take the student's. Set fsdp_version: 2 in "
             "the accelerate config (examples/accelerate/fsdp2.yaml), or use DeepSpeed."
         )
 
