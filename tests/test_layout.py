@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "health": {"_upstream", "config", "evaluation", "loss", "models", "prompts", "rows", "run"},
     "preflight": {"config", "evaluation", "health", "loss", "models", "prompts", "rows", "run"},
     "report": {"evaluation.results", "evaluation.metrics"},
+    "publish": {"evaluation", "models", "report", "run"},
     "train": None,
     "cli": None,
 }
