@@ -1,4 +1,8 @@
-"""The command line `trl-crisp`: `train` runs `accelerate launch -m trl_crisp.train`, `preflight` looks before it, `eval` measures a model."""
+"""
+The command line `trl-crisp`.
+
+`train` runs `accelerate launch -m trl_crisp.train`, `preflight` looks before it, `eval` measures a model, and `report` shows what was measured.
+"""
 
 import argparse
 import contextlib
@@ -382,6 +386,27 @@ def preflight(argv: list[str]) -> int:
     return 0
 
 
+def report(argv: list[str]) -> int:
+    """
+    Write the page of some results and runs.
+
+    Args:
+        argv: See `trl-crisp report --help`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: See [`~trl_crisp.report.page.write_report`].
+    """
+    from trl_crisp.report.arguments import make_report_parser
+
+    args = make_report_parser().parse_args(argv)
+
+    from trl_crisp.report.page import write_report
+
+    written = write_report(args.results, args.output, args.run)
+    print(f"Wrote {' and '.join(map(str, written))}.")
+    return 0
+
+
 def merge(argv: list[str]) -> int:
     """
     Merge an adapter into its base.
@@ -392,6 +417,8 @@ def merge(argv: list[str]) -> int:
     Raises:
         ValueError, FileNotFoundError, PermissionError, ConnectionError: See [`~trl_crisp.publish.merging.merge_adapter`].
     """
+    from trl_crisp.publish.arguments import make_merge_parser
+
     args = make_merge_parser().parse_args(argv)
 
     from trl_crisp.publish.merging import describe_merge, merge_adapter
@@ -402,26 +429,11 @@ def merge(argv: list[str]) -> int:
     return 0
 
 
-def make_merge_parser() -> argparse.ArgumentParser:
-    """Return the parser of `trl-crisp merge`."""
-    parser = argparse.ArgumentParser(
-        prog="trl-crisp merge",
-        description="Merge an adapter into its base: one model in the base's dtype, with tokenizer and generation config. It is merged in "
-        "float32, which takes 4 bytes of memory for each weight, and its logits are compared with those of the adapter.",
-        epilog="example:\n  trl-crisp merge qwen3-8b-crisp --output qwen3-8b-crisp-merged",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("adapter", metavar="ADAPTER", help="directory or Hub id of an adapter")
-    parser.add_argument(
-        "--output", metavar="DIR", type=Path, required=True, help="directory to write; it has to be new or empty"
-    )
-    return parser
-
-
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "preflight": preflight,
     "eval": evaluate,
+    "report": report,
     "merge": merge,
 }
 
