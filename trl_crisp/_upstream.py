@@ -10,10 +10,12 @@ private members of `DistillationTrainer`: `_compute_loss`, `_generate_and_score_
 
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
-from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url, maybe_gather_lm_head_ctx, pad
 
 __all__ = [
     "ChunkedDivergenceFunction",
+    "get_comet_experiment_url",
+    "get_trackio_space_url",
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",

@@ -29,6 +29,7 @@ from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
 from trl_crisp.models.hidden_states import last_hidden_state
+from trl_crisp.models.origin import describe_origin
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
@@ -120,6 +121,8 @@ class CRISPTrainer(ResumableTrainer):
 
     args: CRISPConfig
     prompt_pairs: PromptPairs
+    # The Hub id or the name of the rows, for the model card
+    dataset_name: str | None = None
     # What was found in the training rows, and how many tokens at the end of each prompt open the model's turn
     prompt_report: PromptReport
     turn_tokens: int
@@ -181,6 +184,8 @@ class CRISPTrainer(ResumableTrainer):
         init_kwargs: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
         revision = cached_commit(self.model.config._name_or_path, init_kwargs.get("revision"))
         self.run_description = describe_run(self.model, args, instruction, revision)
+        # Before the training, because a model's directory may go
+        self.origin = describe_origin(self.model.config._name_or_path, revision, self.model.config.model_type)
         self.teacher = make_teacher(self.model, args, self.accelerator)
         # Whether padded rows need position ids. One answer serves both models, because they have the same architecture
         self._passes_positions = self._check_model()
@@ -528,6 +533,32 @@ class CRISPTrainer(ResumableTrainer):
     def load_own_state(self, directory: str, record: dict[str, Any]) -> None:
         self.teacher.load(directory, self.args.allow_changed_resume)
         self._baseline_lengths_tokens = record["baseline_lengths_tokens"]
+
+    # As in TRL, whose signature is not transformers'
+    def create_model_card(  # type: ignore[override]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: "str | list[str] | None" = None,
+    ) -> None:
+        """
+        Write the model card, README.md, and the record that it is made from, crisp_training.json, into output_dir.
+
+        A subclass or a trainer that sets `_template_file` to one of TRL's templates, such as `"lm_model_card.md"`, gets TRL's card.
+
+        Args:
+            model_name: The model's name; that of output_dir if `None`.
+            dataset_name: The Hub id or the name of the rows; `dataset_name` of the trainer if `None`.
+            tags: More tags of the card.
+        """
+        if self._template_file is not None:
+            return super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            # Imports the reports, which nothing else here needs
+            from trl_crisp.publish.run_card import write_run_card
+
+            more = [tags] if isinstance(tags, str) else tags or []
+            write_run_card(self, model_name, dataset_name or self.dataset_name, more)
 
     def _check_teacher_is_not_uniform(self) -> None:
         if len(self._step_entropies_nats) < self.args.gradient_accumulation_steps:

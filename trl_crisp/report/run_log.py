@@ -126,7 +126,7 @@ def load_run(directory: Path) -> RunLog:
         max_steps=int(state.get("max_steps") or 0),
         best_step=state.get("best_global_step") if state.get("best_model_checkpoint") else None,
         best_checkpoint=state.get("best_model_checkpoint"),
-        events=_load_events(root / EVENTS_FILE),
+        events=load_events(root / EVENTS_FILE),
     )
 
 
@@ -149,7 +149,13 @@ def _state_path(directory: Path) -> Path:
     return found[-1]
 
 
-def _load_events(path: Path) -> list[dict[str, Any]]:
+def load_events(path: Path) -> list[dict[str, Any]]:
+    """
+    Read health_events.jsonl; no events if there is no such file.
+
+    Raises:
+        ValueError: If a line does not hold an event.
+    """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
