@@ -388,7 +388,7 @@ def test_resuming_can_be_set_in_yaml(tmp_path):
     assert resolve_checkpoint(training_args.resume_from_checkpoint, tmp_path / "none") is None
 
 
-def test_pushing_links_only_a_dataset_of_the_hub(monkeypatch, models, rows, tmp_path, capsys):
+def test_a_finished_run_is_pushed_once(monkeypatch, models, rows, tmp_path, capsys):
     pushed = []
     monkeypatch.setattr("trl_crisp.trainer.CRISPTrainer.push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
     monkeypatch.setattr(
@@ -396,7 +396,7 @@ def test_pushing_links_only_a_dataset_of_the_hub(monkeypatch, models, rows, tmp_
     )
     monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", lambda self, folder: None)
     main(*parse_args(small(models(), rows, tmp_path, "--push_to_hub")))
-    assert pushed[-1] == {"dataset_name": None}
+    assert pushed == [{}]
     assert "https://huggingface.co/me/model" in capsys.readouterr().out
 
 

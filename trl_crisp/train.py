@@ -287,8 +287,9 @@ def main(
     from trl_crisp.health.monitor_prompts import load_monitor_file
     from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction
+    from trl_crisp.publish.pushing import describe_failed_push
     from trl_crisp.report.console import progress
-    from trl_crisp.rows.loading import is_hub_id, unreadable_rows_named
+    from trl_crisp.rows.loading import unreadable_rows_named
     from trl_crisp.rows.prompts import load_prompts
     from trl_crisp.run.identity import resolve_checkpoint
     from trl_crisp.run.interruption import SaveOnInterrupt, ignore_signals, resume_command
@@ -335,6 +336,7 @@ def main(
             peft_config=get_peft_config(model_args),
             callbacks=[interrupt],
         )
+    trainer.dataset_name = script_args.dataset_name
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
     file = training_args.monitor_file
     health = attach_health(
@@ -368,6 +370,7 @@ def main(
     trainer.save_model(str(output_dir), _internal_call=True)
     # Writes the run's log next to the model
     trainer.save_state()
+    trainer.create_model_card()
     if benchmark is not None:
         trainer.accelerator.print(benchmark.describe_best(trainer.state))
     trainer.accelerator.print(describe_end(trainer, health))
@@ -375,13 +378,12 @@ def main(
     trainer.accelerator.print(next_steps(output_dir, model_args.use_peft, prompts))
 
     if training_args.push_to_hub:
-        # The model card links a dataset only if it is on the Hub
-        dataset_name = script_args.dataset_name if is_hub_id(script_args.dataset_name) else None
         try:
-            trainer.push_to_hub(dataset_name=dataset_name)
+            trainer.push_to_hub()
         # Any failure is reported in the same way, because the trained model is on disk
         except Exception as error:
-            print(describe_failed_push(error, trainer.hub_model_id, output_dir), file=sys.stderr)
+            options = {"private": training_args.hub_private_repo, "revision": training_args.hub_revision}
+            print(describe_failed_push(error, output_dir, trainer.hub_model_id, **options), file=sys.stderr)
             sys.exit(1)
         trainer.accelerator.print(f"The model is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
@@ -456,14 +458,6 @@ def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments")
     trainer.add_callback(callback)
     trainer.accelerator.print(callback.describe_start())
     return callback
-
-
-def describe_failed_push(error: Exception, repository: str | None, output_dir: Path) -> str:
-    """Return the Hub's error, the location of the model, and the command that pushes it."""
-    return (
-        f"The push to {repository} failed: {error}\nNothing is lost: the trained model is in {output_dir}. Push it again "
-        f"with:\n  hf upload {repository} {shlex.quote(str(output_dir))} . --exclude 'checkpoint-*'"
-    )
 
 
 def next_steps(output_dir: Path, is_adapter: bool, prompts: "Sequence[Prompt]") -> str:

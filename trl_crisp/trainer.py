@@ -4,6 +4,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -559,6 +560,51 @@ class CRISPTrainer(ResumableTrainer):
 
             more = [tags] if isinstance(tags, str) else tags or []
             write_run_card(self, model_name, dataset_name or self.dataset_name, more)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save the model and push it as `trl-crisp push` does: with tokenizer, card, results and report, and nothing else of output_dir.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in the parent.
+            kwargs: Arguments of [`create_model_card`].
+        """
+        from trl_crisp.publish.folder import make_folder
+        from trl_crisp.publish.pushing import push_folder
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        self.save_state()
+        if not self.is_world_process_zero():
+            return None
+        assert self.hub_model_id is not None  # init_hf_repo sets it
+        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        # A card of TRL's templates or of a subclass is pushed as it is
+        is_others = self._template_file is not None or (
+            type(self).create_model_card is not CRISPTrainer.create_model_card
+        )
+        folder = make_folder(Path(self.args.output_dir or "."), self.hub_model_id, keeps_card=is_others)
+        return push_folder(
+            folder,
+            self.hub_model_id,
+            revision=revision or self.args.hub_revision,
+            token=token,
+            commit_message=commit_message,
+            run_as_future=not blocking,
+        )
 
     def _check_teacher_is_not_uniform(self) -> None:
         if len(self._step_entropies_nats) < self.args.gradient_accumulation_steps:

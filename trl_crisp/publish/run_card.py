@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,7 @@ _MORE_FIELDS = (
 )
 # Their values are paths of the user's machine; a card has the file's name
 _PATH_FIELDS = ("monitor_file", "resume_from_checkpoint")
-_PACKAGES = (
-    "trl-crisp",
-    "trl",
-    "transformers",
-    "torch",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "vllm",
-    "deepspeed",
-)
+_PACKAGES = ("trl-crisp", "trl", "transformers", "torch", "peft", "accelerate", "datasets", "tokenizers")
 
 
 def write_run_card(
@@ -97,6 +87,8 @@ def describe_training(trainer: Any, dataset_name: str | None = None) -> dict[str
         dataset_name: The Hub id or the name of the rows.
     """
     args, state, model, report = trainer.args, trainer.state, trainer.model, trainer.prompt_report
+    used = {"vllm": trainer.use_vllm, "deepspeed": trainer.is_deepspeed_enabled}
+    packages = [*_PACKAGES, *(name for name, is_used in used.items() if is_used)]
     return {
         "base": {**trainer.origin, "weights": trainer.run_description["model"]["weights"]},
         "adapter": _adapter_of(model),
@@ -118,7 +110,7 @@ def describe_training(trainer: Any, dataset_name: str | None = None) -> dict[str
         * args.gradient_accumulation_steps
         * trainer.accelerator.num_processes,
         "device": _device_of(trainer.accelerator),
-        "versions": {name: version for name in _PACKAGES if (version := _version_of(name)) is not None},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
@@ -132,6 +124,8 @@ def _field_value(args: CRISPConfig, name: str) -> Any:
         return _name_of_instruction(value)
     if name in _PATH_FIELDS and isinstance(value, str):
         return Path(value).name
+    if isinstance(value, Enum):
+        return value.value
     return value if isinstance(value, int | float | str | dict | None) else str(value)
 
 
@@ -172,13 +166,6 @@ def _device_of(accelerator: Any) -> str:
     device, count = accelerator.device, accelerator.num_processes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return f"{count} x {name}" if count > 1 else name
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _links() -> dict[str, str]:
