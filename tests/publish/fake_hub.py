@@ -99,6 +99,8 @@ def fake_hub(monkeypatch: Any) -> Iterator[FakeHub]:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    # transformers keeps the first one, with the Hub that it was made for
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     try:
         yield hub
     finally:

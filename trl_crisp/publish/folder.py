@@ -24,7 +24,7 @@ from trl_crisp.report.card import CARD_FILE
 from trl_crisp.report.card_metadata import leaderboard_entry
 from trl_crisp.report.card_results import CardResults, load_card_results
 from trl_crisp.report.page import write_report
-from trl_crisp.report.run_log import RunLog, load_run
+from trl_crisp.report.run_log import EmptyLogError, RunLog, load_run
 from trl_crisp.run.files import write_json
 from trl_crisp.run.training_record import read_record, write_record
 
@@ -181,7 +181,7 @@ def _record_of(directory: Path) -> dict[str, Any] | None:
 def _load_log(directory: Path) -> RunLog | None:
     try:
         return load_run(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, EmptyLogError):
         return None
 
 

@@ -15,6 +15,10 @@ POSTPONED_KEY = "teacher/postponed"
 _UNHEALTHY = 2
 
 
+class EmptyLogError(ValueError):
+    """A run has logged nothing."""
+
+
 @dataclass(frozen=True)
 class RunLog:
     """
@@ -102,7 +106,7 @@ def load_run(directory: Path) -> RunLog:
 
     Raises:
         FileNotFoundError: If the directory has no log.
-        ValueError: If the log is torn or has no entries.
+        ValueError: If the log is torn; [`EmptyLogError`] if it has no entries.
     """
     path = _state_path(directory)
     try:
@@ -116,7 +120,7 @@ def load_run(directory: Path) -> RunLog:
             "to --run instead."
         ) from error
     if not log_history:
-        raise ValueError(f"{path} has no log entries: the run did not reach its first logging_steps.")
+        raise EmptyLogError(f"{path} has no log entries: the run did not reach its first logging_steps.")
     root = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     return RunLog(
         name=root.absolute().name,
