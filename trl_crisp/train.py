@@ -351,6 +351,8 @@ def main(
     if (why := describe_lost(trainer, health)) is not None:
         ignore_signals()
         accelerator.print(f"{describe_end(trainer, health)}\n{why}\nThe last step's checkpoint is in {output_dir}.")
+        if accelerator.is_main_process:
+            print(write_page(output_dir))
         accelerator.wait_for_everyone()
         del trainer, benchmark, health
         _end(accelerator)
@@ -376,6 +378,8 @@ def main(
     trainer.accelerator.print(describe_end(trainer, health))
     prompts = [row["prompt"] for row in itertools.islice(trainer.train_dataset, _HINTED_ROWS)]
     trainer.accelerator.print(next_steps(output_dir, model_args.use_peft, prompts))
+    if accelerator.is_main_process:
+        print(write_page(output_dir))
 
     if training_args.push_to_hub:
         try:
@@ -458,6 +462,17 @@ def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments")
     trainer.add_callback(callback)
     trainer.accelerator.print(callback.describe_start())
     return callback
+
+
+def write_page(output_dir: Path) -> str:
+    """Write the page of a run, and return where it is, or why there is none: the run itself is not at fault."""
+    from trl_crisp.report.page import write_run_page
+
+    try:
+        page = write_run_page(output_dir)
+    except (ImportError, OSError, ValueError) as error:
+        return f"There is no page of this run: {error}"
+    return f"The page of this run, to open in a browser: {page.absolute()}"
 
 
 def next_steps(output_dir: Path, is_adapter: bool, prompts: "Sequence[Prompt]") -> str:
