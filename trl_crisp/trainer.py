@@ -535,6 +535,13 @@ class CRISPTrainer(ResumableTrainer):
         self.teacher.load(directory, self.args.allow_changed_resume)
         self._baseline_lengths_tokens = record["baseline_lengths_tokens"]
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        own = Path(self.args.output_dir or ".")
+        if is_peft_model(self.model) and Path(output_dir or own).absolute() == own.absolute():
+            # PEFT has written a card of its own, with the path of the base
+            self.create_model_card()
+
     # As in TRL, whose signature is not transformers'
     def create_model_card(  # type: ignore[override]
         self,

@@ -203,6 +203,23 @@ def test_a_model_that_was_made_in_memory_has_a_base_in_words(tmp_path):
     assert "This is a llama model that was made in memory, trained to reason in fewer tokens" in text_of(trainer)
 
 
+def test_saving_an_adapter_again_leaves_no_path_in_its_card(tmp_path):
+    """PEFT writes a card with each adapter."""
+    base = save_base(tmp_path / "secret_place" / "TinyBase")
+    trainer = train(tmp_path / "out", base, LORA)
+    trainer.save_model()
+    assert "secret_place" not in text_of(trainer)
+    assert "## Limits" in text_of(trainer)
+
+
+def test_the_tags_of_the_model_are_the_cards(tmp_path):
+    trainer = make_trainer(tmp_path / "out")
+    trainer.model.add_model_tags(["own-tag"])
+    trainer.create_model_card()
+    tags = card_of(trainer).data.tags
+    assert tags.count("own-tag") == tags.count("trl") == 1
+
+
 def test_trls_template_stays_usable(tmp_path):
     class Ours(CRISPTrainer):
         _template_file = "lm_model_card.md"

@@ -108,6 +108,9 @@ def make_folder(
     is_adapter = _check_model(directory)
     record = _record_of(directory)
     run = _load_log(directory)
+    measured = [load_card_results(paths, run) for paths in results]
+    for one in measured:
+        _check_own(one, directory, record, repo)
     folder = directory / FOLDER
     if folder.exists():
         shutil.rmtree(folder)
@@ -119,10 +122,7 @@ def make_folder(
         base.update(_fetch_license(base["hub_id"], base["revision"]))
     if is_adapter:
         notes += _name_base_without_path(folder, base)
-    given = [load_card_results(paths, run) for paths in results]
-    for one in given:
-        _check_own(one, directory, record, repo)
-    found = _copy_results(given or measured_by(run, (record or {}).get("step")), folder, run)
+    found = _copy_results(measured or measured_by(run, (record or {}).get("step")), folder, run)
     links = {one.path: str(one.path.relative_to(folder)) for result in found for one in result.compared.all}
     has_report = _write_report(folder, found, run, directory, notes)
     _write_leaderboard_files(folder, found, repo, links, notes)

@@ -179,8 +179,8 @@ def _links() -> dict[str, str]:
 
 
 def _tags_of(model: Any, links: dict[str, str]) -> list[str]:
-    """Return the tags that TRL gives."""
-    tags = []
+    """Return the tags that TRL and transformers give."""
+    tags = list(getattr(model, "model_tags", None) or [])
     if hasattr(model.config, "unsloth_version"):
         tags.append("unsloth")
     if "JOB_ID" in os.environ:
