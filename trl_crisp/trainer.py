@@ -4,7 +4,6 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -34,6 +33,7 @@ from trl_crisp.models.origin import describe_origin
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
+from trl_crisp.publish.publishing import PublishingTrainer
 from trl_crisp.rollouts.own_sampling import own_sampling
 from trl_crisp.rollouts.packing import sort_and_trim
 from trl_crisp.rollouts.text_measures import epistemic_words, repeats_itself
@@ -41,7 +41,6 @@ from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
 from trl_crisp.run.profile import StepProfile
-from trl_crisp.run.resumable import ResumableTrainer
 from trl_crisp.teacher import Teacher, make_teacher
 
 # The mean completion length of the first 5 steps is the baseline of `completions/relative_length`. Our choice: at the paper's
@@ -53,7 +52,7 @@ SAMPLED_PROMPTS = 100
 DatasetLike: TypeAlias = Dataset | IterableDataset
 
 
-class CRISPTrainer(ResumableTrainer):
+class CRISPTrainer(PublishingTrainer):
     """
     Trains a model to reason as concisely as it does under a conciseness instruction (CRISP, arXiv 2603.05433).
 
@@ -122,8 +121,6 @@ class CRISPTrainer(ResumableTrainer):
 
     args: CRISPConfig
     prompt_pairs: PromptPairs
-    # The Hub id or the name of the rows, for the model card
-    dataset_name: str | None = None
     # What was found in the training rows, and how many tokens at the end of each prompt open the model's turn
     prompt_report: PromptReport
     turn_tokens: int
@@ -534,84 +531,6 @@ class CRISPTrainer(ResumableTrainer):
     def load_own_state(self, directory: str, record: dict[str, Any]) -> None:
         self.teacher.load(directory, self.args.allow_changed_resume)
         self._baseline_lengths_tokens = record["baseline_lengths_tokens"]
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        own = Path(self.args.output_dir or ".")
-        if is_peft_model(self.model) and Path(output_dir or own).absolute() == own.absolute():
-            # PEFT has written a card of its own, with the path of the base
-            self.create_model_card()
-
-    # As in TRL, whose signature is not transformers'
-    def create_model_card(  # type: ignore[override]
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: "str | list[str] | None" = None,
-    ) -> None:
-        """
-        Write the model card, README.md, and the record that it is made from, crisp_training.json, into output_dir.
-
-        A subclass or a trainer that sets `_template_file` to one of TRL's templates, such as `"lm_model_card.md"`, gets TRL's card.
-
-        Args:
-            model_name: The model's name; that of output_dir if `None`.
-            dataset_name: The Hub id or the name of the rows; `dataset_name` of the trainer if `None`.
-            tags: More tags of the card.
-        """
-        if self._template_file is not None:
-            return super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            # Imports the reports, which nothing else here needs
-            from trl_crisp.publish.run_card import write_run_card
-
-            more = [tags] if isinstance(tags, str) else tags or []
-            write_run_card(self, model_name, dataset_name or self.dataset_name, more)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Save the model and push it as `trl-crisp push` does: with tokenizer, card, results and report, and nothing else of output_dir.
-
-        Args:
-            commit_message, blocking, token, revision, private: As in the parent.
-            kwargs: Arguments of [`create_model_card`].
-        """
-        from trl_crisp.publish.folder import make_folder
-        from trl_crisp.publish.pushing import push_folder
-
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token or self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        self.save_state()
-        if not self.is_world_process_zero():
-            return None
-        assert self.hub_model_id is not None  # init_hf_repo sets it
-        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        # A card of TRL's templates or of a subclass is pushed as it is
-        is_others = self._template_file is not None or (
-            type(self).create_model_card is not CRISPTrainer.create_model_card
-        )
-        folder = make_folder(Path(self.args.output_dir or "."), self.hub_model_id, keeps_card=is_others)
-        return push_folder(
-            folder,
-            self.hub_model_id,
-            revision=revision or self.args.hub_revision,
-            token=token,
-            commit_message=commit_message,
-            run_as_future=not blocking,
-        )
 
     def _check_teacher_is_not_uniform(self) -> None:
         if len(self._step_entropies_nats) < self.args.gradient_accumulation_steps:
