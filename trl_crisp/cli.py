@@ -289,6 +289,13 @@ def make_eval_parser() -> argparse.ArgumentParser:
         help="vllm is faster, above all on a GPU",
     )
     add(
+        "--tensor-parallel-size",
+        "--tensor_parallel_size",
+        type=int,
+        default=EvaluationSettings.tensor_parallel_size,
+        help="GPUs that share the model, with --engine vllm",
+    )
+    add(
         "--batch-size",
         "--batch_size",
         type=int,

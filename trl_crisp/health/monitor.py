@@ -31,6 +31,7 @@ from trl_crisp.health.reference import (
     find_reference,
     write_references,
 )
+from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement
 
@@ -108,6 +109,7 @@ class AgreementMonitor(TrainerCallback):
         self.settings = EvaluationSettings(
             model=trainer.model.config._name_or_path,
             benchmark="agreement",
+            engine=engine_name(trainer),
             samples=args.monitor_samples,
             temperature=args.temperature,
             top_p=args.top_p,
@@ -117,7 +119,7 @@ class AgreementMonitor(TrainerCallback):
         )
         self._problems = [Problem(str(i), prompt, "", is_whole_prompt=True) for i, prompt in enumerate(prompts)]
         self._token_ids = trainer.prompt_pairs.tokenize_students(prompts, 0)
-        check_positions(trainer.model.config, self._problems, self._token_ids, self.settings.max_new_tokens, _CAP)
+        check_lengths(trainer, self._problems, self._token_ids, self.settings.max_new_tokens, _CAP)
         self._distance: ConciseBaseDistance | None = None
         if args.monitor_distance:
             told = teacher_prompts_of(trainer, taken.monitored)
@@ -388,9 +390,10 @@ def _with_change(name: str, flags: Sequence[Sequence[bool]], change: Interval) -
 
 
 def _check_sampling(trainer: Any) -> None:
-    if trainer.is_fsdp_enabled:
+    if not can_answer(trainer):
         raise ValueError(
-            "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, or train with DeepSpeed."
+            "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, set use_vllm, or train with "
+            "DeepSpeed."
         )
     if trainer.tools:
         raise ValueError(
