@@ -1,5 +1,6 @@
 """A card says what was trained, from what, how and with what results; its snippet runs; no path of the machine is in it."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -13,12 +14,13 @@ from peft import LoraConfig
 from transformers import GenerationConfig
 
 from tests.helpers import config, make_trainer, rows
-from tests.report.made_results import write_evaluation
+from tests.report.made_results import training_log, write_evaluation, write_run
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp import INSTRUCTIONS, CRISPConfig, CRISPTrainer
 from trl_crisp.report.card import CardFacts, code_fence, make_card
 from trl_crisp.report.card_metadata import leaderboard_entry
 from trl_crisp.report.card_results import load_card_results
+from trl_crisp.report.run_log import load_run
 from trl_crisp.run.training_record import read_record, write_record
 
 pytestmark = pytest.mark.filterwarnings("ignore:teacher_sync_steps=")
@@ -360,6 +362,22 @@ def test_a_leaderboard_gets_whole_benchmarks_in_percent(tmp_path, protocol, prob
         assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == (*dataset, COMMIT)
         assert entry.value == 50.0
         assert entry.notes.startswith("accuracy in %, mean@1, temperature 0.6, up to 1,000 tokens")
+
+
+def test_agreement_and_health_of_the_run_are_told_at_the_models_step(tmp_path, trained):
+    record = read_record(trained.full.args.output_dir)
+    run = load_run(write_run(tmp_path, training_log(20)))
+    event = {"step": 19, "status": "watch", "reasons": ["rollouts are long"]}
+    run = dataclasses.replace(run, events=[event])
+    text = " ".join(make_card(facts(run=run, record={**record, "step": 10})).text.split())
+    assert (
+        "left out of training: 80.0% of the base's own answers, 79.0% of this model's (-1.0 points [-2.5, +1.0]); 100 and 70.0 tokens."
+        in text
+    )
+    assert "Agreement with the base is no accuracy." in text
+    assert "- The training's signals at its end: watch (rollouts are long)" in text
+    # Nothing was measured at that step
+    assert "Agreement with the base's" not in make_card(facts(run=run, record={**record, "step": 7})).text
 
 
 def test_what_was_not_measured_is_told(tmp_path):

@@ -79,6 +79,7 @@ def trained(tmp_path_factory):
         trainer = CRISPTrainer(model=base, args=args, train_dataset=rows(), peft_config=peft_config)
         trainer.train()
         trainer.save_model()
+        trainer.state.best_model_checkpoint, trainer.state.best_global_step = str(place / name / "checkpoint-1"), 1
         trainer.save_state()
         trainer.create_model_card()
         # What a user may have there
@@ -221,6 +222,18 @@ def test_an_adapter_of_the_hubs_cache_names_the_hubs_base(tmp_path):
     assert (written["base_model_name_or_path"], written["revision"]) == ("org/base", COMMIT)
     assert "AutoPeftModelForCausalLM.from_pretrained" in (folder.path / "README.md").read_text()
     assert not [note for note in folder.notes if "Warning" in note]
+
+
+def test_an_adapter_without_a_tokenizer_is_pushed_with_a_warning_and_uses_the_bases(trained, tmp_path):
+    directory = copy_of(trained, "lora", tmp_path)
+    for name in TOKENIZER:
+        (directory / name).unlink()
+    folder = make_folder(directory, "me/model")
+    assert (
+        f"Warning: {directory} has no tokenizer. Save it there: tokenizer.save_pretrained('{directory}')."
+        in folder.notes
+    )
+    assert 'AutoTokenizer.from_pretrained("TinyBase")' in (folder.path / "README.md").read_text()
 
 
 def test_a_model_without_a_record_says_that_nothing_is_known(tmp_path):

@@ -59,6 +59,7 @@ _MODEL_FILES = (
     ),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TEMPLATES = "additional_chat_templates"
 _REPORT = "report.html"
 
@@ -122,6 +123,10 @@ def make_folder(
         base.update(_fetch_license(base["hub_id"], base["revision"]))
     if is_adapter:
         notes += _name_base_without_path(folder, base)
+    if not (has_tokenizer := any((folder / name).is_file() for name in _TOKENIZER_FILES)):
+        notes.append(
+            f"Warning: {directory} has no tokenizer. Save it there: tokenizer.save_pretrained({str(directory)!r})."
+        )
     found = _copy_results(measured or measured_by(run, (record or {}).get("step")), folder, run)
     links = {one.path: str(one.path.relative_to(folder)) for result in found for one in result.compared.all}
     has_report = _write_report(folder, found, run, directory, notes)
@@ -137,6 +142,7 @@ def make_folder(
             record=record,
             is_adapter=is_adapter,
             is_chat=_is_chat(folder),
+            has_tokenizer=has_tokenizer,
             run=run,
             results=found,
             result_links=links,
@@ -291,9 +297,11 @@ def _copy_samples(source: Path, target: Path) -> None:
 def _without_paths(protocol: dict[str, Any]) -> dict[str, Any]:
     """Return a protocol with names instead of paths."""
     cleaned = dict(protocol)
-    for key in ("model", "trained_from", "benchmark"):
+    for key in ("model", "trained_from"):
         if isinstance(value := cleaned.get(key), str):
             cleaned[key] = describe_origin(value)["name"]
+    if isinstance(benchmark := cleaned.get("benchmark"), str):
+        cleaned["benchmark"] = Path(benchmark).name
     if isinstance(base := cleaned.get("base_model"), dict):
         cleaned["base_model"] = {**base, "name": describe_origin(base.get("name"))["name"]}
     return cleaned

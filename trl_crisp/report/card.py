@@ -51,6 +51,7 @@ class CardFacts:
         run: The training's log, `None` if there is none.
         figure: The file name of a figure beside the card.
         result_links: Where each result's results.json is, by its path, relative to the card.
+        has_tokenizer: Whether the tokenizer is with the model; otherwise that of the base is used.
         has_report: Whether report.html is beside the card.
         tags: More tags.
     """
@@ -65,6 +66,7 @@ class CardFacts:
     run: RunLog | None = None
     figure: str | None = None
     result_links: Mapping[Path, str] = field(default_factory=dict)
+    has_tokenizer: bool = True
     has_report: bool = False
     tags: Sequence[str] = ()
 
