@@ -232,9 +232,11 @@ def test_a_run_alone_is_shown(tmp_path):
         "Entropies",
         "Rollouts that go wrong",
         "Measured during training",
+        "Length of the measured answers",
     ]
-    assert "60% fewer tokens, agreement with the base's majority answers kept: -1.0 points" in page.text
-    assert "run/checkpoint-20" in page.text
+    assert "60% fewer tokens, agreement with the base kept: -1.0 points" in page.text
+    assert "run/checkpoint-20" not in page.text
+    assert "The best checkpoint is checkpoint-20." in " ".join(page.text.split())
     assert page.data["runs"][0]["refreshes"] == [10]
 
 

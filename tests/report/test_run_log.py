@@ -14,6 +14,7 @@ def test_a_run_is_read_as_it_was_left(tmp_path):
     (directory / "health_events.jsonl").write_text(json.dumps({**event, "values": {}}) + "\n" + '{"step": 20, "sta')
     run = load_run(directory)
     assert (run.name, run.last_step, run.max_steps, run.best_step) == ("run", 20, 50, 10)
+    assert run.best_checkpoint == "checkpoint-10"
     assert run.refreshes == [10]
     assert run.postponed == [15]
     assert run.events == [event]

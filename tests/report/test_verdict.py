@@ -129,9 +129,7 @@ def test_a_run_is_judged_by_its_best_checkpoint():
     run = run_of([measurement(10, 0.0, 0.01), measurement(20, -0.4, -0.3)], best_step=10)
     verdict = judge_run(run)
     assert verdict.level == "use"
-    assert verdict.headline == (
-        "30% fewer tokens, agreement with the base's majority answers kept: 0.0 points [-1.0, +1.0]"
-    )
+    assert verdict.headline == ("30% fewer tokens, agreement with the base kept: 0.0 points [-1.0, +1.0]")
     assert verdict.reasons == ("This is step 10, the best checkpoint.",)
 
 

@@ -332,8 +332,6 @@ def _write_report(
 
 def _places(folder: Path, run: RunLog | None) -> Iterator[tuple[str, str]]:
     """Yield paths of the machine that a report may show, and what replaces them; longer ones first."""
-    if run is not None and run.best_checkpoint:
-        yield run.best_checkpoint, Path(run.best_checkpoint).name
     for place in (folder.absolute(), folder):
         yield f"{place}/", ""
     if run is not None:

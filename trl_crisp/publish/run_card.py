@@ -64,7 +64,7 @@ def write_run_card(
         last_step=state.global_step,
         max_steps=state.max_steps,
         best_step=state.best_global_step,
-        best_checkpoint=state.best_model_checkpoint,
+        best_checkpoint=None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint).name,
         events=load_events(output_dir / EVENTS_FILE),
     )
     write_card(

@@ -392,6 +392,8 @@ class _Panel:
     unit: str
     series: tuple[tuple[str, str], ...]
     is_share: bool = False
+    # Whether the changes from the base have intervals in the log
+    has_intervals: bool = False
 
 
 _PANELS = (
@@ -444,29 +446,42 @@ def marks_of(run: RunLog) -> dict[str, str]:
 
 def training_curves(runs: Sequence[RunLog]) -> list[Figure]:
     """Draw what the runs logged: loss, KL, lengths, entropies, and what was measured, with marks of what happened."""
-    measured = _Panel(
-        "measured",
-        "Measured during training",
-        "share of answers",
-        tuple(
-            dict.fromkeys(
-                (key, label)
-                for run in runs
-                for name in run.measured_names
-                for key, label in _measured_series(name)
-                if run.series(key)
-            )
-        ),
-        is_share=True,
+    names = dict.fromkeys(name for run in runs for name in run.measured_names)
+    shares = [(key, label) for name in names for key, label in _measured_series(name)]
+    lengths = [(f"{name}_mean_tokens", _measured_on(name)) for name in names]
+    panels = (
+        *_PANELS,
+        _Panel("measured", "Measured during training", "share of answers", _logged(shares, runs), True, True),
+        _Panel("measured-tokens", "Length of the measured answers", "mean tokens", _logged(lengths, runs)),
     )
-    figures = [_curves(panel, runs) for panel in (*_PANELS, measured)]
+    figures = [_curves(panel, runs) for panel in panels]
     return [figure for figure in figures if figure is not None]
+
+
+def _logged(series: Sequence[tuple[str, str]], runs: Sequence[RunLog]) -> tuple[tuple[str, str], ...]:
+    return tuple((key, label) for key, label in series if any(run.series(key) for run in runs))
 
 
 def _measured_series(name: str) -> list[tuple[str, str]]:
     if name == "eval_agreement":
-        return [("eval_agreement", "agreement"), ("eval_agreement_accuracy", "accuracy, monitor prompts")]
-    return [(f"{name}_accuracy", f"accuracy, {name.removeprefix('eval_')}")]
+        return [
+            ("eval_agreement", "agreement with the base"),
+            ("eval_agreement_accuracy", "accuracy, monitor prompts"),
+        ]
+    return [(f"{name}_accuracy", f"accuracy, {_measured_on(name)}")]
+
+
+def _measured_on(name: str) -> str:
+    return "monitor prompts" if name == "eval_agreement" else name.removeprefix("eval_")
+
+
+def _interval_series(run: RunLog, key: str) -> list[tuple[int, float, float]]:
+    """Return step, low and high of a measured share: the base's level plus the interval of the change from it."""
+    level = run.at(0, key)
+    ends = [dict(run.series(f"{key}_change_{end}")) for end in ("low", "high")]
+    if level is None:
+        return []
+    return [(step, level + low, level + ends[1][step]) for step, low in ends[0].items() if step in ends[1]]
 
 
 def _curves(panel: _Panel, runs: Sequence[RunLog]) -> Figure | None:
@@ -494,6 +509,9 @@ def _curves(panel: _Panel, runs: Sequence[RunLog]) -> Figure | None:
                 markersize=3,
                 label=name,
             )
+            intervals = _interval_series(run, series[j][0]) if panel.has_intervals else []
+            if intervals:
+                axes.fill_between(*zip(*intervals, strict=True), color=colour, alpha=0.15, linewidth=0)
         if len(runs) == 1:
             _mark(axes, runs[0])
         axes.set_xlabel("optimizer step")
@@ -507,16 +525,17 @@ def _curves(panel: _Panel, runs: Sequence[RunLog]) -> Figure | None:
             axes.set_ylim(-0.02 * top, 1.04 * top)
             _percents(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        if len(lines) > 1:
+        if len(lines) > 1 or panel.name.startswith("measured"):
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=3)
 
+    about = "The band is the 95% interval of the change from the base." if panel.has_intervals else ""
     write = formats.percent if panel.is_share else _plain
     words = "; ".join(
         f"{f'{run.name}, ' if len(runs) > 1 else ''}{label}: {write(points[0][1])} at step {points[0][0]}, {write(points[-1][1])} at step "
         f"{points[-1][0]}"
         for run, _, _, label, points in lines
     )
-    return _draw(f"run-{panel.name}", panel.title, "", f"{words}.", plot)
+    return _draw(f"run-{panel.name}", panel.title, about, f"{words}.", plot)
 
 
 def _mark(axes: Any, run: RunLog) -> None:

@@ -92,11 +92,11 @@ def write_run_page(output_dir: Path) -> Path:
         FileNotFoundError, ValueError, ImportError: See [`write_report`].
     """
     run = load_run(output_dir)
-    path, _ = write_report(measured_results(run), output_dir / "report.html", [output_dir])
+    path, _ = write_report(_measured_results(run), output_dir / "report.html", [output_dir])
     return path
 
 
-def measured_results(run: RunLog) -> list[Path]:
+def _measured_results(run: RunLog) -> list[Path]:
     """Return the results of the base and of the run's result on a benchmark that it measured; none, if there are not both."""
     for name in run.measured_names:
         directory = run.directory / "evaluation" / name.removeprefix("eval_")

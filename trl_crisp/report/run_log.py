@@ -30,7 +30,7 @@ class RunLog:
         log_history: The log entries.
         last_step, max_steps: The steps that were done and planned. `max_steps` is 0 if unknown.
         best_step: The step of the best checkpoint, `None` if there is none.
-        best_checkpoint: Its path.
+        best_checkpoint: The name of its directory.
         events: The lines of health_events.jsonl.
     """
 
@@ -129,7 +129,7 @@ def load_run(directory: Path) -> RunLog:
         last_step=int(state.get("global_step") or 0),
         max_steps=int(state.get("max_steps") or 0),
         best_step=state.get("best_global_step") if state.get("best_model_checkpoint") else None,
-        best_checkpoint=state.get("best_model_checkpoint"),
+        best_checkpoint=Path(state["best_model_checkpoint"]).name if state.get("best_model_checkpoint") else None,
         events=load_events(root / EVENTS_FILE),
     )
 

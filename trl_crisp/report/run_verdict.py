@@ -40,7 +40,7 @@ def _subjects(name: str) -> list[tuple[str, str]]:
     if name == "eval_agreement":
         return [
             ("eval_agreement_accuracy", "accuracy on the monitor prompts"),
-            ("eval_agreement", "agreement with the base's majority answers"),
+            ("eval_agreement", "agreement with the base"),
         ]
     return [(f"{name}_accuracy", f"accuracy on {name.removeprefix('eval_')}")]
 
