@@ -353,6 +353,21 @@ def test_a_trainer_pushes_the_same_folder(tmp_path, monkeypatch):
     assert "mine" in card.data.tags
 
 
+def test_results_can_be_given_to_a_trainer(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "out", max_steps=1, hub_model_id="me/model")
+    trainer.train()
+    trainer.save_model()
+    results = write_results(tmp_path / "results", tmp_path / "out")
+    trainer.create_model_card(results=[results])
+    assert "| after CRISP | 106 |" in (tmp_path / "out" / "README.md").read_text()
+    with fake_hub(monkeypatch) as hub:
+        trainer.push_to_hub(results=[list(map(str, results))])
+    assert b"| after CRISP | 106 |" in hub.files["main"]["README.md"]
+    assert "results/sums/told/results.json" in hub.files["main"]
+    with pytest.raises(ValueError, match="was measured on another model than the one in"):
+        trainer.create_model_card(results=[[write_evaluation(tmp_path / "other", lambda i, j: (1, True))]])
+
+
 def test_a_card_of_trls_template_is_pushed_as_it_is(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "out", max_steps=1, hub_model_id="me/model")
     trainer._template_file = "lm_model_card.md"

@@ -109,9 +109,7 @@ def make_folder(
     is_adapter = _check_model(directory)
     record = _record_of(directory)
     run = _load_log(directory)
-    measured = [load_card_results(paths, run) for paths in results]
-    for one in measured:
-        _check_own(one, directory, record, repo)
+    measured = load_own_results(results, directory, record, run, repo)
     folder = directory / FOLDER
     if folder.exists():
         shutil.rmtree(folder)
@@ -244,7 +242,33 @@ def _name_base_without_path(folder: Path, base: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check_own(result: CardResults, directory: Path, record: dict[str, Any] | None, repo: str) -> None:
+def load_own_results(
+    results: Sequence[Sequence[Path]],
+    directory: Path,
+    record: dict[str, Any] | None,
+    run: RunLog | None,
+    repo: str | None,
+) -> list[CardResults]:
+    """
+    Read the results of a model.
+
+    Args:
+        results: As in [`make_folder`].
+        directory: The model's directory.
+        record, run: Of its training.
+        repo: Its repository, if it has one.
+
+    Raises:
+        FileNotFoundError: If a result does not exist.
+        ValueError: If results cannot be compared, or are of another model.
+    """
+    found = [load_card_results(paths, run) for paths in results]
+    for one in found:
+        _check_own(one, directory, record, repo)
+    return found
+
+
+def _check_own(result: CardResults, directory: Path, record: dict[str, Any] | None, repo: str | None) -> None:
     """Check that a result is of the weights in the directory."""
     protocol, record = result.protocol, record or {}
     if "step" in protocol:
@@ -257,7 +281,7 @@ def _check_own(result: CardResults, directory: Path, record: dict[str, Any] | No
         ]
         here, there, is_same = f"weights_sha256 {digests[0]}", f"weights_sha256 {digest}", digest in digests
     else:
-        here, there, is_same = repo, str(protocol.get("model")), protocol.get("model") == repo
+        here, there, is_same = str(repo), str(protocol.get("model")), protocol.get("model") == repo
     if not is_same:
         raise ValueError(
             f"{result.own.path} was measured on another model than the one in {directory}: {there} there, {here} here. Evaluate this model "

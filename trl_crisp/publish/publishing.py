@@ -1,5 +1,6 @@
 """A trainer whose model card and push carry the evidence of its training. What they need is imported when they are called."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class PublishingTrainer(ResumableTrainer):
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: "str | list[str] | None" = None,
+        results: Sequence[Sequence[str | Path]] = (),
     ) -> None:
         """
         Write the model card, README.md, and the record that it is made from, crisp_training.json, into output_dir.
@@ -49,6 +51,11 @@ class PublishingTrainer(ResumableTrainer):
             model_name: The model's name; that of output_dir if `None`.
             dataset_name: The Hub id or the name of the rows; `dataset_name` of the trainer if `None`.
             tags: More tags of the card.
+            results: For each benchmark the results of `trl-crisp eval`: the base's first, then, if it was measured, that of the base told to be
+                concise, and the model's own. If there are none, what the training measured.
+
+        Raises:
+            FileNotFoundError, ValueError: If results do not exist, cannot be compared, or are of another model than the saved one.
         """
         if self._template_file is not None:
             return super().create_model_card(model_name, dataset_name, tags)
@@ -56,7 +63,7 @@ class PublishingTrainer(ResumableTrainer):
             from trl_crisp.publish.run_card import write_run_card
 
             more = [tags] if isinstance(tags, str) else tags or []
-            write_run_card(self, model_name, dataset_name or self.dataset_name, more)
+            write_run_card(self, model_name, dataset_name or self.dataset_name, more, results)
 
     def push_to_hub(
         self,
@@ -93,7 +100,8 @@ class PublishingTrainer(ResumableTrainer):
         is_others = self._template_file is not None or (
             type(self).create_model_card is not PublishingTrainer.create_model_card
         )
-        folder = make_folder(Path(self.args.output_dir or "."), self.hub_model_id, keeps_card=is_others)
+        results = [[Path(path) for path in group] for group in kwargs.get("results", ())]
+        folder = make_folder(Path(self.args.output_dir or "."), self.hub_model_id, results, keeps_card=is_others)
         return push_folder(
             folder,
             self.hub_model_id,

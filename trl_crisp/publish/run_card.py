@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from trl_crisp._upstream import get_comet_experiment_url, get_trackio_space_url
 from trl_crisp.config import CRISPConfig
 from trl_crisp.prompts.instructions import INSTRUCTIONS
 from trl_crisp.publish.card_folder import write_card
+from trl_crisp.publish.folder import load_own_results
 from trl_crisp.report.run_log import EVENTS_FILE, RunLog, load_events
 from trl_crisp.rows.loading import is_hub_id
 from trl_crisp.run.training_record import write_record
@@ -38,7 +39,11 @@ _PACKAGES = ("trl-crisp", "trl", "transformers", "torch", "peft", "accelerate", 
 
 
 def write_run_card(
-    trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: Iterable[str] = ()
+    trainer: Any,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: Iterable[str] = (),
+    results: Sequence[Sequence[str | Path]] = (),
 ) -> None:
     """
     Write crisp_training.json and README.md into a trainer's output_dir. The main process calls it.
@@ -48,6 +53,10 @@ def write_run_card(
         model_name: The model's name; that of the output_dir if `None`.
         dataset_name: The Hub id or the name of the rows.
         tags: More tags of the card.
+        results: As in [`~trl_crisp.publish.folder.make_folder`].
+
+    Raises:
+        FileNotFoundError, ValueError: If results do not exist, cannot be compared, or are of another model.
     """
     state, output_dir = trainer.state, Path(trainer.args.output_dir or ".")
     links = _links()
@@ -67,14 +76,17 @@ def write_run_card(
         best_checkpoint=None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint).name,
         events=load_events(output_dir / EVENTS_FILE),
     )
+    repo = trainer.hub_model_id or trainer.args.hub_model_id
+    paths = [[Path(path) for path in group] for group in results]
     write_card(
         output_dir,
-        repo=trainer.hub_model_id or trainer.args.hub_model_id,
+        repo=repo,
         name=model_name,
         record=record,
         is_adapter=is_peft_model(trainer.model),
         is_chat=bool(trainer.chat_template or trainer._tokenizer.chat_template),
         run=run if run.log_history else None,
+        results=load_own_results(paths, output_dir, record, run, repo) if paths else None,
     )
 
 
