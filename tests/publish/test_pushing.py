@@ -169,6 +169,9 @@ def test_several_benchmarks_are_kept_apart(trained, tmp_path, monkeypatch):
     assert {"results/sums/after/results.json", "results/gsm8k/after/results.json", ".eval_results/gsm8k.yaml"} <= set(
         folder.files
     )
+    assert {"report-sums.html", "report-gsm8k.html"} <= set(folder.files)
+    links = "[report-sums.html](report-sums.html), [report-gsm8k.html](report-gsm8k.html)"
+    assert links in (folder.path / "README.md").read_text()
     [entry] = parse_eval_result_entries(yaml.safe_load((folder.path / ".eval_results/gsm8k.yaml").read_text()))
     assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("openai/gsm8k", "gsm8k", COMMIT)
     assert entry.value == round(100 * 6 / 13, 2)

@@ -28,7 +28,7 @@ def write_card(
     results: Sequence[CardResults] | None = None,
     result_links: Mapping[Path, str] | None = None,
     has_tokenizer: bool = True,
-    has_report: bool = False,
+    reports: Sequence[str] = (),
     base: dict[str, Any] | None = None,
 ) -> None:
     """
@@ -37,7 +37,7 @@ def write_card(
     Args:
         directory: The model's directory.
         repo: Its Hub id, if it has one.
-        record, is_adapter, is_chat, run, result_links, has_tokenizer, has_report: See [`~trl_crisp.report.card.CardFacts`].
+        record, is_adapter, is_chat, run, result_links, has_tokenizer, reports: See [`~trl_crisp.report.card.CardFacts`].
         name: The model's name; if `None`, that of the repository or of the directory.
         results: The measurements of the model. If `None`, those that the run made of it.
         base: What it was trained from; if `None`, as the record says.
@@ -57,7 +57,7 @@ def write_card(
         figure=_draw(run, directory),
         result_links=result_links or {},
         has_tokenizer=has_tokenizer,
-        has_report=has_report,
+        reports=reports,
     )
     (directory / CARD_FILE).write_text(str(make_card(facts)), encoding="utf-8")
 

@@ -61,7 +61,6 @@ _MODEL_FILES = (
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TEMPLATES = "additional_chat_templates"
-_REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def make_folder(
         )
     found = _copy_results(measured or measured_by(run, (record or {}).get("step")), folder, run)
     links = {one.path: str(one.path.relative_to(folder)) for result in found for one in result.compared.all}
-    has_report = _write_report(folder, found, run, directory, notes)
+    reports = _write_reports(folder, found, run, directory, notes)
     _write_leaderboard_files(folder, found, repo, links, notes)
     if record is not None:
         write_record(folder, {key: value for key, value in record.items() if not key.startswith("schema")})
@@ -144,7 +143,7 @@ def make_folder(
             run=run,
             results=found,
             result_links=links,
-            has_report=has_report,
+            reports=reports,
             base=base,
         )
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(_files_in(folder))}
@@ -331,15 +330,20 @@ def _without_paths(protocol: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _write_report(
+def _write_reports(
     folder: Path, results: Sequence[CardResults], run: RunLog | None, directory: Path, notes: list[str]
-) -> bool:
-    """Write the report of the first benchmark and of the run, and return whether there is one. The samples are taken out again."""
-    paths = [one.path for one in results[0].compared.all] if results else []
+) -> list[str]:
+    """Write a report of each benchmark, with the training, and return their names. The samples are taken out again."""
+    runs = [] if run is None else [directory]
+    inputs: dict[str, list[Path]] = {} if results or not runs else {"report.html": []}
+    for result in results:
+        # The directory of results/ has a name that no other benchmark has
+        name = "report.html" if len(results) == 1 else f"report-{result.own.path.parent.parent.name}.html"
+        inputs[name] = [one.path for one in result.compared.all]
     written: list[Path] = []
     try:
-        if paths or run is not None:
-            written = write_report(paths, folder / _REPORT, [] if run is None else [directory])
+        for name, paths in inputs.items():
+            written += write_report(paths, folder / name, runs)
     except ImportError as error:
         notes.append(f"There is no report: {error}")
     finally:
@@ -351,7 +355,7 @@ def _write_report(
             for form in dict.fromkeys((place, html.escape(place), json.dumps(place)[1:-1])):
                 text = text.replace(form, name)
         path.write_text(text, encoding="utf-8")
-    return bool(written)
+    return [path.name for path in written if path.suffix == ".html"]
 
 
 def _places(folder: Path, run: RunLog | None) -> Iterator[tuple[str, str]]:

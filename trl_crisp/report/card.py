@@ -52,7 +52,7 @@ class CardFacts:
         figure: The file name of a figure beside the card.
         result_links: Where each result's results.json is, by its path, relative to the card.
         has_tokenizer: Whether the tokenizer is with the model; otherwise that of the base is used.
-        has_report: Whether report.html is beside the card.
+        reports: The file names of the reports beside the card.
         tags: More tags.
     """
 
@@ -67,7 +67,7 @@ class CardFacts:
     figure: str | None = None
     result_links: Mapping[Path, str] = field(default_factory=dict)
     has_tokenizer: bool = True
-    has_report: bool = False
+    reports: Sequence[str] = ()
     tags: Sequence[str] = ()
 
 
