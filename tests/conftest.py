@@ -14,3 +14,10 @@ def signal_handlers_stay():
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch, request):
+    """A run ends by drawing its page, which takes longer than a tiny run. The tests of it ask for the mark `page`."""
+    if "page" not in request.keywords:
+        monkeypatch.setattr("trl_crisp.train.write_page", lambda output_dir: "")

@@ -48,7 +48,10 @@ def test_unknown_command_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["trian"])
     assert caught.value.code == 2
-    assert "invalid choice: 'trian' (choose from 'train', 'preflight', 'eval')" in capsys.readouterr().err
+    assert (
+        "invalid choice: 'trian' (choose from 'train', 'preflight', 'eval', 'report', 'merge', 'push')"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

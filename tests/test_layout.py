@@ -33,13 +33,15 @@ MAY_IMPORT = {
     "data": {"rows"},
     "models": {"_upstream", "config", "loss", "prompts", "rows"},
     "teacher": {"_upstream", "config", "models", "run"},
-    "trainer": {"_upstream", "config", "loss", "models", "prompts", "rollouts", "rows", "run", "teacher"},
+    "trainer": {"_upstream", "config", "loss", "models", "prompts", "publish", "rollouts", "rows", "run", "teacher"},
     "evaluation": {"models", "prompts", "rollouts", "rows", "run"},
     # The trainer is attached to, by one call, and imported by nobody below it
     "health": {"_upstream", "config", "evaluation", "loss", "models", "prompts", "rows", "run"},
     "preflight": {"config", "evaluation", "health", "loss", "models", "prompts", "rows", "run"},
     # It reads results and compares them again; it never samples or grades
     "report": {"evaluation.comparison", "evaluation.metrics", "evaluation.records", "evaluation.results"},
+    # The trainer's card and push come from here; it knows no trainer's class
+    "publish": {"_upstream", "config", "evaluation", "models", "prompts", "report", "rows", "run"},
     "train": None,
     "cli": None,
 }

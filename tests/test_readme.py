@@ -116,6 +116,7 @@ def test_command_is_one_that_its_program_takes(name, words, tmp_path, monkeypatc
 
     from trl_crisp.cli import make_eval_parser, resolve_accelerate_config, split_arguments
     from trl_crisp.preflight.arguments import make_preflight_parser, settings_of
+    from trl_crisp.publish.arguments import make_merge_parser, make_push_parser
     from trl_crisp.report.arguments import make_report_parser
     from trl_crisp.train import check_config, make_parser, parse_args
 
@@ -137,6 +138,10 @@ def test_command_is_one_that_its_program_takes(name, words, tmp_path, monkeypatc
         make_eval_parser().parse_args(words[2:])
     elif words[:2] == ["trl-crisp", "report"]:
         make_report_parser().parse_args(words[2:])
+    elif words[:2] == ["trl-crisp", "merge"]:
+        make_merge_parser().parse_args(words[2:])
+    elif words[:2] == ["trl-crisp", "push"]:
+        make_push_parser().parse_args(words[2:])
     elif words[:2] == ["trl-crisp", "preflight"]:
         assert settings_of(make_preflight_parser().parse_args(words[2:])).instructions == ("v1", "v2")
     elif words[:2] == ["trl-crisp", "train"]:

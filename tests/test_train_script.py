@@ -414,7 +414,37 @@ def test_resuming_can_be_set_in_yaml(tmp_path):
     assert resolve_checkpoint(training_args.resume_from_checkpoint, tmp_path / "none") is None
 
 
-def test_pushing_links_only_a_dataset_of_the_hub(monkeypatch, models, rows, tmp_path, capsys):
+@pytest.mark.page
+def test_a_run_ends_with_its_page_and_its_card(models, rows, tmp_path, capsys):
+    main(*parse_args(small(models(), rows, tmp_path)))
+    assert f"The page of this run, to open in a browser: {tmp_path}/report.html\n" in capsys.readouterr().out
+    assert "reverse KL" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "# Model Card for" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.page
+def test_a_run_that_cannot_have_a_page_says_why_and_is_saved(models, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match="the model card gets no figure"):
+        main(*parse_args(small(models(), rows, tmp_path)))
+    assert "There is no page of this run: A report needs matplotlib" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.page
+def test_a_lost_run_has_a_page_too(models, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_crisp.health.ending.describe_lost", lambda trainer, health: "It is lost.")
+    with pytest.raises(SystemExit) as ended:
+        main(*parse_args([*small(models(), rows, tmp_path), "--save_steps", "1"]))
+    assert ended.value.code == 3
+    assert (
+        f"It is lost.\nThe last step's checkpoint is in {tmp_path}.\nThe page of this run" in capsys.readouterr().out
+    )
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_finished_run_is_pushed_once(monkeypatch, models, rows, tmp_path, capsys):
     pushed = []
     monkeypatch.setattr("trl_crisp.trainer.CRISPTrainer.push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
     monkeypatch.setattr(
@@ -422,7 +452,7 @@ def test_pushing_links_only_a_dataset_of_the_hub(monkeypatch, models, rows, tmp_
     )
     monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", lambda self, folder: None)
     main(*parse_args(small(models(), rows, tmp_path, "--push_to_hub")))
-    assert pushed[-1] == {"dataset_name": None}
+    assert pushed == [{}]
     assert "https://huggingface.co/me/model" in capsys.readouterr().out
 
 

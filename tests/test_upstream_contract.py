@@ -65,6 +65,16 @@ SIGNATURES = [
     (_ForwardRedirection.__call__, "self wrapper_module original_module method args kwargs", "trainer.py calls it"),
     (Trainer._save_optimizer_and_scheduler, "self output_dir", "trainer.py saves the teacher in it"),
     (Trainer._load_optimizer_and_scheduler, "self checkpoint", "trainer.py loads the teacher in it"),
+    (Trainer._load_best_model, "self", "run/resumable.py notes the step whose weights were loaded"),
+    (DistillationTrainer.create_model_card, "self model_name dataset_name tags", "publish/publishing.py replaces it"),
+    (Trainer.save_model, "self output_dir _internal_call", "publish/publishing.py extends it"),
+    (
+        Trainer.push_to_hub,
+        "self commit_message blocking token revision private kwargs",
+        "publish/publishing.py replaces it",
+    ),
+    (Trainer.init_hf_repo, "self token private", "publish/publishing.py makes the repository with it"),
+    (Trainer._finish_current_push, "self", "publish/publishing.py waits for a checkpoint's push with it"),
 ]
 
 
@@ -83,6 +93,8 @@ UPSTREAM = {
     ),
     "maybe_gather_lm_head_ctx": ("params", "model_checks.py passes the head's weight and bias by position"),
     "pad": ("tensors padding_value padding_side pad_to_multiple_of", "trainer.py pads the teacher's prompts"),
+    "get_comet_experiment_url": ("", "publish/run_card.py links the tracker with it"),
+    "get_trackio_space_url": ("", "publish/run_card.py links the tracker with it"),
     "prepare_deepspeed": ("model accelerator", "teacher.py"),
     "prepare_fsdp": ("model accelerator", "teacher.py"),
     "unwrap_model_for_generation": (

@@ -7,15 +7,18 @@ private members of `DistillationTrainer`: `_compute_loss`, `_generate_and_score_
 answers along a run use `_llm_weights_sleeping`. For its
 loaders and checkpoints it also uses these members of transformers' `Trainer`: `_get_dataloader`, `_eval_dataloaders`,
 `_save_checkpoint`, `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_get_output_dir`,
-`_tr_loss`, `_globalstep_last_logged`.
+`_tr_loss`, `_globalstep_last_logged`, `_load_best_model`. For its card and its push it uses `_template_file` and `_finish_current_push`;
+health/alerts.py uses `_wandb` and `_trackio` of transformers' callbacks.
 """
 
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
-from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url, maybe_gather_lm_head_ctx, pad
 
 __all__ = [
     "ChunkedDivergenceFunction",
+    "get_comet_experiment_url",
+    "get_trackio_space_url",
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",

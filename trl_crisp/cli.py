@@ -1,7 +1,8 @@
 """
 The command line `trl-crisp`.
 
-`train` runs `accelerate launch -m trl_crisp.train`, `preflight` looks before it, `eval` measures a model, and `report` shows what was measured.
+`train` runs `accelerate launch -m trl_crisp.train`, `preflight` looks before it, `eval` measures a model, `report` shows what was
+measured, `merge` makes one model of an adapter and its base, and `push` puts a model on the Hub.
 """
 
 import argparse
@@ -414,11 +415,69 @@ def report(argv: list[str]) -> int:
     return 0
 
 
+def merge(argv: list[str]) -> int:
+    """
+    Merge an adapter into its base.
+
+    Args:
+        argv: See `trl-crisp merge --help`.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: See [`~trl_crisp.publish.merging.merge_adapter`].
+    """
+    from trl_crisp.publish.arguments import make_merge_parser
+
+    args = make_merge_parser().parse_args(argv)
+
+    from trl_crisp.publish.merging import describe_merge, merge_adapter
+    from trl_crisp.run.known_warnings import silence_known_warnings
+
+    silence_known_warnings()
+    print(describe_merge(merge_adapter(args.adapter, args.output), args.adapter))
+    return 0
+
+
+def push(argv: list[str]) -> int:
+    """
+    Push a model to the Hub, with its card, results and report.
+
+    Args:
+        argv: See `trl-crisp push --help`.
+
+    Raises:
+        ValueError, FileNotFoundError: See [`~trl_crisp.publish.folder.make_folder`].
+    """
+    from trl_crisp.publish.arguments import make_push_parser
+
+    args = make_push_parser().parse_args(argv)
+
+    from trl_crisp.publish.folder import make_folder
+    from trl_crisp.publish.pushing import check_repo, describe_failed_push, push_folder
+
+    check_repo(args.repo)
+    folder = make_folder(args.directory, args.repo, args.results)
+    print(folder.describe())
+    if args.dry_run:
+        print("Nothing was pushed (--dry-run).")
+        return 0
+    options = {"private": args.private or None, "revision": args.revision}
+    try:
+        push_folder(folder, args.repo, **options)
+    # Any failure is reported in the same way, because the model and the folder are on disk
+    except Exception as error:
+        print(describe_failed_push(error, args.directory, args.repo, args.results, **options), file=sys.stderr)
+        return 1
+    print(f"The model is on the Hub at https://huggingface.co/{args.repo}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "preflight": preflight,
     "eval": evaluate,
     "report": report,
+    "merge": merge,
+    "push": push,
 }
 
 

@@ -287,8 +287,9 @@ def main(
     from trl_crisp.health.monitor_prompts import load_monitor_file
     from trl_crisp.models.source import check_model, check_tokenizer
     from trl_crisp.prompts.instructions import resolve_instruction
+    from trl_crisp.publish.pushing import describe_failed_push
     from trl_crisp.report.console import progress
-    from trl_crisp.rows.loading import is_hub_id, unreadable_rows_named
+    from trl_crisp.rows.loading import unreadable_rows_named
     from trl_crisp.rows.prompts import load_prompts
     from trl_crisp.run.identity import resolve_checkpoint
     from trl_crisp.run.interruption import SaveOnInterrupt, ignore_signals, resume_command
@@ -335,6 +336,7 @@ def main(
             peft_config=get_peft_config(model_args),
             callbacks=[interrupt],
         )
+    trainer.dataset_name = script_args.dataset_name
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
     file = training_args.monitor_file
     health = attach_health(
@@ -349,6 +351,8 @@ def main(
     if (why := describe_lost(trainer, health)) is not None:
         ignore_signals()
         accelerator.print(f"{describe_end(trainer, health)}\n{why}\nThe last step's checkpoint is in {output_dir}.")
+        if accelerator.is_main_process:
+            print(write_page(output_dir))
         accelerator.wait_for_everyone()
         del trainer, benchmark, health
         _end(accelerator)
@@ -368,20 +372,22 @@ def main(
     trainer.save_model(str(output_dir), _internal_call=True)
     # Writes the run's log next to the model
     trainer.save_state()
+    trainer.create_model_card()
     if benchmark is not None:
         trainer.accelerator.print(benchmark.describe_best(trainer.state))
     trainer.accelerator.print(describe_end(trainer, health))
     prompts = [row["prompt"] for row in itertools.islice(trainer.train_dataset, _HINTED_ROWS)]
     trainer.accelerator.print(next_steps(output_dir, model_args.use_peft, prompts))
+    if accelerator.is_main_process:
+        print(write_page(output_dir))
 
     if training_args.push_to_hub:
-        # The model card links a dataset only if it is on the Hub
-        dataset_name = script_args.dataset_name if is_hub_id(script_args.dataset_name) else None
         try:
-            trainer.push_to_hub(dataset_name=dataset_name)
+            trainer.push_to_hub()
         # Any failure is reported in the same way, because the trained model is on disk
         except Exception as error:
-            print(describe_failed_push(error, trainer.hub_model_id, output_dir), file=sys.stderr)
+            options = {"private": training_args.hub_private_repo, "revision": training_args.hub_revision}
+            print(describe_failed_push(error, output_dir, trainer.hub_model_id, **options), file=sys.stderr)
             sys.exit(1)
         trainer.accelerator.print(f"The model is on the Hub at https://huggingface.co/{trainer.hub_model_id}")
 
@@ -458,12 +464,15 @@ def add_benchmark(trainer: "CRISPTrainer", benchmark_args: "BenchmarkArguments")
     return callback
 
 
-def describe_failed_push(error: Exception, repository: str | None, output_dir: Path) -> str:
-    """Return the Hub's error, the location of the model, and the command that pushes it."""
-    return (
-        f"The push to {repository} failed: {error}\nNothing is lost: the trained model is in {output_dir}. Push it again "
-        f"with:\n  hf upload {repository} {shlex.quote(str(output_dir))} . --exclude 'checkpoint-*'"
-    )
+def write_page(output_dir: Path) -> str:
+    """Write the page of a run, and return where it is, or why there is none: the run itself is not at fault."""
+    from trl_crisp.report.page import write_run_page
+
+    try:
+        page = write_run_page(output_dir)
+    except (ImportError, OSError, ValueError) as error:
+        return f"There is no page of this run: {error}"
+    return f"The page of this run, to open in a browser: {page.absolute()}"
 
 
 def next_steps(output_dir: Path, is_adapter: bool, prompts: "Sequence[Prompt]") -> str:

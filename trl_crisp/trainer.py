@@ -30,9 +30,11 @@ from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
 from trl_crisp.models.hidden_states import last_hidden_state
+from trl_crisp.models.origin import describe_origin
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
+from trl_crisp.publish.publishing import PublishingTrainer
 from trl_crisp.rollouts.adapter_push import prepare_pushes
 from trl_crisp.rollouts.engine_check import EngineCheck, Gap, engine_gap
 from trl_crisp.rollouts.engine_limits import check_engine_limits
@@ -43,7 +45,6 @@ from trl_crisp.rows.hub import cached_commit
 from trl_crisp.run.identity import describe_run
 from trl_crisp.run.precision import check_step_size
 from trl_crisp.run.profile import StepProfile
-from trl_crisp.run.resumable import ResumableTrainer
 from trl_crisp.teacher import Teacher, make_teacher
 
 # The mean completion length of the first 5 steps is the baseline of `completions/relative_length`. Our choice: at the paper's
@@ -55,7 +56,7 @@ SAMPLED_PROMPTS = 100
 DatasetLike: TypeAlias = Dataset | IterableDataset
 
 
-class CRISPTrainer(ResumableTrainer):
+class CRISPTrainer(PublishingTrainer):
     """
     Trains a model to reason as concisely as it does under a conciseness instruction (CRISP, arXiv 2603.05433).
 
@@ -197,6 +198,8 @@ class CRISPTrainer(ResumableTrainer):
         init_kwargs: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
         revision = cached_commit(self.model.config._name_or_path, init_kwargs.get("revision"))
         self.run_description = describe_run(self.model, args, instruction, revision)
+        # Before the training, because a model's directory may go
+        self.origin = describe_origin(self.model.config._name_or_path, revision, self.model.config.model_type)
         self.teacher = make_teacher(self.model, args, self.accelerator)
         self._engine_check = None
         if self.use_vllm:

@@ -336,7 +336,8 @@ def test_a_push_that_the_hub_refuses_loses_no_model(files, tmp_path):
     assert result.returncode == 1, result.stderr
     assert "The push to me/model failed" in result.stderr
     assert f"Nothing is lost: the trained model is in {tmp_path}/out" in result.stderr
-    assert f"hf upload me/model {tmp_path}/out . --exclude 'checkpoint-*'" in result.stderr
+    assert f"trl-crisp push {tmp_path}/out --repo me/model" in result.stderr
+    assert (tmp_path / "out" / "_push" / "README.md").is_file()
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

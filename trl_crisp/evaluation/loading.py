@@ -13,6 +13,7 @@ from trl_crisp.models.source import check_model, loading_errors_named
 from trl_crisp.rows.hub import cached_commit
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -194,9 +195,30 @@ def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" 
     """
     if source.base is None:
         return _load_whole(source)
+    adapter = load_adapter(source, tokenizer)
+    with loading_errors_named(source.name, "the adapter"):
+        untie(adapter)
+        return adapter.merge_and_unload()
+
+
+def load_adapter(
+    source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" = None, dtype: "torch.dtype | str" = "auto"
+) -> Any:
+    """
+    Load an adapter on its base, unmerged.
+
+    Args:
+        source: See [`find_model`]; it has a base.
+        tokenizer: As in [`load_model`].
+        dtype: That of the base's weights; `"auto"` is that of its files.
+
+    Raises:
+        ValueError: See [`load_model`]; also if the adapter does not change weights, so that it cannot be merged.
+    """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-    model = _load_whole(source.base)
+    assert source.base is not None
+    model = _load_whole(source.base, dtype=dtype)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and _tokenizer_owner(source) is source and len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
@@ -220,11 +242,10 @@ def load_model(source: ModelSource, tokenizer: "PreTrainedTokenizerBase | None" 
         own -= {state[key] for key in state.keys() - set(result.missing_keys)}
         missing = [key for key in result.missing_keys if state[key] in own]
         _check_keys(source, missing, result.unexpected_keys, [])
-        _untie(adapter)
-        return adapter.merge_and_unload()
+    return adapter
 
 
-def _untie(adapter: Any) -> None:
+def untie(adapter: Any) -> None:
     """Give the head its own weights if the adapter changes only the embeddings: merging would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
@@ -243,17 +264,27 @@ def check_weights(source: ModelSource) -> None:
     Raises:
         ValueError: See [`load_model`].
     """
-    _load_whole(source, device_map="meta")
+    load_shapes(source)
 
 
-def _load_whole(source: ModelSource, device_map: str | None = None) -> Any:
+def load_shapes(source: ModelSource) -> Any:
+    """
+    Load a whole model without its weights, on torch's meta device: names, shapes and the dtypes of the files.
+
+    Raises:
+        ValueError: See [`load_model`].
+    """
+    return _load_whole(source, device_map="meta")
+
+
+def _load_whole(source: ModelSource, device_map: str | None = None, dtype: "torch.dtype | str" = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     with loading_errors_named(source.name, "the model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
             revision=source.revision,
-            dtype="auto",
+            dtype=dtype,
             device_map=device_map,
             output_loading_info=True,
             # An error below names them

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from trl_crisp.evaluation.progress import Tell
+from trl_crisp.health.alerts import TrackerAlerts
 from trl_crisp.health.guard import CollapseGuard
 from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor import AgreementMonitor
@@ -86,6 +87,7 @@ def attach_health(
     signals = HealthSignals()
     guard = CollapseGuard(signals) if args.collapse_guard else None
     # Before the trackers and the line of the terminal, which report what the signals add to the log
-    trainer.callback_handler.callbacks[:0] = [signals, *([guard] if guard is not None else [])]
+    alerts = TrackerAlerts(signals, trainer.callback_handler)
+    trainer.callback_handler.callbacks[:0] = [signals, *([guard] if guard is not None else []), alerts]
     trainer.is_watched = True
     return Health(signals, guard, monitor, benchmark, sweet_spot)

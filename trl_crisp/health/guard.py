@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_crisp.health.signals import HealthSignals
+from trl_crisp.health.signals import EVENT_KEY, HealthSignals
 
 # Unhealthy for so many steps on end, by at least two log entries. Ours: each verdict is on 5 steps' means, so ten are two windows
 # that share no step. By then the lab's lost runs had lost half of the accuracy or more, and no run that kept it had a single
@@ -59,6 +59,9 @@ class CollapseGuard(TrainerCallback):
             return
         self.stopped_at_step, self.reasons = state.global_step, list(running.verdict.reasons)
         control.should_save = control.should_training_stop = True
+        told = f"Training stops after step {state.global_step}: the run looks lost"
+        texts: dict[str, Any] = logs
+        texts[EVENT_KEY] = f"{texts[EVENT_KEY]}\n{told}" if EVENT_KEY in texts else told
         # The lost model's checkpoint is not uploaded, and takes no good one's place
         self._before = args.push_to_hub, args.save_total_limit
         args.push_to_hub, args.save_total_limit = False, None

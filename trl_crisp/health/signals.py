@@ -17,6 +17,8 @@ Values = Mapping[str, float]
 STATUSES: tuple[Status, ...] = ("healthy", "watch", "unhealthy")
 EVENTS_FILE = "health_events.jsonl"
 STATUS_KEY = "health/status"
+# The text of an event; the trackers get it, and the log that checkpoints keep does not
+EVENT_KEY = "health/event"
 
 # A run is compared with its own first steps, and the last steps are averaged over as many. Ours: the steps of
 # completions/relative_length; 160 rollouts at the paper's batch. One step of 24 rollouts varies by 20%, the mean of 5 by 10%.
@@ -302,8 +304,8 @@ class HealthSignals(TrainerCallback):
     """
     Judges each log entry of the training, and logs the status as `health/status` (0 healthy, 1 watch, 2 unhealthy).
 
-    An event, which is a change of the status or a new reason, is printed, and becomes a line of `output_dir/health_events.jsonl`
-    ([`RunningSignals.add`]). A resumed run has the events of the uninterrupted run, because they follow from the log.
+    An event, which is a change of the status or a new reason, is printed, goes to the trackers as the text `health/event`, and becomes a
+    line of `output_dir/health_events.jsonl` ([`RunningSignals.add`]). A resumed run has the events of the uninterrupted run, because they follow from the log.
 
     It must come before the callbacks that report the log; [`~trl_crisp.health.attach.attach_health`] puts it there.
 
@@ -343,7 +345,10 @@ class HealthSignals(TrainerCallback):
         logs[STATUS_KEY] = state.log_history[-1][STATUS_KEY] = status
         if event is not None and state.is_world_process_zero:
             _append(_events_path(args), event)
-            print(describe(self.running.verdict, state.global_step), flush=True)
+            text = describe(self.running.verdict, state.global_step)
+            texts: dict[str, Any] = logs
+            texts[EVENT_KEY] = text
+            print(text, flush=True)
 
 
 def describe(verdict: Verdict, step: int) -> str:

@@ -120,7 +120,7 @@ def _require_libraries() -> None:
 
 
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
     """A verdict and whom it is on."""
 
     name: str
@@ -144,7 +144,7 @@ class _Shown:
 def _make_page(compared: Compared | None, runs: Sequence[RunLog]) -> dict[str, Any]:
     """Return all that the templates show."""
     judged = (
-        _judge_results(compared, runs) if compared is not None else [_Judged(run.name, judge_run(run)) for run in runs]
+        judge_results(compared, runs) if compared is not None else [Judged(run.name, judge_run(run)) for run in runs]
     )
     page: dict[str, Any] = {
         "version": __version__,
@@ -171,12 +171,13 @@ def _make_page(compared: Compared | None, runs: Sequence[RunLog]) -> dict[str, A
     return page
 
 
-def _judge_results(compared: Compared, runs: Sequence[RunLog]) -> list[_Judged]:
+def judge_results(compared: Compared, runs: Sequence[RunLog]) -> list[Judged]:
+    """Return the verdict on each trained model, against the base."""
     others = compared.trained or compared.all[1:]
     if not others:
-        return [_Judged(compared.base.name, judge(None))]
+        return [Judged(compared.base.name, judge(None))]
     return [
-        _Judged(one.name, judge(_measure(compared, one), unhealthy_run=_unhealthy_run(one, compared, runs)), one)
+        Judged(one.name, judge(_measure(compared, one), unhealthy_run=_unhealthy_run(one, compared, runs)), one)
         for one in others
     ]
 
@@ -312,7 +313,7 @@ def clip(text: str, most_bytes: int) -> str:
     return f"{text[:head]}\n\n[… {len(text) - kept:,} of {len(text):,} characters are left out; samples.jsonl has them …]\n\n{text[-tail:]}"
 
 
-def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[_Judged]) -> dict[str, Any]:
+def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Judged]) -> dict[str, Any]:
     """Return the numbers of the page. Summaries and comparisons are as results.json has them."""
     data: dict[str, Any] = {
         "schema": "trl-crisp report",

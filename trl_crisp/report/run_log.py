@@ -15,6 +15,10 @@ POSTPONED_KEY = "teacher/postponed"
 _UNHEALTHY = 2
 
 
+class EmptyLogError(ValueError):
+    """A run has logged nothing."""
+
+
 @dataclass(frozen=True)
 class RunLog:
     """
@@ -102,7 +106,7 @@ def load_run(directory: Path) -> RunLog:
 
     Raises:
         FileNotFoundError: If the directory has no log.
-        ValueError: If the log is torn or has no entries.
+        ValueError: If the log is torn; [`EmptyLogError`] if it has no entries.
     """
     path = _state_path(directory)
     try:
@@ -116,7 +120,7 @@ def load_run(directory: Path) -> RunLog:
             "to --run instead."
         ) from error
     if not log_history:
-        raise ValueError(f"{path} has no log entries: the run did not reach its first logging_steps.")
+        raise EmptyLogError(f"{path} has no log entries: the run did not reach its first logging_steps.")
     root = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     return RunLog(
         name=root.absolute().name,
@@ -126,7 +130,7 @@ def load_run(directory: Path) -> RunLog:
         max_steps=int(state.get("max_steps") or 0),
         best_step=state.get("best_global_step") if state.get("best_model_checkpoint") else None,
         best_checkpoint=Path(state["best_model_checkpoint"]).name if state.get("best_model_checkpoint") else None,
-        events=_load_events(root / EVENTS_FILE),
+        events=load_events(root / EVENTS_FILE),
     )
 
 
@@ -149,7 +153,13 @@ def _state_path(directory: Path) -> Path:
     return found[-1]
 
 
-def _load_events(path: Path) -> list[dict[str, Any]]:
+def load_events(path: Path) -> list[dict[str, Any]]:
+    """
+    Read health_events.jsonl; no events if there is no such file.
+
+    Raises:
+        ValueError: If a line does not hold an event.
+    """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

@@ -65,6 +65,7 @@ class ResumableTrainer(DistillationTrainer):
         check_can_be_saved(self.model, self.processing_class)  # type: ignore[arg-type]
         warn_of_rows_made_on_access(self.train_dataset)  # type: ignore[arg-type]
         self.run_id: str | None = None
+        self._loaded_step: int | None = None
         self._passes = Passes()
         self._nonfinite = SkipNonFiniteSteps(self.accelerator)
         # transformers prints a dict of twenty values per step. The trackers keep these values; StepLines prints one line
@@ -112,10 +113,20 @@ class ResumableTrainer(DistillationTrainer):
         if chosen is not None:
             check_same_run(chosen, self.run_description, allowed)
         self._passes.start()
+        self._loaded_step = None
         # A run of this trainer that was interrupted leaves a step's rollouts half used, and its metrics
         self._step, self._buffered_inputs = 0, None
         self._metrics["train"].clear()
         return super().train(chosen, trial, ignore_keys_for_eval)
+
+    @property
+    def model_step(self) -> int:
+        """The optimizer step whose weights the model has: the last one or, if they were loaded, that of the best checkpoint."""
+        return self.state.global_step if self._loaded_step is None else self._loaded_step
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._loaded_step = self.state.best_global_step
 
     def _from_main_process(self, decide: Any) -> Any:
         if self.accelerator.num_processes == 1:
