@@ -124,7 +124,7 @@ def test_command_is_one_that_its_program_takes(name, words, tmp_path, monkeypatc
         if word.startswith(("examples/", "tests/")):
             assert (ROOT / word).is_file()
     if words[0] == "bash":
-        assert words[1] in ("examples/quickstart.sh", "tests/run.sh", "tests/run_vllm.sh")
+        assert words[1] in ("examples/quickstart.sh", "tests/run.sh", "tests/run_vllm.sh", "tests/run_gpu.sh")
     elif words[0] == "pip":
         assert words[1] == "install"
         if extras := re.search(r"\[(.*)\]", shlex.join(words)):

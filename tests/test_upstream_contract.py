@@ -131,6 +131,7 @@ def test_what_we_override_is_still_there():
         "_record_texts",
         "_check_teacher_is_not_uniform",
         "_judge_engine",
+        "_make_engine_check",
         "_describe_failed_save",
         "_from_main_process",
     }

@@ -29,7 +29,7 @@ from trl_crisp.loss.kernel import fused_loss
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
-from trl_crisp.models.hidden_states import last_hidden_state
+from trl_crisp.models.hidden_states import evaluation_mode, has_dropout, last_hidden_state
 from trl_crisp.models.origin import describe_origin
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
@@ -201,10 +201,11 @@ class CRISPTrainer(PublishingTrainer):
         # Before the training, because a model's directory may go
         self.origin = describe_origin(self.model.config._name_or_path, revision, self.model.config.model_type)
         self.teacher = make_teacher(self.model, args, self.accelerator)
-        self._engine_check = None
+        self._engine_check: EngineCheck | None = None
+        self._has_dropout = has_dropout(self.model)
         if self.use_vllm:
             prepare_pushes(self.vllm_generation, self.model)
-            self._engine_check = EngineCheck(self.vllm_generation)
+            self._engine_check = self._make_engine_check()
         # Whether padded rows need position ids. One answer serves both models, because they have the same architecture
         self._passes_positions = self._check_model()
 
@@ -221,6 +222,17 @@ class CRISPTrainer(PublishingTrainer):
         self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
         if args.profile_steps:
             StepProfile(self)
+
+    def _make_engine_check(self) -> EngineCheck | None:
+        plugin = self.accelerator.state.deepspeed_plugin
+        if self._has_dropout and plugin is not None and plugin.zero_stage == 3:
+            warnings.warn(
+                "vLLM's log-probabilities are not compared with the student's: the student has dropout, so it would have to run once more "
+                "without it, which breaks the parameter trace of ZeRO-3. Use ZeRO-2 or FSDP2, or set the model's dropout to 0.",
+                stacklevel=3,
+            )
+            return None
+        return EngineCheck(self.vllm_generation)
 
     def _check_learning_rate(self) -> None:
         rate = self.args.learning_rate
@@ -517,7 +529,16 @@ class CRISPTrainer(PublishingTrainer):
                 topk_overlap = sampled_topk_overlap(*sides, loss_mask_BT, args.loss_temperature)
                 if (engine_log_probs_BT := inputs.get("engine_log_probs")) is not None:
                     ids_BT, sampling = inputs["completion_ids"].to(device), self._engine_check.sampling
-                    self._engine_gap = engine_gap(*sides[:2], ids_BT, engine_log_probs_BT.to(device), sampling)
+                    hidden_BTH = sides[0]
+                    if self._has_dropout:
+                        # The engine has none
+                        with torch.no_grad(), evaluation_mode(unwrapped_student):
+                            hidden_BTH = self._get_last_hidden_state(
+                                unwrapped_student, *_model_inputs(inputs, "prompt")
+                            )
+                    self._engine_gap = engine_gap(
+                        hidden_BTH.to(device), student_head, ids_BT, engine_log_probs_BT.to(device), sampling
+                    )
 
         num_tokens = (loss_mask_BT != 0).sum()
         self._diagnostics = {
@@ -548,6 +569,7 @@ class CRISPTrainer(PublishingTrainer):
             )
         if self._engine_check is not None:
             self._engine_check.begin_run()
+        if self.use_vllm:
             # The parent updates vLLM if the step is another than at the last update, but a run may begin at that very step
             self._last_loaded_step = -1
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

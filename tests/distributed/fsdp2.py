@@ -40,6 +40,8 @@ class Case:
     lora: bool = False
     # Of the whole teacher, or of a LoRA adapter; the student computes in float32
     teacher_dtype: str = "float32"
+    # Of the frozen base under an adapter
+    base_dtype: str = "float32"
     tied: bool = False
     # As fsdp_cpu_ram_efficient_loading leaves the processes after the first: without weights
     one_process_loads: bool = False
@@ -57,6 +59,7 @@ CASES = {
     "lora-one_loads": Case(lora=True, one_process_loads=True),
     "lora-ema-bfloat16": Case("ema", lora=True, teacher_dtype="bfloat16"),
     "lora-live": Case("live", lora=True),
+    "lora-bfloat16_base": Case(lora=True, base_dtype="bfloat16"),
 }
 
 
@@ -90,8 +93,8 @@ def train(case: Case, directory: Path, sharded: bool) -> dict[str, Any]:
         torch.manual_seed(1)
         student = get_peft_model(student, LoraConfig(**LORA, init_lora_weights=False))
         for parameter in student.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+            own_dtype = dtype if parameter.requires_grad else getattr(torch, case.base_dtype)
+            parameter.data = parameter.data.to(own_dtype)
     teacher = make_teacher(student, args, accelerator)
     if case.lora:
         # accelerate does so with mixed precision, for trained parameters
@@ -167,7 +170,7 @@ def _loss(student, teacher: Teacher, step: int, rollouts: list[int]) -> torch.Te
     loss, _ = fused_loss(
         student_hidden_BTH,
         student_head,
-        teacher_hidden_BTH.float(),
+        teacher_hidden_BTH.to(student_hidden_BTH.dtype),
         teacher_head,
         ones_BT.long(),
         ones_BT,

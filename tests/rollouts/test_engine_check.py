@@ -13,6 +13,7 @@ from tests.helpers import make_trainer
 from tests.receiving_engine import engine_like, receiving, truncated
 from tests.tiny_models import tiny_model
 from trl_crisp.loss.divergence import OutputHead
+from trl_crisp.models.hidden_states import has_dropout
 from trl_crisp.rollouts.engine_check import (
     COMPARED_TOKENS,
     EVERY_STEPS,
@@ -248,6 +249,23 @@ def test_lora_is_compared_too(tmp_path, monkeypatch):
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     trainer, _ = run(tmp_path, monkeypatch, peft_config=lora, learning_rate=1e-2)
     assert logged(trainer, "mean_gap_nats") == pytest.approx([0.0, 0.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("where", ["adapter", "attention"])
+def test_dropout_of_the_student_is_no_gap(tmp_path, monkeypatch, where):
+    """The engine has none. The loss keeps its dropout."""
+    if where == "adapter":
+        model, lora = (
+            tiny_model(),
+            LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5),
+        )
+    else:
+        model, lora = tiny_model(attention_dropout=0.5), None
+    trainer, _ = run(tmp_path, monkeypatch, model=model, peft_config=lora, learning_rate=1e-2)
+    assert logged(trainer, "mean_gap_nats") == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert all(module.training for module in trainer.model.modules())
+    assert has_dropout(trainer.model)
+    assert not has_dropout(tiny_model())
 
 
 # When, and what it says

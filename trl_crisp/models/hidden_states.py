@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 # Tolerance for passes in float32. Our choice: rounding stays a hundred times below it, and the weakest effect of positions that
 # we found in transformers' models is above it.
@@ -76,6 +77,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether a model draws random numbers in training mode: a dropout module, or a module's rate for a functional one."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            return True
+        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
+            return True
+    return False
 
 
 def difference(output_TH: torch.Tensor, expected_TH: torch.Tensor) -> float:

@@ -32,8 +32,8 @@ def check_engine_limits(
 
     Args:
         model: The student, or its id or path.
-        model_init_kwargs: With which the student is loaded; `revision` is read.
-        trust_remote_code: As in transformers.
+        model_init_kwargs: With which the student is loaded.
+        trust_remote_code: As in transformers, unless `model_init_kwargs` says it.
         max_model_tokens: The colocated engine's limit; `None` if it takes the model's own, or if a server has one.
         max_prompt_tokens: The longest prompt that is kept; `None` keeps all, and then one token is counted.
         max_completion_tokens: The cap of the rollouts.
@@ -42,8 +42,11 @@ def check_engine_limits(
         ValueError: If they do not fit; the message names the numbers. vLLM would fail at its start, or cut the rollouts short.
     """
     if isinstance(model, str):
-        revision = (model_init_kwargs or {}).get("revision") or "main"
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        kwargs = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
+        read = {
+            name: kwargs[name] for name in ("trust_remote_code", "revision", "cache_dir", "token") if kwargs.get(name)
+        }
+        config = AutoConfig.from_pretrained(model, **read)
     else:
         config = model.config
     context_tokens = context_limit_tokens(config)
