@@ -111,16 +111,10 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def crisp(x: Inputs, case: Case) -> torch.Tensor:
-    """The loss of this package, on one long rollout."""
-    ones_BT = torch.ones_like(x.weights_N)[None]
-    sides = (
-        (x.student_hidden_NH[None], OutputHead(x.student_weight_VH)),
-        (
-            x.teacher_hidden_NH[None],
-            OutputHead(x.teacher_weight_VH),
-        ),
-    )
-    loss, _ = fused_loss(*sides[0], *sides[1], x.token_ids_N[None], ones_BT, x.weights_N[None], case.beta, 1.0)
+    """The loss of this package."""
+    student = x.student_hidden_NH, OutputHead(x.student_weight_VH)
+    teacher = x.teacher_hidden_NH, OutputHead(x.teacher_weight_VH)
+    loss, _ = fused_loss(*student, *teacher, x.token_ids_N, x.weights_N, case.beta, 1.0)
     return loss
 
 

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_crisp._upstream import pad
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
-from trl_crisp.loss.divergence import Diagnostic, gathered, output_head, sampled_topk_overlap
+from trl_crisp.loss.divergence import Diagnostic, OutputHead, gathered, output_head, sampled_topk_overlap
 from trl_crisp.loss.kernel import fused_loss
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
@@ -443,42 +443,52 @@ class CRISPTrainer(ResumableTrainer):
         # The last position is dropped: it predicts a token after the completion
         return hidden_BTH[:, :-1][:, -logits_to_keep:]
 
+    def _teacher_pass(self, inputs: dict[str, Any], in_loss_BT: torch.Tensor) -> tuple[torch.Tensor, OutputHead]:
+        # An autocast of its own, because autocast keeps the weights that it has converted, here without a gradient
+        with torch.no_grad(), self.accelerator.autocast(), self.teacher.serving() as teacher:
+            teacher_inputs = _model_inputs(inputs, "teacher_prompt")
+            if self.teacher.wrapped_model is None:
+                hidden_BTH = self._get_last_hidden_state(teacher, *teacher_inputs)
+            else:
+                hidden_BTH = self._forward_redirection(
+                    self.teacher.wrapped_model, teacher, self._get_last_hidden_state, teacher, *teacher_inputs
+                )
+            # A copy, so that those of the prompt and of the padding are freed
+            return hidden_BTH[in_loss_BT.to(hidden_BTH.device)], output_head(teacher, hidden_BTH.dtype)
+
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         args = self.args
         loss_mask_BT = self.get_loss_mask(inputs)
+        in_loss_BT = loss_mask_BT != 0
+        # Before the student's graph exists, so that the activations of the two passes are not in memory at once
+        teacher_hidden_NH, teacher_head = self._teacher_pass(inputs, in_loss_BT)
         # The forward redirection bypasses the autocast that accelerate adds to the model's own forward
         with self.accelerator.autocast():
             student_hidden_BTH = self._get_last_hidden_state(unwrapped_student, *_model_inputs(inputs, "prompt"))
             student_head = output_head(unwrapped_student, student_hidden_BTH.dtype)
-            with torch.no_grad(), self.teacher.serving() as teacher:
-                teacher_inputs = _model_inputs(inputs, "teacher_prompt")
-                if self.teacher.wrapped_model is None:
-                    teacher_hidden_BTH = self._get_last_hidden_state(teacher, *teacher_inputs)
-                else:
-                    teacher_hidden_BTH = self._forward_redirection(
-                        self.teacher.wrapped_model, teacher, self._get_last_hidden_state, teacher, *teacher_inputs
-                    )
-                teacher_head = output_head(teacher, teacher_hidden_BTH.dtype)
-
             # If a model is split across devices, its backbone may end on a different device than its head
             device = student_head.weight_VH.device
-            sides = (student_hidden_BTH.to(device), student_head, teacher_hidden_BTH.to(device), teacher_head)
-            loss_mask_BT = loss_mask_BT.to(device)
+            in_loss_BT, loss_mask_BT = in_loss_BT.to(device), loss_mask_BT.to(device)
+            sides = (
+                student_hidden_BTH.to(device)[in_loss_BT],
+                student_head,
+                teacher_hidden_NH.to(device),
+                teacher_head,
+            )
             if num_items_in_batch is None:
                 num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
             weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
             with gathered(student_head, teacher_head):
                 loss, values = fused_loss(
                     *sides,
-                    inputs["completion_ids"].to(device),
-                    loss_mask_BT,
-                    weights_BT,
+                    inputs["completion_ids"].to(device)[in_loss_BT],
+                    weights_BT[in_loss_BT],
                     args.beta,
                     args.loss_temperature,
                 )
-                topk_overlap = sampled_topk_overlap(*sides, loss_mask_BT, args.loss_temperature)
+                topk_overlap = sampled_topk_overlap(*sides, args.loss_temperature)
 
-        num_tokens = (loss_mask_BT != 0).sum()
+        num_tokens = in_loss_BT.sum()
         self._diagnostics = {
             "reverse_kl": Diagnostic(values.reverse_kl.sum(), num_tokens),
             "teacher_entropy": Diagnostic(values.teacher_entropy.sum(), num_tokens),
