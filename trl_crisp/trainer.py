@@ -192,6 +192,8 @@ class CRISPTrainer(ResumableTrainer):
         self._step_entropies_nats: list[tuple[float, float]] = []
         # Of the current step's micro-batches: loss tokens, over all processes, relative to their mean. `None` weighs all alike
         self._token_shares: list[float] | None = None
+        # Of the current step's micro-batches that have not been trained on yet, by index, if the teacher is offloaded
+        self._teacher_outputs: dict[int, tuple[torch.Tensor, OutputHead]] = {}
         # Filled inside the wrapped forward, which must not run a collective operation; compute_loss reads it afterwards
         self._diagnostics: dict[str, Diagnostic] | None = None
         self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
@@ -323,6 +325,8 @@ class CRISPTrainer(ResumableTrainer):
             # The parent has padded, shuffled and split the rollouts of a new step
             self._buffered_inputs = sort_and_trim(self._buffered_inputs, self.pad_to_multiple_of)
             self._token_shares = self._count_token_shares(self._buffered_inputs)
+            if self.teacher.is_offloaded:
+                self._teacher_outputs = dict(enumerate(self._teacher_passes(self._buffered_inputs)))
             inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         return inputs
 
@@ -334,6 +338,10 @@ class CRISPTrainer(ResumableTrainer):
         return (counts * len(counts) / counts.sum()).tolist() if counts.any() else None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not (
+            self.use_vllm and self.args.vllm_enable_sleep_mode
+        ):  # a vLLM that sleeps needs the memory while it is awake
+            self.teacher.fetch()
         with own_sampling(self.model):
             output = super()._generate_and_score_completions(inputs)
         teacher_ids = [torch.tensor(row["teacher_prompt_ids"]) for row in inputs]
@@ -443,32 +451,39 @@ class CRISPTrainer(ResumableTrainer):
         # The last position is dropped: it predicts a token after the completion
         return hidden_BTH[:, :-1][:, -logits_to_keep:]
 
-    def _teacher_pass(self, inputs: dict[str, Any], in_loss_BT: torch.Tensor) -> tuple[torch.Tensor, OutputHead]:
+    def _teacher_passes(self, micro_batches: list[dict[str, Any]]) -> list[tuple[torch.Tensor, OutputHead]]:
+        """Return, for each micro-batch, the teacher's hidden states of the tokens in the loss, [N, H], and its head."""
+        outputs = []
         # An autocast of its own, because autocast keeps the weights that it has converted, here without a gradient
         with torch.no_grad(), self.accelerator.autocast(), self.teacher.serving() as teacher:
-            teacher_inputs = _model_inputs(inputs, "teacher_prompt")
-            if self.teacher.wrapped_model is None:
-                hidden_BTH = self._get_last_hidden_state(teacher, *teacher_inputs)
-            else:
-                hidden_BTH = self._forward_redirection(
-                    self.teacher.wrapped_model, teacher, self._get_last_hidden_state, teacher, *teacher_inputs
-                )
-            # A copy, so that those of the prompt and of the padding are freed
-            return hidden_BTH[in_loss_BT.to(hidden_BTH.device)], output_head(teacher, hidden_BTH.dtype)
+            for inputs in micro_batches:
+                teacher_inputs = _model_inputs(inputs, "teacher_prompt")
+                if self.teacher.wrapped_model is None:
+                    hidden_BTH = self._get_last_hidden_state(teacher, *teacher_inputs)
+                else:
+                    hidden_BTH = self._forward_redirection(
+                        self.teacher.wrapped_model, teacher, self._get_last_hidden_state, teacher, *teacher_inputs
+                    )
+                in_loss_BT = (self.get_loss_mask(inputs) != 0).to(hidden_BTH.device)
+                # A copy, so that those of the prompt and of the padding are freed
+                outputs.append((hidden_BTH[in_loss_BT], output_head(teacher, hidden_BTH.dtype)))
+                del hidden_BTH
+        return outputs
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         args = self.args
         loss_mask_BT = self.get_loss_mask(inputs)
-        in_loss_BT = loss_mask_BT != 0
         # Before the student's graph exists, so that the activations of the two passes are not in memory at once
-        teacher_hidden_NH, teacher_head = self._teacher_pass(inputs, in_loss_BT)
+        output = self._teacher_outputs.pop(self._step % args.gradient_accumulation_steps, None)
+        teacher_hidden_NH, teacher_head = self._teacher_passes([inputs])[0] if output is None else output
         # The forward redirection bypasses the autocast that accelerate adds to the model's own forward
         with self.accelerator.autocast():
             student_hidden_BTH = self._get_last_hidden_state(unwrapped_student, *_model_inputs(inputs, "prompt"))
             student_head = output_head(unwrapped_student, student_hidden_BTH.dtype)
             # If a model is split across devices, its backbone may end on a different device than its head
             device = student_head.weight_VH.device
-            in_loss_BT, loss_mask_BT = in_loss_BT.to(device), loss_mask_BT.to(device)
+            loss_mask_BT = loss_mask_BT.to(device)
+            in_loss_BT = loss_mask_BT != 0
             sides = (
                 student_hidden_BTH.to(device)[in_loss_BT],
                 student_head,

@@ -396,9 +396,11 @@ def test_the_base_model_is_unchanged_after_20_lora_steps(tmp_path):
 
 
 def test_settings_without_effect_on_a_shared_teacher_warn(tmp_path):
-    """A dtype for a copy that is not made; a half-precision base that TRL's merging into vLLM would let drift."""
+    """A dtype, and a place, for a copy that is not made; a half-precision base that TRL's merging into vLLM would let drift."""
     with pytest.warns(UserWarning, match="teacher_model_init_kwargs has no effect with LoRA"):
         teacher_of(lora_model(), tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.warns(UserWarning, match="teacher_offload has no effect with LoRA"):
+        teacher_of(lora_model(), tmp_path, teacher_offload=True)
     with pytest.warns(UserWarning, match="trl#6688"):
         teacher_of(get_peft_model(tiny_model().to(torch.bfloat16), lora()), tmp_path, use_vllm=True)
 

@@ -137,6 +137,11 @@ def check_adapter(model: Any, args: CRISPConfig, accelerator: Accelerator) -> No
             "teacher_model_init_kwargs has no effect with LoRA: the teacher's adapter has the dtype of the student's.",
             stacklevel=5,
         )
+    if args.teacher_offload and args.teacher_model_kind != "live":
+        warnings.warn(
+            "teacher_offload has no effect with LoRA: the teacher is an adapter on the student's base model, which stays on the device.",
+            stacklevel=5,
+        )
     dtype = model.get_input_embeddings().weight.dtype
     if args.use_vllm and dtype in (torch.bfloat16, torch.float16):
         warnings.warn(
