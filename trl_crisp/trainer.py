@@ -28,7 +28,7 @@ from trl_crisp.loss.kernel import fused_loss
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
-from trl_crisp.models.hidden_states import last_hidden_state
+from trl_crisp.models.hidden_states import last_hidden_state, left_aligned
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
@@ -447,9 +447,13 @@ class CRISPTrainer(ResumableTrainer):
         return total / num_tokens if num_tokens else None
 
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep):
-        hidden_BTH = last_hidden_state(unwrapped_model, input_ids, attention_mask, self._passes_positions)
-        # The last position is dropped: it predicts a token after the completion
-        return hidden_BTH[:, :-1][:, -logits_to_keep:]
+        ids_BW, mask_BW, first_B = left_aligned(input_ids, attention_mask, self.pad_to_multiple_of)
+        hidden_BWH = last_hidden_state(unwrapped_model, ids_BW, mask_BW, self._passes_positions)
+        # A completion token is predicted at the position before it. Padding behind a row may be cut off
+        start_B = input_ids.size(1) - logits_to_keep - 1 - first_B
+        index_BT = start_B[:, None] + torch.arange(logits_to_keep, device=first_B.device)
+        index_BT = index_BT.clamp(max=ids_BW.size(1) - 1).to(hidden_BWH.device)
+        return hidden_BWH[torch.arange(len(index_BT), device=index_BT.device)[:, None], index_BT]
 
     def _teacher_passes(self, micro_batches: list[dict[str, Any]]) -> list[tuple[torch.Tensor, OutputHead]]:
         """Return, for each micro-batch, the teacher's hidden states of the tokens in the loss, [N, H], and its head."""
