@@ -189,12 +189,16 @@ def test_nothing_to_learn_gives_zero(half_products, fold, mask):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_shared_head_projects_both_models_at_once(monkeypatch, half_products, shared, frozen):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_shared_head_projects_both_models_at_once(monkeypatch, half_products, shared, frozen, dtype):
+    """Also one that autocast has to convert."""
     chunks_of(monkeypatch, 300, 300)
-    given = problem(torch.bfloat16, frozen=frozen, **WIDE)
+    given = problem(dtype, frozen=frozen, **WIDE)
     if shared:
         given = given._replace(teacher=given.student._replace(bias_V=None))
-    padded_loss(given, 1.0, 1.0)[0].backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        loss, _ = padded_loss(given, 1.0, 1.0)
+    loss.backward()
     tokens, vocabulary = int(given.mask.sum()), WIDE["shape"][3]
     projections = [2 * tokens] if shared else [tokens, tokens]
     assert half_products == [*projections, tokens, *([] if frozen else [vocabulary])]

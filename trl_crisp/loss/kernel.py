@@ -130,6 +130,9 @@ class _FusedLoss(torch.autograd.Function):
         device = student_hidden_NH.device
         student = _Projection(student_hidden_NH, student_weight_VH, student_bias_V)
         teacher = _Projection(teacher_hidden_NH, teacher_weight_VH, teacher_bias_V)
+        if teacher_weight_VH is student_weight_VH:
+            # Also if it had to be converted
+            teacher.weight_VH = student.weight_VH
         num_tokens, vocab_size = len(student_hidden_NH), len(student_weight_VH)
 
         inputs = (student_hidden_NH, student_weight_VH, student_bias_V)
