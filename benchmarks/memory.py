@@ -27,7 +27,7 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 TOKENS, AT_VOCABULARY = (512, 2048, 8192, 16_384), 8192
-VOCABULARIES, AT_TOKENS = (8192, 32_768, 65_536, 151_936), 2048
+VOCABULARIES, AT_TOKENS = (8192, 32_768, 65_536, 151_936), 1024
 LABELS = {"crisp": "CRISPTrainer", "sdft": "SDFTTrainer", "distillation": "DistillationTrainer"}
 
 

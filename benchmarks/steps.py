@@ -63,7 +63,10 @@ DIFFERENCES = [
 
 
 class Case(NamedTuple):
-    """A model and the rollouts of a step. `lora_r` is 0 for full fine-tuning. `model` is a directory, or a config's numbers."""
+    """
+    A model and the rollouts of a step. `lora_r` is 0 for full fine-tuning. `model` is a directory, or a config's numbers. Prompts have nearly
+    the same length, or with `ragged_prompts` one, two, three or four times that of the shortest.
+    """
 
     device: str
     model: str | dict[str, int]
@@ -72,6 +75,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     lora_r: int = 0
     gradient_checkpointing: bool = True
+    ragged_prompts: bool = False
 
 
 QWEN3_0_6B = {
@@ -106,6 +110,7 @@ TINY = {
 SMOLLM2 = "SmolLM2-135M-Instruct"
 CASES = {
     "smollm2": Case("cpu", SMOLLM2, 4, 512),
+    "smollm2-ragged_prompts": Case("cpu", SMOLLM2, 4, 512, ragged_prompts=True),
     "smollm2-lora": Case("cpu", SMOLLM2, 4, 512, lora_r=16),
     **{
         f"{name}-{tokens}": Case("cuda", model, 2, tokens, "bfloat16", lora_r=32)
@@ -116,18 +121,17 @@ CASES = {
 QUICK = {"quick": Case("cpu", TINY, 2, 16)}
 
 
-def rows(count: int) -> list[dict[str, Any]]:
-    """Return word problems of nearly the same length."""
+def rows(count: int, ragged: bool = False) -> list[dict[str, Any]]:
+    """Return prompts with a word problem, of nearly the same length, or with one to four problems in turns."""
+
+    def problem(i: int) -> str:
+        return (
+            f"A baker packs {12 + i} boxes with {5 + i % 7} rolls each and gives {3 + i % 5} boxes to a neighbour. The remaining "
+            "rolls are sold for 2 dollars each. How many dollars does the baker earn?"
+        )
+
     return [
-        {
-            "prompt": [
-                {
-                    "role": "user",
-                    "content": f"A baker packs {12 + i} boxes with {5 + i % 7} rolls each and gives {3 + i % 5} boxes to a "
-                    "neighbour. The remaining rolls are sold for 2 dollars each. How many dollars does the baker earn?",
-                }
-            ]
-        }
+        {"prompt": [{"role": "user", "content": "\n\n".join([problem(i)] * (1 + i % 4 if ragged else 1))}]}
         for i in range(count)
     ]
 
@@ -187,7 +191,7 @@ def make_trainer(name: str, case: Case, model: str, steps: int, output_dir: str)
         "report_to": "none",
         "disable_tqdm": True,
     }
-    dataset = rows(case.batch * steps)
+    dataset = rows(case.batch * steps, case.ragged_prompts)
     inputs: dict[str, Any] = {
         "model": model,
         "processing_class": AutoTokenizer.from_pretrained(model, padding_side="left"),
