@@ -192,8 +192,8 @@ class CRISPTrainer(ResumableTrainer):
         self._step_entropies_nats: list[tuple[float, float]] = []
         # Of the current step's micro-batches: loss tokens, over all processes, relative to their mean. `None` weighs all alike
         self._token_shares: list[float] | None = None
-        # Of the current step's micro-batches that have not been trained on yet, by index, if the teacher is offloaded
-        self._teacher_outputs: dict[int, tuple[torch.Tensor, OutputHead]] = {}
+        # For the wrapped forward: the teacher's hidden states and head, if its pass came before
+        self._teacher_output: tuple[torch.Tensor, OutputHead] | None = None
         # Filled inside the wrapped forward, which must not run a collective operation; compute_loss reads it afterwards
         self._diagnostics: dict[str, Diagnostic] | None = None
         self._think_ids = find_think_ids(self._tokenizer, self.chat_template)
@@ -326,7 +326,9 @@ class CRISPTrainer(ResumableTrainer):
             self._buffered_inputs = sort_and_trim(self._buffered_inputs, self.pad_to_multiple_of)
             self._token_shares = self._count_token_shares(self._buffered_inputs)
             if self.teacher.is_offloaded:
-                self._teacher_outputs = dict(enumerate(self._teacher_passes(self._buffered_inputs)))
+                outputs = self._teacher_passes(self._buffered_inputs)
+                for micro_batch, output in zip(self._buffered_inputs, outputs, strict=True):
+                    micro_batch["teacher_output"] = output
             inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         return inputs
 
@@ -422,6 +424,8 @@ class CRISPTrainer(ResumableTrainer):
         metrics["completions/epistemic_words"].append(1000 * words_B.sum().item() / max(length_B.sum().item(), 1.0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Taken out of the inputs, which stay until the next step
+        self._teacher_output = inputs.pop("teacher_output", None)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._diagnostics is not None
         means = {name: self._mean_over_processes(diagnostic) for name, diagnostic in self._diagnostics.items()}
@@ -478,8 +482,8 @@ class CRISPTrainer(ResumableTrainer):
         args = self.args
         loss_mask_BT = self.get_loss_mask(inputs)
         # Before the student's graph exists, so that the activations of the two passes are not in memory at once
-        output = self._teacher_outputs.pop(self._step % args.gradient_accumulation_steps, None)
-        teacher_hidden_NH, teacher_head = self._teacher_passes([inputs])[0] if output is None else output
+        teacher_hidden_NH, teacher_head = self._teacher_output or self._teacher_passes([inputs])[0]
+        self._teacher_output = None
         # The forward redirection bypasses the autocast that accelerate adds to the model's own forward
         with self.accelerator.autocast():
             student_hidden_BTH = self._get_last_hidden_state(unwrapped_student, *_model_inputs(inputs, "prompt"))
