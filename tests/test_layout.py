@@ -37,7 +37,8 @@ MAY_IMPORT = {
     # The trainer is attached to, by one call, and imported by nobody below it
     "health": {"_upstream", "config", "evaluation", "loss", "models", "prompts", "rows", "run"},
     "preflight": {"config", "evaluation", "health", "loss", "models", "prompts", "rows", "run"},
-    "report": {"evaluation.results", "evaluation.metrics"},
+    # It reads results and compares them again; it never samples or grades
+    "report": {"evaluation.comparison", "evaluation.metrics", "evaluation.records", "evaluation.results"},
     "train": None,
     "cli": None,
 }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import shlex
 from dataclasses import MISSING
@@ -12,6 +13,9 @@ import yaml
 from datasets import Dataset
 
 from benchmarks import memory, steps
+from benchmarks.health.answers import RIGHT
+from benchmarks.health.figure import PANELS, SEED
+from benchmarks.health.measured import codes_of
 from tests.helpers import load_example
 from tests.tiny_models import save_tiny
 from trl_crisp.evaluation.results import load_results
@@ -113,6 +117,7 @@ def test_command_is_one_that_its_program_takes(name, words, tmp_path, monkeypatc
 
     from trl_crisp.cli import make_eval_parser, resolve_accelerate_config, split_arguments
     from trl_crisp.preflight.arguments import make_preflight_parser, settings_of
+    from trl_crisp.report.arguments import make_report_parser
     from trl_crisp.train import check_config, make_parser, parse_args
 
     for word in words:
@@ -131,6 +136,8 @@ def test_command_is_one_that_its_program_takes(name, words, tmp_path, monkeypatc
         assert importlib.util.find_spec(words[2])
     elif words[:2] == ["trl-crisp", "eval"]:
         make_eval_parser().parse_args(words[2:])
+    elif words[:2] == ["trl-crisp", "report"]:
+        make_report_parser().parse_args(words[2:])
     elif words[:2] == ["trl-crisp", "preflight"]:
         assert settings_of(make_preflight_parser().parse_args(words[2:])).instructions == ("v1", "v2")
     elif words[:2] == ["trl-crisp", "train"]:
@@ -277,12 +284,19 @@ def test_the_papers_rows_are_the_configs():
         assert f"{after} with {version}" in README
 
 
-def test_the_labs_line_is_the_labs_table():
-    rows = {row[0]: row for row in table_rows(section(BENCHMARKS, "## The lab")) if len(row) == 11}
-    change, accuracy = rows["m50"][4], rows["m50"][6]
-    lost = float(rows["base"][6].split()[0]) - float(accuracy.split()[0])
-    assert f"costs {lost:.0f} points of\naccuracy for {abs(float(change.split('%')[0])):.0f}% fewer tokens" in README
-    assert float(rows["m1"][6].split()[0]) == 0
+def test_the_line_on_what_is_lost_is_the_third_run():
+    """Of the figure's panels; counted anew from the run's answers."""
+    name = list(PANELS.values())[2]
+    run = json.loads((ROOT / f"benchmarks/results/health/{name}-seed{SEED}.json").read_text(encoding="utf-8"))
+    measured = {one["step"]: one for one in run["measurements"]}
+    tokens = [one["agreement_mean_tokens"] for step, one in measured.items() if step >= 39]
+    codes = ["".join(codes_of(measured[step])) for step in (39, 150)]
+    first, last = (row.count(RIGHT) / len(row) for row in codes)
+    stated = f"stay at {math.floor(min(tokens))} to {math.ceil(max(tokens))} tokens from step 39 on"
+    assert stated in README
+    assert f"falls from {first:.0%}\nto {last:.0%}" in README
+    for step, share in ((39, first), (150, last)):
+        assert measured[step]["agreement"] == pytest.approx(share, abs=0.01)
 
 
 def test_loras_rows_are_the_labs_and_the_committed_runs():

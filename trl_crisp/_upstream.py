@@ -3,9 +3,10 @@
 Tested with TRL 1.16.0 (pyproject.toml allows 1.16 only). Besides the names below, `CRISPTrainer` overrides or calls these
 private members of `DistillationTrainer`: `_compute_loss`, `_generate_and_score_completions`, `_prepare_inputs`,
 `_get_last_hidden_state`, `_tokenize_prompts`, `_get_train_sampler`, `_forward_redirection`, `_metrics`, `_step`, `_tokenizer`,
-`_is_vlm`, `_buffered_inputs`. For its loaders and checkpoints it also uses these members of transformers' `Trainer`: `_get_dataloader`,
-`_eval_dataloaders`, `_save_checkpoint`, `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_optimizer_and_scheduler`,
-`_get_output_dir`, `_tr_loss`, `_globalstep_last_logged`.
+`_is_vlm`, `_buffered_inputs`, `_last_loaded_step`. Answers along a run also use `_llm_weights_sleeping` of `VLLMGeneration`. For its
+loaders and checkpoints it also uses these members of transformers' `Trainer`: `_get_dataloader`, `_eval_dataloaders`,
+`_save_checkpoint`, `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_get_output_dir`,
+`_tr_loss`, `_globalstep_last_logged`.
 """
 
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction

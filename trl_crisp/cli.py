@@ -1,4 +1,8 @@
-"""The command line `trl-crisp`: `train` runs `accelerate launch -m trl_crisp.train`, `preflight` looks before it, `eval` measures a model."""
+"""
+The command line `trl-crisp`.
+
+`train` runs `accelerate launch -m trl_crisp.train`, `preflight` looks before it, `eval` measures a model, and `report` shows what was measured.
+"""
 
 import argparse
 import contextlib
@@ -284,6 +288,13 @@ def make_eval_parser() -> argparse.ArgumentParser:
         help="vllm is faster, above all on a GPU",
     )
     add(
+        "--tensor-parallel-size",
+        "--tensor_parallel_size",
+        type=int,
+        default=EvaluationSettings.tensor_parallel_size,
+        help="GPUs that share the model, with --engine vllm",
+    )
+    add(
         "--batch-size",
         "--batch_size",
         type=int,
@@ -382,7 +393,33 @@ def preflight(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "preflight": preflight, "eval": evaluate}
+def report(argv: list[str]) -> int:
+    """
+    Write the page of some results and runs.
+
+    Args:
+        argv: See `trl-crisp report --help`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: See [`~trl_crisp.report.page.write_report`].
+    """
+    from trl_crisp.report.arguments import make_report_parser
+
+    args = make_report_parser().parse_args(argv)
+
+    from trl_crisp.report.page import write_report
+
+    written = write_report(args.results, args.output, args.run)
+    print(f"Wrote {' and '.join(map(str, written))}.")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "preflight": preflight,
+    "eval": evaluate,
+    "report": report,
+}
 
 
 def split_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:

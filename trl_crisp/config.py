@@ -98,7 +98,13 @@ class CRISPConfig(DistillationConfig):
             A .jsonl, .json, .parquet or .csv file with prompts of its own to measure on, in the form of the training rows, instead of
             training prompts. With `monitor_prompts`, its first ones; else all.
         monitor_samples (`int`, defaults to `5`; ours, as in the lab's runs that the rule was tested on):
-            Answers per monitor prompt, of the base and at each measurement.
+            Answers per monitor prompt at each measurement.
+        monitor_base_samples (`int`, *optional*):
+            Answers of the base per monitor prompt, before the first step. If unset: `monitor_samples`. We recommend 16: the base is measured
+            once, and its noise is in all changes of the run (benchmarks/README).
+        monitor_max_new_tokens (`int`, *optional*):
+            The longest answer to a monitor prompt. If unset: `max_completion_length`. Give more if that cuts the base's answers: prompts
+            whose answers are cut have no reference, and agreement then looks better than accuracy is.
         monitor_steps (`int`, *optional*):
             Optimizer steps between two measurements. If unset: `teacher_sync_steps`, and 50 for a teacher without one. Step k is
             measured if k + 1 is a multiple, just before a refresh is due; so is the last step.
@@ -212,7 +218,14 @@ class CRISPConfig(DistillationConfig):
     monitor_file: str | None = field(
         default=None, metadata={"help": "A file with prompts to measure agreement on, instead of training prompts."}
     )
-    monitor_samples: int = field(default=5, metadata={"help": "Answers per monitor prompt."})
+    monitor_samples: int = field(default=5, metadata={"help": "Answers per monitor prompt at each measurement."})
+    monitor_base_samples: int | None = field(
+        default=None,
+        metadata={"help": "Answers of the base per monitor prompt, better 16: monitor_samples if unset."},
+    )
+    monitor_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "The longest answer to a monitor prompt: max_completion_length if unset."}
+    )
     monitor_steps: int | None = field(
         default=None, metadata={"help": "Steps between two measurements of agreement: teacher_sync_steps if unset."}
     )
@@ -463,7 +476,10 @@ class CRISPConfig(DistillationConfig):
                     "monitor_prompts, such as 64, or monitor_file."
                 )
             defaults = CRISPConfig.__dataclass_fields__
-            names = ("monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin", "monitor_distance")
+            names = (
+                *("monitor_samples", "monitor_base_samples", "monitor_max_new_tokens", "monitor_steps"),
+                *("monitor_grader", "monitor_margin", "monitor_distance"),
+            )
             if changed := [name for name in names if getattr(self, name) != defaults[name].default]:
                 self._warn(f"{', '.join(changed)} has no effect without monitor_prompts or monitor_file.")
             return
@@ -480,6 +496,19 @@ class CRISPConfig(DistillationConfig):
         if self.monitor_samples < 2:
             raise ValueError(
                 f"monitor_samples={self.monitor_samples}: a majority needs at least 2 answers to a prompt. Give 5, or more."
+            )
+        if self.monitor_base_samples is None:
+            self.monitor_base_samples = self.monitor_samples
+        if self.monitor_base_samples < 2:
+            raise ValueError(
+                f"monitor_base_samples={self.monitor_base_samples}: a majority needs at least 2 answers to a prompt. Give 16, or leave it "
+                "unset for as many as monitor_samples."
+            )
+        if self.monitor_max_new_tokens is None:
+            self.monitor_max_new_tokens = self.max_completion_length
+        if self.monitor_max_new_tokens < 1:  # type: ignore[operator]
+            raise ValueError(
+                f"monitor_max_new_tokens={self.monitor_max_new_tokens} must be at least 1. Leave it unset for max_completion_length."
             )
         if not 0 <= self.monitor_margin < 1:
             raise ValueError(

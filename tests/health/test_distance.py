@@ -86,7 +86,7 @@ def test_the_distance_is_that_of_the_oracle(tmp_path, kind, adapter):
     last = copy.deepcopy(trainer.model)
     for step, student in ((3, last), (0, first)):
         trainer.model.load_state_dict(student.state_dict(), strict=False)
-        _, answers = monitor._sample(range(8), trainer.args.seed + step)
+        _, answers = monitor._sample(range(8), trainer.args.seed + step, 2)
         expected = []
         exact_student, exact_base = in_float64(student), in_float64(first)
         for problem, own in zip(monitor._problems, answers, strict=True):
@@ -119,7 +119,7 @@ def test_the_passes_have_the_weights_of_their_own_in_bfloat16(tmp_path):
     first = tiny_model()
     trainer, monitor = attached(tmp_path, bf16=True, instruction="")
     trainer.train()
-    _, answers = monitor._sample(range(8), 5)
+    _, answers = monitor._sample(range(8), 5, 2)
     prompts = [ids for ids, own in zip(monitor._token_ids, answers, strict=True) for _ in own]
     flat = [answer for own in answers for answer in own]
     tokens = 4 * max(len(ids) + len(answer) for ids, answer in zip(prompts, flat, strict=True))
@@ -308,10 +308,12 @@ def test_a_file_whose_teacher_prompt_is_the_students_is_refused(tmp_path):
 # What is refused, and what warns
 
 
-def test_partitioned_weights_are_refused():
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
-    with pytest.raises(ValueError, match=r"ZeRO-3 partitions the weights.*Use ZeRO-2"):
-        ConciseBaseDistance(SimpleNamespace(accelerator=SimpleNamespace(state=state)), [], [])
+@pytest.mark.parametrize(("is_fsdp", "zero_stage", "by"), [(False, 3, "DeepSpeed ZeRO-3"), (True, None, "FSDP")])
+def test_partitioned_weights_are_refused(is_fsdp, zero_stage, by):
+    plugin = None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match=rf"{by} partitions the weights.*Use ZeRO-2"):
+        ConciseBaseDistance(SimpleNamespace(accelerator=accelerator, is_fsdp_enabled=is_fsdp), [], [])
 
 
 def test_it_warns_without_monitor_prompts(tmp_path):

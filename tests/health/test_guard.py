@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from transformers import TrainerControl, TrainerState
 
 from tests.health.test_signals import FIRST, LOST
-from tests.helpers import config, make_trainer, rows
+from tests.helpers import config, make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny
 from trl_crisp.health.attach import attach_health
 from trl_crisp.health.guard import CollapseGuard
@@ -81,6 +83,44 @@ def test_the_config_turns_it_off(tmp_path):
     guard = attach_health(trainer).guard
     assert guard is None
     assert not any(isinstance(callback, CollapseGuard) for callback in trainer.callback_handler.callbacks)
+
+
+def test_a_healthy_run_with_the_guard_ends_with_the_same_bits(tmp_path):
+    """Also the optimizer's state and the random numbers in its checkpoint."""
+    files = []
+    for guarded in (False, True):
+        fields = {"max_steps": 12, "save_strategy": "steps", "save_steps": 12, "learning_rate": 1e-4}
+        trainer = make_trainer(tmp_path / str(guarded), collapse_guard=guarded, **fields)
+        health = attach_health(trainer)
+        trainer.train()
+        assert (health.guard is not None) is guarded
+        assert trainer.state.global_step == 12
+        checkpoint = tmp_path / str(guarded) / "checkpoint-12"
+        files.append(
+            {name: torch.load(checkpoint / name, weights_only=False) for name in ("optimizer.pt", "rng_state.pth")}
+        )
+        files[-1]["weights"] = parameters_of(trainer.model)
+    unguarded, guarded = (dict(_leaves(one)) for one in files)
+    assert unguarded.keys() == guarded.keys()
+    assert len(unguarded) > 20
+    assert all(_same(value, guarded[name]) for name, value in unguarded.items())
+
+
+def _leaves(value, name=""):
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    )
+    if children is None:
+        yield name, value
+        return
+    for key, child in children:
+        yield from _leaves(child, f"{name}/{key}")
+
+
+def _same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
 
 
 def train(model, rows_file, output_dir, *flags):

@@ -79,8 +79,34 @@ def test_the_gate_follows_the_last_measurement(gated):
 
 def test_a_cap_that_cuts_the_bases_answers_warns(tmp_path):
     # The tiny model ends no answer of 8 tokens
-    with pytest.warns(UserWarning, match=r"\d+% of the base's answers .* were cut at max_completion_length=8 tokens"):
+    with pytest.warns(UserWarning, match=r"\d+% of the base's answers .* were cut at monitor_max_new_tokens=8 tokens"):
         train(tmp_path, max_steps=1)
+
+
+def test_the_base_gives_its_own_number_of_answers_under_the_monitors_own_cap(tmp_path):
+    fields = {"monitor_base_samples": 6, "monitor_max_new_tokens": 12}
+    with pytest.warns(UserWarning, match="were cut at monitor_max_new_tokens=12 tokens"):
+        trainer, monitor = train(tmp_path, max_steps=1, **fields)
+    lines = [json.loads(line) for line in (tmp_path / "agreement" / "reference.jsonl").read_text().splitlines()]
+    assert 3 < max(line["votes"] for line in lines) <= 6
+    # Of 6 samples each agrees with the majority of the other 5, or does not; a tie among these shares it
+    assert all((6 * line["base_agreement"] * 6) == pytest.approx(round(36 * line["base_agreement"])) for line in lines)
+    log = measured(trainer)
+    assert [log[step]["eval_agreement_mean_tokens"] for step in (0, 1)] == [12, 12]
+    answers = len(monitor.references) * trainer.args.monitor_samples
+    assert log[1]["eval_agreement"] * answers == pytest.approx(round(log[1]["eval_agreement"] * answers))
+    assert trainer.args.max_completion_length == 8
+
+
+def test_unset_samples_and_cap_are_the_students_and_the_rollouts(tmp_path):
+    args = make_trainer(tmp_path, dataset=rows(24), **FIELDS).args
+    assert (args.monitor_base_samples, args.monitor_max_new_tokens) == (3, 8)
+
+
+def test_a_cap_beyond_the_models_positions_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, monitor_max_new_tokens=100_000)
+    with pytest.raises(ValueError, match="monitor_max_new_tokens"):
+        AgreementMonitor(trainer, first_characters)
 
 
 def test_a_killed_gated_run_ends_with_the_same_bits(gated):
@@ -137,6 +163,8 @@ def test_a_gate_that_is_not_attached_is_refused(tmp_path):
     [
         ({"monitor_prompts": 7}, "Give at least 8"),
         ({"monitor_samples": 1}, "at least 2 answers"),
+        ({"monitor_base_samples": 1}, "monitor_base_samples=1: a majority needs at least 2"),
+        ({"monitor_max_new_tokens": 0}, "monitor_max_new_tokens=0 must be at least 1"),
         ({"monitor_margin": 3.0}, "a number from 0 to below 1"),
         ({"monitor_steps": 0}, "at least 1"),
         ({"monitor_grader": "essay"}, "'math', 'choice', 'text'"),
@@ -155,8 +183,10 @@ def test_bad_fields_are_refused(tmp_path, fields, words):
 
 
 def test_fields_without_monitor_prompts_warn(tmp_path):
-    with pytest.warns(UserWarning, match="monitor_samples, monitor_margin has no effect without monitor_prompts"):
-        make_trainer(tmp_path, monitor_samples=3, monitor_margin=0.1)
+    with pytest.warns(
+        UserWarning, match="monitor_samples, monitor_base_samples, monitor_margin has no effect without"
+    ):
+        make_trainer(tmp_path, monitor_samples=3, monitor_base_samples=16, monitor_margin=0.1)
 
 
 def test_too_few_rows_are_refused(tmp_path):
@@ -177,7 +207,9 @@ def test_the_script_attaches_the_monitor(tmp_path, capsys):
     ]
     main(*parse_args(argv))
     said = capsys.readouterr()
-    assert "is measured: 8 prompts, left out of the training rows, 2 answers each" in said.out
+    assert (
+        "is measured: 8 prompts, left out of the training rows, 2 answers of the base to each, 2 at each" in said.out
+    )
     assert "sampling: 16/16" in said.err
     # The answers of this untrained model are no math
     assert "only 0 of 8 monitor prompts" in said.out

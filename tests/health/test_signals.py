@@ -221,6 +221,10 @@ def test_the_labs_committed_runs_are_judged_rightly():
         *("stability-m20-seed0", "stability-m20-seed1", "stability-m20-seed2"),
         *("short-m1-seed0", "short-m1-seed2", "lora-3e-3-seed2"),
     }
+    told = " ".join(Path("benchmarks/README.md").read_text(encoding="utf-8").split())
+    assert f"the lab's {len(runs)} runs it stops none of the {len(kept)} that" in told
+    assert f"and {len(stopped)} of the other {len(runs) - len(kept)}, among" in told
+    assert f"at steps {min(stopped.values())} to {max(stopped.values())}. Of {len(unseen)} others" in told
 
 
 class Seen(TrainerCallback):

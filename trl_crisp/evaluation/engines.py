@@ -116,6 +116,7 @@ class VllmEngine:
         max_model_tokens: The tokens of the longest prompt and its answer. vLLM reserves memory for as many.
         batch_size: Answers at once; vLLM chooses if `None`.
         revision: The commit of a Hub id.
+        tensor_parallel_size: GPUs that share the model.
     """
 
     name = "vllm"
@@ -127,6 +128,7 @@ class VllmEngine:
         max_model_tokens: int,
         batch_size: int | None,
         revision: str | None = None,
+        tensor_parallel_size: int = 1,
     ):
         vllm = _import_vllm()
         self.tokenizer = tokenizer
@@ -140,6 +142,7 @@ class VllmEngine:
             # The dtype of the files: vLLM's "auto" would make float16 of float32
             dtype=_dtype_name(load_config(source).dtype or "auto"),
             max_model_len=max_model_tokens,
+            tensor_parallel_size=tensor_parallel_size,
             # Only the protocol sets the sampling, not the model's generation config
             generation_config="vllm",
             # Prompts and answers are token ids
@@ -172,43 +175,112 @@ class VllmEngine:
         seed,
         batch_size,
     ) -> None:
-        from vllm.sampling_params import RequestOutputKind
+        answer_requests(
+            self._llm.llm_engine,
+            self._eos,
+            prompt_token_ids,
+            places,
+            on_completion,
+            on_progress,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
 
-        engine = self._llm.llm_engine
-        for index, (ids, place) in enumerate(zip(prompt_token_ids, places, strict=True)):
-            params = self._vllm.SamplingParams(
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                # 0 turns it off, as in transformers
-                top_k=top_k,
-                # An answer's random numbers do not depend on the other requests
-                seed=_request_seed(seed, place),
-                # Only the model's own eos ids end an answer; vLLM would add that of the tokenizer
-                ignore_eos=True,
-                stop_token_ids=self._eos,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            engine.add_request(str(index), {"prompt_token_ids": list(ids)}, params)
-        started_s = last_report_s = time.monotonic()
-        done = tokens = 0
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if not output.finished:
-                    continue
-                token_ids = list(output.outputs[0].token_ids)
-                done += 1
-                tokens += len(token_ids)
-                on_completion(int(output.request_id), Completion(token_ids, token_ids[-1] in self._eos))
-            now_s = time.monotonic()
-            if done and (now_s - last_report_s > _REPORT_EVERY_S or done == len(prompt_token_ids)):
-                last_report_s = now_s
-                pace = (now_s - started_s) / done
-                on_progress(
-                    done,
-                    f"{tokens / (now_s - started_s):.0f} tokens/s, about {pace * (len(prompt_token_ids) - done):.0f} s left",
-                )
+
+def vllm_sampling(
+    eos_token_ids: Sequence[int],
+    place: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return one answer's sampling in vLLM's words. The arguments are those of [`Engine.generate`]."""
+    return {
+        "max_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        # 0 turns it off, as in transformers
+        "top_k": top_k,
+        # An answer's random numbers do not depend on the other requests
+        "seed": _request_seed(seed, place),
+        # Only the model's own eos ids end an answer; vLLM would add that of the tokenizer
+        "ignore_eos": True,
+        "stop_token_ids": list(eos_token_ids),
+    }
+
+
+def answer_requests(
+    llm_engine: Any,
+    eos_token_ids: Sequence[int],
+    prompt_token_ids: Sequence[Sequence[int]],
+    places: Sequence[int],
+    on_completion: OnCompletion,
+    on_progress: OnProgress,
+    **sampling: Any,
+) -> None:
+    """
+    Generate answers with an engine of vLLM that has no other requests.
+
+    Args:
+        llm_engine: vLLM's `LLM.llm_engine`.
+        eos_token_ids: These tokens end an answer.
+        prompt_token_ids, places, on_completion, on_progress, sampling: See [`Engine.generate`].
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    for index, (ids, place) in enumerate(zip(prompt_token_ids, places, strict=True)):
+        params = SamplingParams(
+            **vllm_sampling(eos_token_ids, place, **sampling),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        llm_engine.add_request(str(index), {"prompt_token_ids": list(ids)}, params)
+    tell = PaceTeller(len(prompt_token_ids), on_progress)
+    while llm_engine.has_unfinished_requests():
+        for output in llm_engine.step():
+            if not output.finished:
+                continue
+            token_ids = list(output.outputs[0].token_ids)
+            on_completion(int(output.request_id), Completion(token_ids, token_ids[-1] in eos_token_ids))
+            tell.add(len(token_ids))
+        tell.report()
+
+
+class PaceTeller:
+    """
+    Reports how many answers have ended, with the pace and the time left, at most once per second.
+
+    Args:
+        answers: How many there will be.
+        on_progress: See [`Engine.generate`].
+    """
+
+    def __init__(self, answers: int, on_progress: OnProgress) -> None:
+        self.answers, self.on_progress = answers, on_progress
+        self._started_s = self._last_report_s = time.monotonic()
+        self._done = self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """Count an answer that has ended."""
+        self._done += 1
+        self._tokens += tokens
+
+    def report(self) -> None:
+        """Report, if it is time."""
+        now_s = time.monotonic()
+        if not self._done or (now_s - self._last_report_s <= _REPORT_EVERY_S and self._done != self.answers):
+            return
+        self._last_report_s = now_s
+        elapsed_s = now_s - self._started_s
+        left_s = elapsed_s / self._done * (self.answers - self._done)
+        self.on_progress(self._done, f"{self._tokens / elapsed_s:.0f} tokens/s, about {left_s:.0f} s left")
 
 
 def require_engine(name: str) -> None:
@@ -223,6 +295,7 @@ def load_engine(
     tokenizer: "PreTrainedTokenizerBase",
     max_model_tokens: int,
     batch_size: int | None,
+    tensor_parallel_size: int = 1,
 ) -> Engine:
     """
     Load a model into an engine. An adapter is merged into its base.
@@ -233,6 +306,7 @@ def load_engine(
         tokenizer: See [`~trl_crisp.evaluation.loading.load_tokenizer`].
         max_model_tokens: The tokens of the longest prompt and its answer.
         batch_size: Answers at once; the engine chooses if `None`.
+        tensor_parallel_size: GPUs that share the model; vLLM only.
 
     Raises:
         ValueError: See [`~trl_crisp.evaluation.loading.load_model`].
@@ -248,11 +322,11 @@ def load_engine(
         # If the model is quantized, transformers would need the package of the quantization. vLLM checks the names of the weights too.
         if getattr(load_config(source), "quantization_config", None) is None:
             check_weights(source)
-        return VllmEngine(source.name, tokenizer, max_model_tokens, batch_size, source.revision)
+        return VllmEngine(source.name, tokenizer, max_model_tokens, batch_size, source.revision, tensor_parallel_size)
     # vLLM serves adapters too, but not those that have whole layers; a merged model also answers faster
     with tempfile.TemporaryDirectory() as merged:
         load_model(source, tokenizer).save_pretrained(merged)
-        return VllmEngine(merged, tokenizer, max_model_tokens, batch_size)
+        return VllmEngine(merged, tokenizer, max_model_tokens, batch_size, tensor_parallel_size=tensor_parallel_size)
 
 
 def _import_vllm() -> Any:

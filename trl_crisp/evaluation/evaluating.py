@@ -75,7 +75,9 @@ def _evaluate(
     prompts = prompt_token_ids(problems, instruction, tokenizer, settings.chat_template_kwargs, settings.system)
     check_positions(load_config(source), problems, prompts, settings.max_new_tokens)
     longest_tokens = max(map(len, prompts)) + settings.max_new_tokens
-    engine = load_engine(settings.engine, source, tokenizer, longest_tokens, settings.batch_size)
+    engine = load_engine(
+        settings.engine, source, tokenizer, longest_tokens, settings.batch_size, settings.tensor_parallel_size
+    )
 
     about_model = describe_weights(source)
     sampling_protocol = describe_sampling(settings, instruction, benchmark, engine, settings.model, about_model)

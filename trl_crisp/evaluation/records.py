@@ -6,6 +6,7 @@ from typing import Any
 
 from trl_crisp.evaluation.grading import Grade
 from trl_crisp.evaluation.metrics import Interval
+from trl_crisp.prompts.instructions import Prompt
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class ScoredProblem:
         level: Its difficulty or subject, if the benchmark has one.
         answer: The right answer; a list if several texts are right.
         samples: In the order of their numbers.
+        prompt: The user's message, or a list of messages; `None` in results of older versions.
     """
 
     id: str
     level: str | None
     answer: str | list[str]
     samples: list[ScoredSample]
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def problem_to_dict(problem: ScoredProblem) -> dict[str, Any]:
         "id": problem.id,
         "level": problem.level,
         "answer": problem.answer,
+        **({} if problem.prompt is None else {"prompt": problem.prompt}),
         "samples": [
             {
                 "tokens": sample.tokens,
@@ -185,6 +189,7 @@ def problem_from_dict(values: dict[str, Any]) -> ScoredProblem:
             )
             for sample in values["samples"]
         ],
+        prompt=values.get("prompt"),
     )
 
 

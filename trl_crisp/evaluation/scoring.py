@@ -79,6 +79,7 @@ def score_samples(
             level=problem.level,
             answer=problem.answer,
             samples=[score(samples[problem.id, number]) for number in range(settings.samples)],
+            prompt=problem.prompt,
         )
         for problem in problems
     ]

@@ -38,6 +38,7 @@ class EvaluationSettings:
         seed: The seed of the sampling.
         batch_size: Answers at once; the engine chooses if `None`.
         engine: One of [`ENGINES`].
+        tensor_parallel_size: GPUs that share the model; vLLM only.
         exact: Grade exactly by the authors' rules.
         chat_template_kwargs: Flags of the chat template, such as `enable_thinking`.
         grader: The kind of the answers, one of [`~trl_crisp.evaluation.grading.KINDS`]. If `None`, a named benchmark has its own
@@ -63,6 +64,7 @@ class EvaluationSettings:
     seed: int = 0
     batch_size: int | None = None
     engine: str = "transformers"
+    tensor_parallel_size: int = 1
     exact: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     grader: Kind | None = None
@@ -77,6 +79,12 @@ class EvaluationSettings:
         for name in ("samples", "max_new_tokens", "batch_size", "limit"):
             if getattr(self, name) is not None or name in ("samples", "max_new_tokens"):
                 _check_integer(name, getattr(self, name), 1)
+        _check_integer("tensor_parallel_size", self.tensor_parallel_size, 1)
+        if self.tensor_parallel_size > 1 and self.engine != "vllm":
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} needs engine='vllm': transformers answers on one device. Set the engine, "
+                "or leave it out."
+            )
         for name in ("seed", "top_k"):
             _check_integer(name, getattr(self, name), 0)
         for budget in self.budgets:

@@ -42,16 +42,17 @@ class ConciseBaseDistance:
         teacher_prompts: The token ids of each prompt, as the teacher has it ([`teacher_prompts_of`]).
 
     Raises:
-        ValueError: If DeepSpeed ZeRO-3 partitions the weights.
+        ValueError: If DeepSpeed ZeRO-3 or FSDP partitions the weights.
     """
 
     def __init__(
         self, trainer: Any, prompts: Sequence[Sequence[int]], teacher_prompts: Sequence[Sequence[int]]
     ) -> None:
         plugin = trainer.accelerator.state.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
+        by = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
+        if by is not None:
             raise ValueError(
-                "monitor_distance: DeepSpeed ZeRO-3 partitions the weights, so those of the start cannot be put in their place. Use ZeRO-2 "
+                f"monitor_distance: {by} partitions the weights, so those of the start cannot be put in their place. Use ZeRO-2 "
                 "(examples/accelerate/zero2.yaml), or leave it unset."
             )
         self.trainer, self._prompts, self._teacher_prompts = trainer, prompts, teacher_prompts

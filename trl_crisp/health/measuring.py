@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,22 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_crisp.evaluation.comparison import compare
-from trl_crisp.evaluation.engines import TransformersEngine
+from trl_crisp.evaluation.engines import Engine
 from trl_crisp.evaluation.evaluating import load_asked
 from trl_crisp.evaluation.grading import require_math_verify
 from trl_crisp.evaluation.progress import Tell
-from trl_crisp.evaluation.prompts import check_positions, prompt_token_ids
+from trl_crisp.evaluation.prompts import prompt_token_ids
 from trl_crisp.evaluation.protocol import describe_grading, describe_sampling
 from trl_crisp.evaluation.results import SamplingPace, load_results, write_results
 from trl_crisp.evaluation.sample_file import Sample, SampleFile
 from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.scoring import score_samples
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, offer_best
 
+_CAP = "eval_benchmark_max_new_tokens"
 # Ours: if more of the base's answers are cut than this share, lengths and accuracy say more about the cap than about the model
 _MUCH_CUT = 0.1
 
@@ -94,7 +96,8 @@ class BenchmarkCallback(TrainerCallback):
     The log gets `eval_{name}_accuracy`, `eval_{name}_mean_tokens`, `eval_{name}_reduction` (the share of the base's tokens that is
     saved), `eval_{name}_truncated` and `eval_{name}_runtime` (seconds). `output_dir/evaluation/{name}/step-N` gets the files that
     `trl-crisp eval` writes. The random numbers of the training are not touched: training with this callback gives the same weights
-    as without it. With several processes each one answers its share of the problems.
+    as without it. If vLLM samples the run's rollouts, it answers here too, else the model does. With several processes each one
+    answers its share of the problems.
 
     The best checkpoint is the measured step with the fewest mean tokens. It needs fewer than the base has, and an accuracy of at most
     `max_accuracy_drop` below the base's. Each new best checkpoint is saved, kept by `save_total_limit`, and named in
@@ -108,7 +111,7 @@ class BenchmarkCallback(TrainerCallback):
         progress: Makes a context manager for the first process; it gives the function that receives the progress.
 
     Raises:
-        ValueError: If the model is sharded by FSDP, or if the benchmark or the settings do not fit.
+        ValueError: If the model is sharded by FSDP and vLLM does not answer, or if the benchmark or the settings do not fit.
         FileNotFoundError, PermissionError, ConnectionError: If the problems cannot be loaded.
         ImportError: If math-verify is not installed.
     """
@@ -121,20 +124,20 @@ class BenchmarkCallback(TrainerCallback):
         max_accuracy_drop: float = BenchmarkArguments.eval_benchmark_max_accuracy_drop,
         progress: Callable[[], AbstractContextManager[Tell]] = lambda: nullcontext(lambda *args: None),
     ) -> None:
-        for name, value in (("engine", settings.engine), ("instruction", settings.instruction)):
-            if value != getattr(EvaluationSettings, name):
+        for name in ("engine", "instruction", "tensor_parallel_size"):
+            if (value := getattr(settings, name)) != getattr(EvaluationSettings, name):
                 raise ValueError(
-                    f"{name}={value!r} has no effect during training: the student answers the plain prompt, with transformers. Leave it "
-                    "out, and measure checkpoints with `trl-crisp eval`."
+                    f"{name}={value!r} has no effect during training: the student answers the plain prompt, with the run's own engine. "
+                    "Leave it out, and measure checkpoints with `trl-crisp eval`."
                 )
         check_sole_owner(trainer.args, "eval_benchmark")
-        if trainer.is_fsdp_enabled:
+        if not can_answer(trainer):
             raise ValueError(
                 "eval_benchmark: answers cannot be sampled from a model that FSDP has sharded. Leave it unset and measure the "
-                "checkpoints with `trl-crisp eval`, or train with DeepSpeed."
+                "checkpoints with `trl-crisp eval`, or set use_vllm, or train with DeepSpeed."
             )
         require_math_verify()
-        self.trainer, self.settings = trainer, settings
+        self.trainer, self.settings = trainer, replace(settings, engine=engine_name(trainer))
         self.every_steps, self.margin, self.progress = every_steps, max_accuracy_drop, progress
         self.benchmark = load_asked(settings)
         self.name = Path(settings.benchmark).stem
@@ -143,8 +146,7 @@ class BenchmarkCallback(TrainerCallback):
         self._prompts = prompt_token_ids(
             self.benchmark.problems, "", self._tokenizer, settings.chat_template_kwargs, settings.system
         )
-        model: Any = trainer.model
-        check_positions(model.config, self.benchmark.problems, self._prompts, settings.max_new_tokens)
+        check_lengths(trainer, self.benchmark.problems, self._prompts, settings.max_new_tokens, _CAP)
         self._first_prompt = str(self._tokenizer.decode(self._prompts[0]))
 
     def describe_start(self) -> str:
@@ -177,7 +179,17 @@ class BenchmarkCallback(TrainerCallback):
         settings = {**asdict(self.settings), "benchmark_revision": self.benchmark.revision}
         before = {**base["protocol"], "samples": base["samples"], "limit": base["protocol"]["problems"]}
         settings["limit"] = len(self.benchmark.problems)
-        names = ("benchmark_revision", "limit", "samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        names = (
+            "benchmark_revision",
+            "engine",
+            "limit",
+            "samples",
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+        )
         if differing := [name for name in names if before[name] != settings[name]]:
             listed = "".join(f"\n  {name}: {before[name]!r} before, {settings[name]!r} now" for name in differing)
             raise ValueError(
@@ -286,7 +298,7 @@ class BenchmarkCallback(TrainerCallback):
 
     def _score_and_write(
         self,
-        engine: TransformersEngine,
+        engine: Engine,
         samples: list[Sample],
         wall_s: float,
         step: int,

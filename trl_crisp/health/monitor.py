@@ -31,12 +31,14 @@ from trl_crisp.health.reference import (
     find_reference,
     write_references,
 )
+from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement
 
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
 _PREFIX = "eval_agreement"
+_CAP = "monitor_max_new_tokens (max_completion_length if unset)"
 # Ours: in the lab, 9% of cut answers make the change of agreement look 7 points better than it is, and 55% 20 points
 MAX_CUT_SHARE = 0.05
 # Fields that shape the rollouts and that the evaluation's sampler does not have, with their values that change nothing
@@ -51,9 +53,10 @@ class AgreementMonitor(TrainerCallback):
     """
     Measures agreement with the base's own majority answers, and decides about due refreshes by it.
 
-    Before the first step the base answers each monitor prompt `monitor_samples` times, and the majority is the prompt's reference
+    Before the first step the base answers each monitor prompt `monitor_base_samples` times, and the majority is the prompt's reference
     ([`~trl_crisp.health.reference`]). The references are in `output_dir/agreement/reference.jsonl`, which `trl-crisp eval --benchmark`
-    reads. Every `monitor_steps` steps the student answers the prompts that have one, at the rollouts' temperature, top_p, top_k and cap.
+    reads. Every `monitor_steps` steps the student answers the prompts that have one `monitor_samples` times. Temperature, top_p and top_k are
+    the rollouts', and `monitor_max_new_tokens` is the longest answer.
     The log gets `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
     (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds). If the
     prompts have right answers, it also gets `eval_agreement_accuracy` of the same answers, with its change and interval in the same way.
@@ -106,20 +109,21 @@ class AgreementMonitor(TrainerCallback):
         self.settings = EvaluationSettings(
             model=trainer.model.config._name_or_path,
             benchmark="agreement",
+            engine=engine_name(trainer),
             samples=args.monitor_samples,
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k or 0,
-            max_new_tokens=args.max_completion_length,
+            max_new_tokens=args.monitor_max_new_tokens,
             seed=args.seed,
         )
         self._problems = [Problem(str(i), prompt, "", is_whole_prompt=True) for i, prompt in enumerate(prompts)]
         self._token_ids = trainer.prompt_pairs.tokenize_students(prompts, 0)
-        check_positions(trainer.model.config, self._problems, self._token_ids, self.settings.max_new_tokens)
+        check_lengths(trainer, self._problems, self._token_ids, self.settings.max_new_tokens, _CAP)
         self._distance: ConciseBaseDistance | None = None
         if args.monitor_distance:
             told = teacher_prompts_of(trainer, taken.monitored)
-            check_positions(trainer.model.config, self._problems, told, self.settings.max_new_tokens)
+            check_positions(trainer.model.config, self._problems, told, self.settings.max_new_tokens, _CAP)
             self._distance = ConciseBaseDistance(trainer, self._token_ids, told)
         self.references: dict[int, Reference] = {}
         self._base_accuracies: dict[int, float] = {}
@@ -145,7 +149,8 @@ class AgreementMonitor(TrainerCallback):
         where = "left out of the training rows" if self.trainer.args.monitor_file is None else "of monitor_file"
         return (
             f"During training, agreement with the base's majority answers is measured: {len(self._problems)} prompts, {where}, "
-            f"{self.settings.samples} answers each{', and their accuracy' if self._golds else ''}."
+            f"{self.trainer.args.monitor_base_samples} answers of the base to each, {self.settings.samples} at each "
+            f"measurement{', and their accuracy' if self._golds else ''}."
         )
 
     def on_train_begin(
@@ -165,7 +170,7 @@ class AgreementMonitor(TrainerCallback):
     def _ask_base(self, path: Path) -> None:
         start_s = time.monotonic()
         numbers = range(len(self._problems))
-        texts, answers = self._sample(numbers, self.settings.seed)
+        texts, answers = self._sample(numbers, self.settings.seed, self.trainer.args.monitor_base_samples)
         found: list[Reference | None] = []
         accuracies: list[float] | None = None
         if self.trainer.is_world_process_zero():
@@ -196,9 +201,9 @@ class AgreementMonitor(TrainerCallback):
         share = float(np.mean([len(ids) >= cap for row in answers for ids in row]))
         if share > MAX_CUT_SHARE:
             warnings.warn(
-                f"{share:.0%} of the base's answers to the monitor prompts were cut at max_completion_length={cap} tokens. Prompts whose answers "
+                f"{share:.0%} of the base's answers to the monitor prompts were cut at monitor_max_new_tokens={cap} tokens. Prompts whose answers "
                 "are cut have no reference, and shorter answers are cut less, so agreement looks better than accuracy is. Raise "
-                "max_completion_length, or do not trust a gate or a stop by agreement.",
+                "monitor_max_new_tokens, or do not trust a gate or a stop by agreement.",
                 stacklevel=2,
             )
 
@@ -260,7 +265,7 @@ class AgreementMonitor(TrainerCallback):
     def _measure(self, state: TrainerState) -> None:
         start_s = time.monotonic()
         asked = self._asked
-        texts, answers = self._sample(asked, self.settings.seed + state.global_step)
+        texts, answers = self._sample(asked, self.settings.seed + state.global_step, self.settings.samples)
         distance = self._measure_distance(asked, answers)
         values: dict[str, float] = {}
         if self.trainer.is_world_process_zero():
@@ -306,9 +311,11 @@ class AgreementMonitor(TrainerCallback):
             f"{_PREFIX}_distance_standard_error_nats": standard_error_nats,
         }
 
-    def _sample(self, asked: Sequence[int], seed: int) -> tuple[list[list[str]], list[list[list[int]]]]:
+    def _sample(
+        self, asked: Sequence[int], seed: int, samples_per_prompt: int
+    ) -> tuple[list[list[str]], list[list[list[int]]]]:
         """Return the texts and the token ids of the answers to some of the prompts, both [prompts, samples]."""
-        settings = EvaluationSettings(**{**vars(self.settings), "seed": seed})
+        settings = EvaluationSettings(**{**vars(self.settings), "seed": seed, "samples": samples_per_prompt})
         first = self.trainer.is_world_process_zero()
         with self.progress() if first else nullcontext(None) as on_progress:  # type: ignore[attr-defined]
             _, samples, _ = sample_student(
@@ -383,9 +390,10 @@ def _with_change(name: str, flags: Sequence[Sequence[bool]], change: Interval) -
 
 
 def _check_sampling(trainer: Any) -> None:
-    if trainer.is_fsdp_enabled:
+    if not can_answer(trainer):
         raise ValueError(
-            "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, or train with DeepSpeed."
+            "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, set use_vllm, or train with "
+            "DeepSpeed."
         )
     if trainer.tools:
         raise ValueError(

@@ -8,13 +8,13 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import Trainer
 
-from trl_crisp._upstream import unwrap_model_for_generation
-from trl_crisp.evaluation.engines import TransformersEngine
+from trl_crisp.evaluation.engines import Engine
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.sample_file import Sample
 from trl_crisp.evaluation.sample_problems import all_draws, sample_problems
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.run_engine import run_engine
 
 
 def sample_student(
@@ -24,7 +24,7 @@ def sample_student(
     prompts: Sequence[Sequence[int]],
     settings: EvaluationSettings,
     on_progress: Tell | None,
-) -> tuple[TransformersEngine, list[Sample], float]:
+) -> tuple[Engine, list[Sample], float]:
     """
     Sample answers of the model that is trained. The random numbers of the training are not touched. All processes call it.
 
@@ -40,15 +40,10 @@ def sample_student(
         The engine, the samples of all processes in the order of sampling, and the seconds that sampling took.
     """
     accelerator = trainer.accelerator
-    with unwrap_model_for_generation(
-        trainer.model_wrapped,  # type: ignore[arg-type]
-        accelerator,
-        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
-    ) as unwrapped:
-        engine = TransformersEngine(unwrapped, tokenizer)  # type: ignore[arg-type]
+    with run_engine(trainer, tokenizer) as (engine, share):
         start_s = time.monotonic()
         draws = all_draws(len(prompts), settings.samples)
-        mine = range(accelerator.process_index, len(draws), accelerator.num_processes)
+        mine = range(share.number, len(draws), share.of)
         own: list[tuple[int, Sample]] = []
 
         def tell(done: int, note: str) -> None:
@@ -64,7 +59,8 @@ def sample_student(
             lambda index, sample: own.append((mine[index], sample)),
             tell,
         )
-        everyones = gather_object(own) if accelerator.num_processes > 1 else own
+        kept = own if share.keeps else []
+        everyones = gather_object(kept) if accelerator.num_processes > 1 else kept
         samples = [sample for _, sample in sorted(everyones, key=lambda pair: pair[0])]
         return engine, samples, time.monotonic() - start_s
 

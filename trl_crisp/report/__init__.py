@@ -1,1 +1,1 @@
-"""Prints results and draws figures. Does not import torch."""
+"""Prints results, draws figures, and writes the page of results and runs. Does not import torch."""

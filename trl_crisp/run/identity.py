@@ -32,7 +32,10 @@ _COMPARED_FIELDS = (
     "teacher_refresh_gate",
 )
 # With other values, the numbers of a run before and after its interruption could not be compared
-_MONITOR_FIELDS = ("monitor_prompts", "monitor_samples", "monitor_steps", "monitor_grader", "monitor_margin")
+_MONITOR_FIELDS = (
+    *("monitor_prompts", "monitor_samples", "monitor_base_samples", "monitor_max_new_tokens", "monitor_steps"),
+    *("monitor_grader", "monitor_margin"),
+)
 
 
 def start_run(output_dir: str | Path, run_id: str | None = None) -> str:
@@ -217,7 +220,7 @@ def describe_run(
             "lora_alpha": adapter.lora_alpha,
             "target_modules": modules if isinstance(modules, str | None) else sorted(modules),
         }
-    if getattr(args, "monitor_prompts", None) is not None:
+    if getattr(args, "is_monitored", False):
         run["monitor"] = {name: getattr(args, name) for name in _MONITOR_FIELDS}
     name = getattr(config, "_name_or_path", None)
     run["model"] = {

@@ -1,0 +1,340 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.report.made_results import training_log, write_evaluation, write_run
+from trl_crisp.cli import main
+from trl_crisp.evaluation.results import load_results
+from trl_crisp.report.page import clip, embed, markdown_cell, write_report, write_run_page
+
+SMOLLM2 = Path(__file__).parents[2] / "benchmarks/results/smollm2"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 \u2029 \0 ]]> --> {{ 7*7 }} $x$"
+
+
+class Page(HTMLParser):
+    """Reads a page: its elements with their attributes, the text of each `script`, and all other text."""
+
+    VOID = ("meta", "input", "br", "use")
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.scripts, self.text, self.open = [], [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif not self.open or self.open[-1] != "style":
+            self.text += data
+
+    def of(self, tag, **attrs):
+        return [found for name, found in self.elements if name == tag and attrs.items() <= found.items()]
+
+    @property
+    def data(self):
+        [data] = [text for attrs, text in self.scripts if attrs.get("id") == "report-data"]
+        return json.loads(data)
+
+
+def right(i, j):
+    return 100 + i, i != 3
+
+
+def shorter(i, j):
+    return 50 + i, i != 2
+
+
+def write_both(directory, **changed):
+    return [
+        write_evaluation(directory / name, answer, weights=name, **changed)
+        for name, answer in (("base", right), ("after", shorter))
+    ]
+
+
+def page_of(paths, output, runs=()):
+    written = write_report(paths, output, runs)
+    assert written == [output, output.with_suffix(".md")]
+    return Page(output.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    paths = [SMOLLM2 / f"seed3-{name}.json" for name in ("base", "concise", "after")]
+    return page_of(paths, tmp_path_factory.mktemp("smollm2") / "report.html")
+
+
+def test_the_numbers_in_the_page_are_those_of_the_results(smollm2):
+    results = [load_results(SMOLLM2 / f"seed3-{name}.json") for name in ("base", "concise", "after")]
+    shown = smollm2.data["results"]
+    assert [one["role"] for one in shown] == ["base", "concise", "trained"]
+    for one, expected in zip(shown, results, strict=True):
+        assert one["summary"] == expected["summary"]
+        assert one["protocol"] == expected["protocol"]
+        assert one["problems"]["id"] == [problem["id"] for problem in expected["problems"]]
+        assert one["problems"]["tokens"] == [[s["tokens"] for s in p["samples"]] for p in expected["problems"]]
+        assert one["problems"]["correct"] == [
+            [int(s["grades"]["128"]["correct"]) for s in p["samples"]] for p in expected["problems"]
+        ]
+    # Written by `trl-crisp eval --baseline`
+    assert shown[2]["comparison"] == results[2]["comparison"]
+
+
+def test_the_headline_says_what_the_results_say(smollm2):
+    [verdict] = smollm2.data["verdicts"]
+    assert verdict["level"] == "caution"
+    assert (
+        verdict["headline"] == "Use with caution: 74% fewer tokens [71%, 77%], accuracy kept: +3.7 points [-1.1, +9.0]"
+    )
+    assert verdict["reasons"] == [
+        "Many answers were cut at the budget: 29% before, 1% after. Lengths and accuracy then speak of the cap; raise --max-new-tokens."
+    ]
+    for text in ("71.5%", "75.3%", "84.7", "21.8", "-74% [-77%, -71%]", "267 problems"):
+        assert text in smollm2.text
+
+
+def test_a_page_loads_nothing_and_runs_only_its_own_script(smollm2):
+    assert not smollm2.of("link")
+    assert not smollm2.of("iframe")
+    assert all("src" not in attrs for _, attrs in smollm2.elements)
+    addresses = [value for _, attrs in smollm2.elements for name, value in attrs.items() if name.endswith("href")]
+    assert addresses
+    assert all(address.startswith("#") for address in addresses)
+    [policy] = [attrs["content"] for attrs in smollm2.of("meta", **{"http-equiv": "Content-Security-Policy"})]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    assert len(smollm2.scripts) == 2
+
+
+def test_each_figure_has_a_text_alternative_and_ids_are_unique(smollm2):
+    images = smollm2.of("div", role="img")
+    titles = [image["aria-label"].split(".")[0] for image in images]
+    assert titles == ["Accuracy against length", "Lengths of the answers", "Change by level", "Answer formats"]
+    assert "CRISP 75.3% with 21.8 tokens" in images[0]["aria-label"]
+    ids = [attrs["id"] for _, attrs in smollm2.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    used = {attrs["href"][1:] for tag, attrs in smollm2.elements for tag in [tag] if "href" in attrs}
+    used |= {attrs["xlink:href"][1:] for _, attrs in smollm2.elements if "xlink:href" in attrs}
+    assert used <= set(ids)
+
+
+def test_figures_follow_the_theme(smollm2):
+    styles = " ".join(attrs.get("style") or "" for _, attrs in smollm2.elements)
+    assert "var(--ink)" in styles
+    assert not re.findall(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]", styles)
+
+
+def test_hostile_texts_are_inert(tmp_path):
+    paths = write_both(
+        tmp_path,
+        text=lambda i, j: HOSTILE if i else "",
+        prompt=lambda i: [{"role": "user", "content": HOSTILE}],
+        names=lambda i: f"{HOSTILE}{i}",
+        # JSON may hold half of a pair of surrogates
+        level=lambda i: f"{HOSTILE}\ud800",
+        protocol={"system": HOSTILE, "model": HOSTILE, "benchmark": HOSTILE},
+    )
+    run = write_run(tmp_path / "run", training_log())
+    event = {"step": 5, "status": HOSTILE, "reasons": [HOSTILE]}
+    (run / "health_events.jsonl").write_text(json.dumps(event) + "\n")
+    page = page_of(paths, tmp_path / "report.html", [run])
+    assert len(page.scripts) == 2
+    assert not page.of("img")
+    assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    raw = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "alert(2)&gt;" in raw
+    # Escaped once
+    assert "&amp;lt;" not in raw
+    assert "{{ 7*7 }}" in page.text
+    assert page.data["results"][0]["problems"]["id"][0] == HOSTILE + "0"
+    assert page.data["results"][0]["problems"]["level"][0] == HOSTILE + "\ud800"
+    assert page.data["runs"][0]["events"] == [event]
+    assert "<img" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_response_of_a_million_characters_is_cut_in_the_middle(tmp_path):
+    text = "<" * 1_000_000 + "Answer: 42"
+    paths = write_both(tmp_path, problems=6, text=lambda i, j: text)
+    page = page_of(paths, tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    assert page.text.count("Answer: 42") == 2 * len(page.of("article"))
+    assert "of 1,000,010 characters are left out; samples.jsonl has them" in page.text
+
+
+def test_clip_keeps_the_start_and_the_end():
+    assert clip("short", 10) == "short"
+    assert re.fullmatch(r"a+\n\n\[… 900 of 1,000 .*\]\n\n[ab]+b", clip("a" * 980 + "b" * 20, 100))
+
+
+def test_problems_before_and_after(tmp_path):
+    paths = write_both(tmp_path, text=lambda i, j: f"text {i}.{j}")
+    page = page_of(paths, tmp_path / "report.html")
+    articles = page.of("article")
+    kinds = {attrs["data-find"].split()[0]: attrs["data-kinds"] for attrs in articles}
+    assert kinds["problem/2"] == "newly wrong"
+    assert kinds["problem/3"] == "newly right|hardest"
+    assert kinds["problem/0"] == "shortened"
+    assert len(articles) == 12
+    for i in range(12):
+        assert page.text.count(f"text {i}.0") == 2
+        assert f"What is {i} + {i}?" in page.text
+    rows = [attrs for attrs in page.of("tr") if "data-kinds" in attrs]
+    assert [row["data-find"] for row in rows] == [f"problem/{i} level {i % 3}" for i in range(12)]
+
+
+def test_at_most_60_problems_are_in_full_and_all_are_rows(tmp_path):
+    paths = write_both(tmp_path, problems=200, text=lambda i, j: "text")
+    page = page_of(paths, tmp_path / "report.html")
+    assert len(page.of("article")) == 60
+    assert sum("data-kinds" in attrs for attrs in page.of("tr")) == 200
+
+
+def test_several_runs_are_compared_in_one_page(tmp_path):
+    base, after = write_both(tmp_path, text=lambda i, j: "text")
+    lost = write_evaluation(tmp_path / "lost", lambda i, j: (20, False), weights="lost", text=lambda i, j: "text")
+    runs = [write_run(tmp_path / name, training_log(), max_steps=30) for name in ("run-a", "run-b")]
+    page = page_of([base, after, lost], tmp_path / "report.html", runs)
+    assert [(one["name"], one["level"]) for one in page.data["verdicts"]] == [
+        ("CRISP, after", "caution"),
+        ("CRISP, lost", "do not use"),
+    ]
+    assert "2 runs compared with the base" in page.text
+    assert len(page.of("article")) == 24
+    assert {attrs["data-run"] for attrs in page.of("article")} == {"CRISP, after", "CRISP, lost"}
+    loss = next(image["aria-label"] for image in page.of("div", role="img") if image["aria-label"].startswith("Loss"))
+    assert "run-a" in loss
+    assert "run-b" in loss
+
+
+def test_a_run_alone_is_shown(tmp_path):
+    run = write_run(tmp_path / "run", training_log(), best_global_step=20, best_model_checkpoint="run/checkpoint-20")
+    page = page_of([], tmp_path / "report.html", [run])
+    titles = [image["aria-label"].split(".")[0] for image in page.of("div", role="img")]
+    assert titles == [
+        "Loss",
+        "Reverse KL",
+        "Length of the rollouts",
+        "Entropies",
+        "Rollouts that go wrong",
+        "Measured during training",
+        "Length of the measured answers",
+    ]
+    assert "60% fewer tokens, agreement with the base kept: -1.0 points" in page.text
+    assert "run/checkpoint-20" not in page.text
+    assert "The best checkpoint is checkpoint-20." in " ".join(page.text.split())
+    assert page.data["runs"][0]["refreshes"] == [10]
+
+
+def test_without_a_baseline_the_page_says_so(tmp_path):
+    page = page_of(write_both(tmp_path)[:1], tmp_path / "report.html")
+    assert "No verdict: there is no baseline to compare with" in page.text
+    assert "Give the base's results first" in page.text
+
+
+def test_one_problem_has_no_verdict(tmp_path):
+    page = page_of(write_both(tmp_path, problems=1, text=lambda i, j: "text"), tmp_path / "report.html")
+    assert "No verdict: a comparison of 1 problem(s) has no interval" in page.text
+    assert len(page.of("article")) == 1
+
+
+def test_unread_answers_are_told(tmp_path):
+    base = write_evaluation(tmp_path / "base", lambda i, j: (100, False), status="unparseable")
+    after = write_evaluation(tmp_path / "after", lambda i, j: (50, False), weights="after", status="unparseable")
+    page = page_of([base, after], tmp_path / "report.html")
+    assert "Most answers could not be read: 100% before, 100% after." in page.text
+
+
+def test_answers_of_equal_length_and_no_level_are_drawn(tmp_path):
+    paths = [
+        write_evaluation(
+            tmp_path / name, lambda i, j: (7, True), weights=name, level=lambda i: None, samples=1, budgets=()
+        )
+        for name in ("base", "after")
+    ]
+    page = page_of(paths, tmp_path / "report.html")
+    assert "Use with caution: tokens 0% [0%, 0%], accuracy kept: 0.0 points [0.0, 0.0]" in page.text
+
+
+def test_the_page_of_a_training_has_what_it_measured(tmp_path):
+    output = tmp_path / "run"
+    for step, weights, answer in ((0, "base", right), (10, "ten", shorter), (20, "twenty", shorter)):
+        write_evaluation(
+            output / f"evaluation/sums/step-{step}",
+            answer,
+            weights=weights,
+            text=lambda i, j: "text",
+            protocol={"step": step},
+        )
+    measured = [
+        {"step": step, "eval_sums_accuracy": 0.9, "eval_sums_mean_tokens": tokens}
+        for step, tokens in ((0, 105.5), (10, 55.5), (20, 55.5))
+    ]
+    write_run(output, [*training_log(), *measured], best_global_step=10, best_model_checkpoint="run/checkpoint-10")
+    assert write_run_page(output) == output / "report.html"
+    page = Page((output / "report.html").read_text())
+    assert [one["protocol"]["step"] for one in page.data["results"]] == [0, 10]
+    assert "47% fewer tokens" in page.text
+    (output / "evaluation/sums/step-0/results.json").unlink()
+    write_run_page(output)
+    assert Page((output / "report.html").read_text()).data["results"] == []
+
+
+def test_the_command_writes_the_page(tmp_path, capsys):
+    base, after = map(str, write_both(tmp_path))
+    run = str(write_run(tmp_path / "run", training_log()))
+    output = tmp_path / "new" / "report.html"
+    assert main(["report", base, after, "--run", run, "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"Wrote {output} and {output.with_suffix('.md')}.\n"
+    only = tmp_path / "only.md"
+    assert main(["report", base, after, "--output", str(only)]) == 0
+    assert only.read_text().startswith("# Use with caution: 47% fewer tokens [47%, 48%], accuracy unclear")
+    assert not only.with_suffix(".html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "report.html"], "there is nothing to show"),
+        (["results", "--output", "report.pdf"], "has to end in .html or .md"),
+        (["missing", "--output", "report.html"], "there is no such file"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_embedded_json_is_ascii_without_markup_and_without_nan():
+    text = embed({"a": [float("nan"), "</script>\u2028&é", (float("inf"), 1.5)]})
+    assert text == '{"a":[null,"\\u003c/script\\u003e\\u2028\\u0026\\u00e9",[null,1.5]]}'
+    assert json.loads(text) == {"a": [None, "</script>\u2028&é", [None, 1.5]]}
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("a | b\n`c`", "a \\| b \\`c\\`"),
+        ("<b> & x", "&lt;b&gt; &amp; x"),
+        ("[x](javascript:y) *z*", "[x]\\(javascript:y) \\*z\\*"),
+        ("max_new_tokens _x_", "max_new_tokens \\_x\\_"),
+    ],
+)
+def test_nothing_in_a_markdown_cell_is_markup(text, cell):
+    assert markdown_cell(text) == cell

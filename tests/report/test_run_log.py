@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from tests.report.made_results import training_log, write_run
+from trl_crisp.report.run_log import load_run
+
+
+def test_a_run_is_read_as_it_was_left(tmp_path):
+    directory = write_run(
+        tmp_path / "run", training_log(), max_steps=50, best_global_step=10, best_model_checkpoint="run/checkpoint-10"
+    )
+    event = {"step": 19, "status": "watch", "reasons": ["more rollouts are clipped than at the start"]}
+    (directory / "health_events.jsonl").write_text(json.dumps({**event, "values": {}}) + "\n" + '{"step": 20, "sta')
+    run = load_run(directory)
+    assert (run.name, run.last_step, run.max_steps, run.best_step) == ("run", 20, 50, 10)
+    assert run.best_checkpoint == "checkpoint-10"
+    assert run.refreshes == [10]
+    assert run.postponed == [15]
+    assert run.events == [event]
+    assert run.series("eval_agreement_mean_tokens") == [(0, 100.0), (10, 70.0), (20, 40.0)]
+    assert run.describe_end() == "The run ended at step 20 of 50."
+    assert not run.is_unhealthy
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path):
+    entries = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf")}, {"step": 3, "loss": 0.5}]
+    run = load_run(write_run(tmp_path, entries))
+    assert run.series("loss") == [(3, 0.5)]
+    assert run.describe_end() == "The run did 3 steps."
+
+
+def test_an_interrupted_run_is_read_from_its_latest_checkpoint(tmp_path):
+    for step in (9, 10):
+        write_run(tmp_path / f"checkpoint-{step}", [{"step": step, "loss": 0.1}])
+    run = load_run(tmp_path)
+    assert (run.last_step, run.directory) == (10, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"log_history": [{"step": 1', "is torn or no log of a run"),
+        ("[]", "is torn or no log of a run"),
+        ('{"log_history": 3}', "log_history is not a list"),
+        ('{"log_history": []}', "has no log entries"),
+    ],
+)
+def test_a_torn_log_is_refused_in_words(tmp_path, text, message):
+    (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_run(tmp_path)
+
+
+def test_a_directory_without_a_log_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no training has logged there"):
+        load_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no such directory"):
+        load_run(tmp_path / "missing")
+
+
+def test_a_line_that_is_no_event_is_named(tmp_path):
+    write_run(tmp_path, [{"step": 1, "loss": 0.1}])
+    (tmp_path / "health_events.jsonl").write_text('{"step": 1}\n{"step": 2, "status": "watch", "reasons": []}\n')
+    with pytest.raises(ValueError, match="line 1: this line does not hold a health event"):
+        load_run(tmp_path)

@@ -1,0 +1,155 @@
+import json
+
+import pytest
+
+from tests.report.made_results import write_evaluation
+from trl_crisp.evaluation.comparison import compare
+from trl_crisp.evaluation.results import load_results
+from trl_crisp.report.sources import load_compared, load_texts
+
+
+def right(i, j):
+    return 100 + i, True
+
+
+def shorter(i, j):
+    return 50 + i, True
+
+
+def write(directory, name, answer=right, **changed):
+    return write_evaluation(directory / name, answer, weights=changed.pop("weights", name), **changed)
+
+
+def edit(path, change):
+    file = path / "results.json"
+    results = json.loads(file.read_text())
+    change(results)
+    file.write_text(json.dumps(results))
+
+
+def test_roles_names_and_comparisons(tmp_path):
+    base = write(tmp_path, "base", budgets=(250, 500))
+    concise = write(tmp_path, "concise", shorter, weights="base", instruction="Be concise.")
+    after = [write(tmp_path, f"seed{i}", shorter) for i in range(2)]
+    told = write(tmp_path, "told", shorter, instruction="Be concise.", weights="seed0")
+    compared = load_compared([base, concise, *after])
+    assert [one.role for one in compared.all] == ["base", "concise", "trained", "trained"]
+    assert [one.name for one in compared.all] == ["base", "told to be concise", "CRISP, seed0", "CRISP, seed1"]
+    assert (compared.budget_tokens, compared.budgets_tokens) == (1000, [250, 1000])
+    expected = compare(load_results(base), load_results(after[0]), 1000)
+    assert compared.all[2].comparison == expected
+    assert expected["reduction"]["estimate"] == pytest.approx(50 / 105.5)
+    assert {level: change.problems for level, change in compared.all[2].levels.items()} == {
+        "level 0": 4,
+        "level 1": 4,
+        "level 2": 4,
+    }
+    assert [one.name for one in load_compared([base, told]).all] == ["base", "CRISP, told to be concise"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"protocol": {"temperature": 1.0}}, "temperature: 0.6 there, 1.0 here"),
+        ({"protocol": {"benchmark_revision": "sha256:1"}}, "benchmark_revision: 'sha256:0' there, 'sha256:1' here"),
+        ({"problems": 11}, "1 problems are in one of the results only, such as 'problem/11'"),
+        ({"names": lambda i: f"other/{i}"}, "24 problems are in one of the results only"),
+    ],
+)
+def test_results_of_different_problems_or_protocols_are_refused(tmp_path, changed, message):
+    paths = [write(tmp_path, "base"), write(tmp_path, "after", **changed)]
+    with pytest.raises(ValueError, match=f"after/results.json cannot be compared with .*(?s:.*){message}"):
+        load_compared(paths)
+
+
+def test_results_without_a_common_budget_are_refused(tmp_path):
+    paths = [write(tmp_path, "base"), write(tmp_path, "after")]
+    edit(paths[1], lambda results: results.update(summary={"7": results["summary"]["1000"]}))
+    with pytest.raises(ValueError, match="no budget in common"):
+        load_compared(paths)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda results: results.update(schema="other"), "its schema is 'other'"),
+        (lambda results: results.update(schema_version=9), "has schema version 9"),
+        (lambda results: results.pop("summary"), "lacks summary"),
+        (lambda results: results.update(problems=[]), "has no answers"),
+        (lambda results: results["summary"]["1000"]["all"].pop("repeats"), "the summary lacks repeats"),
+        (lambda results: results["summary"].update({"1000": []}), "the summary is not as"),
+        (lambda results: results.update(problems=["x"]), "a problem is not as"),
+        (lambda results: results["problems"][3].update(samples=[]), "problem 'problem/3' has no answers"),
+        (lambda results: results["problems"][3]["samples"][0].pop("grades"), "KeyError: 'grades'"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused_in_words(tmp_path, change, message):
+    path = write(tmp_path, "base")
+    edit(path, change)
+    with pytest.raises(ValueError, match=message):
+        load_compared([path])
+
+
+def test_a_torn_file_is_refused(tmp_path):
+    path = write(tmp_path, "base")
+    text = (path / "results.json").read_text()
+    (path / "results.json").write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        load_compared([path])
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        load_compared([tmp_path / "missing"])
+
+
+def test_a_wrong_order_that_is_known_is_refused(tmp_path):
+    base = write(tmp_path, "base")
+    concise = write(tmp_path, "concise", shorter, weights="base", instruction="Be concise.")
+    after = write(tmp_path, "after", shorter, baseline=load_results(base))
+    with pytest.raises(ValueError, match=r"concise.results.json is the model of .* told to be concise"):
+        load_compared([concise, base])
+    with pytest.raises(ValueError, match=r"was itself compared with .*base.results.json, its baseline"):
+        load_compared([after, base])
+    assert len(load_compared([base, concise, after]).all) == 3
+
+
+def texts_of(path, wanted):
+    return load_texts(load_compared([path]).base, wanted)
+
+
+def test_only_the_wanted_texts_are_read(tmp_path):
+    path = write(tmp_path, "base", text=lambda i, j: f"answer {i}.{j}", names=lambda i: f'"p\u2028{i}\\')
+    wanted = {('"p\u20283\\', 1), ('"p\u20284\\', 0)}
+    texts = texts_of(path, wanted)
+    assert texts.by_sample == {('"p\u20283\\', 1): "answer 3.1", ('"p\u20284\\', 0): "answer 4.0"}
+    assert texts.note is None
+
+
+def test_missing_texts_are_told(tmp_path):
+    path = write(tmp_path, "base", text=lambda i, j: "text")
+    assert "lacks 1 of the answers" in texts_of(path, {("problem/0", 0), ("other", 0)}).note
+    (path / "samples.jsonl").unlink()
+    texts = texts_of(path, {("problem/0", 0)})
+    assert texts.by_sample == {}
+    assert "is not there" in texts.note
+
+
+def test_a_torn_last_line_is_dropped_and_another_is_named(tmp_path):
+    path = write(tmp_path, "base", text=lambda i, j: "text")
+    file = path / "samples.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    wanted = {("problem/0", 0), ("problem/11", 1)}
+    file.write_text("".join(lines)[:-10])
+    assert list(texts_of(path, wanted).by_sample) == [("problem/0", 0)]
+    file.write_text("".join([lines[0], lines[1][:-30] + "\n", *lines[2:]]))
+    with pytest.raises(ValueError, match="line 2: this line does not hold a sample"):
+        texts_of(path, wanted)
+
+
+def test_answers_of_another_evaluation_are_refused(tmp_path):
+    path = write(tmp_path, "base", text=lambda i, j: "text")
+    other = write(tmp_path, "other", text=lambda i, j: "text")
+    (other / "samples.jsonl").replace(path / "samples.jsonl")
+    with pytest.raises(ValueError, match="answers of another evaluation"):
+        texts_of(path, {("problem/0", 0)})
+    (path / "samples.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1: it holds no protocol"):
+        texts_of(path, {("problem/0", 0)})

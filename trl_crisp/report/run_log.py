@@ -1,0 +1,170 @@
+"""A training run as it left its output_dir: the log of its steps, the health events, the best checkpoint and how it ended."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_crisp.report.figures import refresh_steps
+
+STATE_FILE = "trainer_state.json"
+EVENTS_FILE = "health_events.jsonl"
+STATUS_KEY = "health/status"
+POSTPONED_KEY = "teacher/postponed"
+_UNHEALTHY = 2
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """
+    A run's log.
+
+    Attributes:
+        name: The directory's name.
+        directory: The run's output_dir.
+        log_history: The log entries.
+        last_step, max_steps: The steps that were done and planned. `max_steps` is 0 if unknown.
+        best_step: The step of the best checkpoint, `None` if there is none.
+        best_checkpoint: The name of its directory.
+        events: The lines of health_events.jsonl.
+    """
+
+    name: str
+    directory: Path
+    log_history: list[dict[str, Any]]
+    last_step: int
+    max_steps: int
+    best_step: int | None
+    best_checkpoint: str | None
+    events: list[dict[str, Any]]
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """Return the steps and the finite values of a logged name."""
+        return [
+            (int(entry["step"]), float(entry[key]))
+            for entry in self.log_history
+            if isinstance(entry.get(key), int | float) and math.isfinite(entry[key]) and "step" in entry
+        ]
+
+    def at(self, step: int, key: str) -> float | None:
+        """Return the last value of a name at a step, `None` if there is none."""
+        return dict(self.series(key)).get(step)
+
+    @property
+    def refreshes(self) -> list[int]:
+        """The logged steps at which the teacher was refreshed."""
+        return refresh_steps(self.log_history)
+
+    @property
+    def postponed(self) -> list[int]:
+        """The logged steps at which a refresh was postponed."""
+        steps, seen = [], 0.0
+        for step, count in self.series(POSTPONED_KEY):
+            if count > seen:
+                steps.append(step)
+            seen = count
+        return steps
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the run did fewer steps than planned."""
+        return 0 < self.last_step < self.max_steps
+
+    @property
+    def is_unhealthy(self) -> bool:
+        """Whether the signals were unhealthy at the last logged step."""
+        statuses = self.series(STATUS_KEY)
+        return bool(statuses) and statuses[-1][1] == _UNHEALTHY
+
+    @property
+    def measured_names(self) -> list[str]:
+        """What was measured during the run, such as `eval_math500` and `eval_agreement`, benchmarks first."""
+        suffix = "_mean_tokens"
+        names = dict.fromkeys(
+            key.removesuffix(suffix)
+            for entry in self.log_history
+            for key in entry
+            if key.startswith("eval_") and key.endswith(suffix)
+        )
+        return sorted(names, key=lambda name: name == "eval_agreement")
+
+    def describe_end(self) -> str:
+        """Return how the run ended, in a sentence."""
+        if not self.ended_early:
+            return f"The run did {self.last_step} steps."
+        return f"The run ended at step {self.last_step} of {self.max_steps}."
+
+
+def load_run(directory: Path) -> RunLog:
+    """
+    Read what a run left: output_dir/trainer_state.json, or that of the latest checkpoint, and health_events.jsonl.
+
+    Raises:
+        FileNotFoundError: If the directory has no log.
+        ValueError: If the log is torn or has no entries.
+    """
+    path = _state_path(directory)
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        log_history = state["log_history"]
+        if not isinstance(log_history, list) or not all(isinstance(entry, dict) for entry in log_history):
+            raise ValueError("log_history is not a list of entries")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is torn or no log of a run ({type(error).__name__}: {error}). Give the trainer_state.json of a checkpoint's directory "
+            "to --run instead."
+        ) from error
+    if not log_history:
+        raise ValueError(f"{path} has no log entries: the run did not reach its first logging_steps.")
+    root = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+    return RunLog(
+        name=root.absolute().name,
+        directory=root,
+        log_history=log_history,
+        last_step=int(state.get("global_step") or 0),
+        max_steps=int(state.get("max_steps") or 0),
+        best_step=state.get("best_global_step") if state.get("best_model_checkpoint") else None,
+        best_checkpoint=Path(state["best_model_checkpoint"]).name if state.get("best_model_checkpoint") else None,
+        events=_load_events(root / EVENTS_FILE),
+    )
+
+
+def _state_path(directory: Path) -> Path:
+    if directory.is_file():
+        return directory
+    if not directory.is_dir():
+        raise FileNotFoundError(f"--run {directory}: there is no such directory. Give the output_dir of a training.")
+    if (directory / STATE_FILE).is_file():
+        return directory / STATE_FILE
+    found = sorted(
+        (path for path in directory.glob(f"checkpoint-*/{STATE_FILE}") if path.parent.name[11:].isdigit()),
+        key=lambda path: int(path.parent.name[11:]),
+    )
+    if not found:
+        raise FileNotFoundError(
+            f"--run {directory}: it has no {STATE_FILE}, nor a checkpoint with one, so no training has logged there. Give the output_dir of a "
+            "training."
+        )
+    return found[-1]
+
+
+def _load_events(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+            events.append(
+                {"step": int(event["step"]), "status": str(event["status"]), "reasons": list(event["reasons"])}
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                # The process was killed while it wrote this line
+                break
+            raise ValueError(
+                f"{path}, line {number}: this line does not hold a health event ({type(error).__name__}: {error}). Remove the line."
+            ) from error
+    return events

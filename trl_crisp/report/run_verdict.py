@@ -1,0 +1,72 @@
+"""What a run's own measurements say of its result, for a page without results of `trl-crisp eval`."""
+
+from typing import Any
+
+from trl_crisp.report.run_log import RunLog
+from trl_crisp.report.verdict import Measured, Verdict, judge
+
+
+def judge_run(run: RunLog) -> Verdict:
+    """
+    Return the verdict on the run's best checkpoint or, if it has none, on the last measured step.
+
+    The change of accuracy counts where it was measured, else that of agreement with the base's majority answers. The log has no
+    interval of the reduction, so its estimate counts.
+    """
+    unhealthy = run.name if run.is_unhealthy else None
+    for name in run.measured_names:
+        for key, subject in _subjects(name):
+            changes = run.series(f"{key}_change")
+            if not changes:
+                continue
+            step = run.best_step if run.at(run.best_step or 0, f"{key}_change") is not None else changes[-1][0]
+            assert step is not None
+            verdict = judge(_measured(run, name, key, subject, step), unhealthy_run=unhealthy)
+            which = "the best checkpoint" if step == run.best_step else "the last measured step"
+            reasons = [f"This is step {step}, {which}.", *verdict.reasons]
+            if run.best_step is None:
+                reasons.append("No measured step was found to be shorter than the base and as good.")
+            return Verdict(verdict.level, verdict.headline, tuple(reasons))
+    if unhealthy is not None:
+        return Verdict(
+            "do not use",
+            "Do not use this checkpoint: the signals of the training were unhealthy at its end",
+            (*_last_reasons(run), "Accuracy was not measured."),
+        )
+    return Verdict("no verdict", f"No verdict: accuracy was not measured{_rollouts(run)}", _last_reasons(run))
+
+
+def _subjects(name: str) -> list[tuple[str, str]]:
+    if name == "eval_agreement":
+        return [
+            ("eval_agreement_accuracy", "accuracy on the monitor prompts"),
+            ("eval_agreement", "agreement with the base"),
+        ]
+    return [(f"{name}_accuracy", f"accuracy on {name.removeprefix('eval_')}")]
+
+
+def _measured(run: RunLog, name: str, key: str, subject: str, step: int) -> Measured:
+    reduction = run.at(step, f"{name}_reduction")
+    ends = {end: run.at(step, f"{key}_change_{end}") for end in ("low", "high")}
+    cut = [run.at(number, f"{name}_truncated") for number in (0, step)]
+    accuracy: dict[str, Any] | None = {"estimate": run.at(step, f"{key}_change"), **ends}
+    return Measured(
+        reduction=None if reduction is None else {"estimate": reduction, "low": None, "high": None},
+        accuracy=None if None in ends.values() else accuracy,
+        subject=subject,
+        cut_shares=None if cut[0] is None or cut[1] is None else (cut[0], cut[1]),
+    )
+
+
+def _rollouts(run: RunLog) -> str:
+    lengths = run.series("completions/mean_length")
+    if len(lengths) < 2:
+        return ""
+    return f"; rollouts went from {lengths[0][1]:,.0f} to {lengths[-1][1]:,.0f} tokens"
+
+
+def _last_reasons(run: RunLog) -> tuple[str, ...]:
+    if not run.events:
+        return ()
+    last = run.events[-1]
+    return tuple(f"Step {last['step']}, {last['status']}: {reason}." for reason in last["reasons"])

@@ -1,0 +1,299 @@
+"""The results of a page: which is the base, which are compared with it, and the texts of their answers."""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trl_crisp.evaluation.comparison import check_comparable, compare, compare_problems, shared_budgets
+from trl_crisp.evaluation.records import Change, ScoredProblem, problem_from_dict
+from trl_crisp.evaluation.results import load_results
+
+Role = Literal["base", "concise", "trained"]
+
+# More groups of problems than this would fill pages of a figure (MMLU has 57 subjects). Ours
+MOST_LEVELS = 16
+# The measures that a page shows
+_MEASURES = (
+    "accuracy",
+    "answer_accuracy",
+    "boxed_accuracy",
+    "pass_at",
+    "mean_tokens",
+    "median_tokens",
+    "p90_tokens",
+    "mean_thinking_tokens",
+    "mean_answer_tokens",
+    "truncated",
+    "repeats",
+    "unparseable",
+    "epistemic_words_per_1000_tokens",
+)
+# As `dataclasses.asdict` writes a sample; a line that does not begin so is read as a whole
+_LINE_START = re.compile(rb'\{"problem": ("(?:[^"\\]|\\.)*"), "number": (\d+),')
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """
+    The results of one evaluation and what changed from the base.
+
+    Attributes:
+        name: What the page calls it; no two have the same.
+        role: "base"; "concise", if it is the base with an instruction; else "trained".
+        path: The file.
+        results: As [`~trl_crisp.evaluation.results.load_results`] returns them.
+        problems: The scored problems by id, in the base's order.
+        comparison: The comparison with the base at the page's budget, as results.json has it; `None` for the base.
+        levels: The change of each level, if the benchmark has levels.
+    """
+
+    name: str
+    role: Role
+    path: Path
+    results: dict[str, Any]
+    problems: dict[str, ScoredProblem]
+    comparison: dict[str, Any] | None = None
+    levels: dict[str, Change] = field(default_factory=dict)
+
+    def summary(self, budget_tokens: int) -> dict[str, Any]:
+        """Return the measures over all problems at a budget."""
+        found: dict[str, Any] = self.results["summary"][str(budget_tokens)]["all"]
+        return found
+
+
+@dataclass(frozen=True)
+class Compared:
+    """
+    Evaluations of the same problems.
+
+    Attributes:
+        all: The base first, then in the order given.
+        budget_tokens: The largest budget that all have; the page's numbers are at it.
+        budgets_tokens: All budgets that all have.
+    """
+
+    all: list[Evaluated]
+    budget_tokens: int
+    budgets_tokens: list[int]
+
+    @property
+    def base(self) -> Evaluated:
+        """The first one."""
+        return self.all[0]
+
+    @property
+    def trained(self) -> list[Evaluated]:
+        """Those that are neither the base nor the base told to be concise."""
+        return [one for one in self.all if one.role == "trained"]
+
+
+def load_compared(paths: Sequence[Path]) -> Compared:
+    """
+    Read results of the same problems. The first is the base.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a file is torn or of another kind, has no answers, or the results differ in more than the model and the
+            instruction. The message names the difference.
+    """
+    loaded = [(_file_of(path), _check_whole(load_results(path), _file_of(path))) for path in paths]
+    _check_order(loaded)
+    (base_path, base), *others = loaded
+    scored = [_problems(results, path) for path, results in loaded]
+    for path, results in others:
+        answers = {problem["id"]: problem["answer"] for problem in results["problems"]}
+        try:
+            check_comparable(base, results["protocol"], answers)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be compared with {base_path}: {error}") from error
+    shared = set(map(int, base["summary"]))
+    for _, results in others:
+        shared &= set(shared_budgets(base, results))
+    if not shared:
+        listed = "".join(f"\n  {path}: {', '.join(results['summary'])}" for path, results in loaded)
+        raise ValueError(f"the results have no budget in common. Their budgets in tokens:{listed}")
+    budget = max(shared)
+    base_problems = scored[0]
+    names = _names(loaded)
+    evaluated = [Evaluated(names[0], "base", base_path, base, base_problems)]
+    for (path, results), name, found in zip(others, names[1:], scored[1:], strict=True):
+        problems = {problem: found[problem] for problem in base_problems}
+        comparison = compare(base, results, budget)
+        role: Role = "concise" if _is_told_base(base, results) else "trained"
+        levels = _compare_levels(base_problems, problems, budget)
+        evaluated.append(Evaluated(name, role, path, results, problems, comparison, levels))
+    return Compared(evaluated, budget, sorted(shared))
+
+
+def _file_of(path: Path) -> Path:
+    return path / "results.json" if path.is_dir() else path
+
+
+def _check_whole(results: dict[str, Any], path: Path) -> dict[str, Any]:
+    again = "Run the same `trl-crisp eval` command again: it keeps the finished answers."
+    if missing := [key for key in ("protocol", "samples", "summary", "problems") if key not in results]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, so it is not as `trl-crisp eval` wrote it. {again}")
+    if not results["problems"] or not results["summary"]:
+        raise ValueError(f"{path} has no answers, so there is nothing to show. {again}")
+    try:
+        missing = [key for groups in results["summary"].values() for key in _MEASURES if key not in groups["all"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: the summary is not as `trl-crisp eval` writes it ({type(error).__name__}: {error}). {again}"
+        ) from error
+    if missing:
+        raise ValueError(f"{path}: the summary lacks {', '.join(dict.fromkeys(missing))}. {again}")
+    return results
+
+
+def _problems(results: dict[str, Any], path: Path) -> dict[str, ScoredProblem]:
+    try:
+        problems = [problem_from_dict(problem) for problem in results["problems"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: a problem is not as `trl-crisp eval` writes it ({type(error).__name__}: {error}). Run the same command again."
+        ) from error
+    if empty := [problem.id for problem in problems if not problem.samples]:
+        raise ValueError(f"{path}: problem {empty[0]!r} has no answers. Run the same `trl-crisp eval` command again.")
+    return {problem.id: problem for problem in problems}
+
+
+def _weights(results: dict[str, Any]) -> tuple[Any, ...]:
+    protocol = results["protocol"]
+    weights = (protocol.get("model_revision"), protocol.get("weights_sha256"), protocol.get("step"))
+    return weights if any(one is not None for one in weights) else (protocol.get("model"),)
+
+
+def _is_told_base(base: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the other is the base with an instruction that the base did not have."""
+    said, told = (results["protocol"].get("instruction", "") for results in (base, other))
+    return _weights(base) == _weights(other) and bool(told) and told != said
+
+
+def _check_order(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Refuse a first result that is known not to be the base: a reversed verdict would recommend the wrong model."""
+    first_path, first = loaded[0]
+    for path, other in loaded[1:]:
+        if first["protocol"].get("instruction") and _is_told_base(other, first):
+            raise ValueError(
+                f"{first_path} is the model of {path} told to be concise, so it is not the base: give {path} first."
+            )
+        for budget, comparison in first.get("comparison", {}).items():
+            reduction = comparison.get("reduction")
+            if reduction is None or budget not in other["summary"]:
+                continue
+            lengths = [results["summary"][budget]["all"]["mean_tokens"] for results in (other, first)]
+            if lengths[0] and abs(1 - lengths[1] / lengths[0] - reduction["estimate"]) < 1e-9:
+                raise ValueError(f"{first_path} was itself compared with {path}, its baseline: give {path} first.")
+
+
+def _names(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:
+    (_, base), *others = loaded
+    told = [path for path, results in others if _is_told_base(base, results)]
+    names = ["base"]
+    for path, results in others:
+        is_told = path in told
+        name = "told to be concise" if is_told else "CRISP"
+        if (is_told and len(told) > 1) or (not is_told and len(others) - len(told) > 1):
+            name = f"{name}, {_short_name(path)}"
+        elif not is_told and results["protocol"].get("instruction"):
+            name = f"{name}, told to be concise"
+        while name in names:
+            name += "'"
+        names.append(name)
+    return names
+
+
+def _short_name(path: Path) -> str:
+    return path.absolute().parent.name if path.name == "results.json" else path.stem
+
+
+def _compare_levels(
+    before: dict[str, ScoredProblem], after: dict[str, ScoredProblem], budget_tokens: int
+) -> dict[str, Change]:
+    by_level: dict[str, list[str]] = {}
+    for problem in before.values():
+        if problem.level is not None:
+            by_level.setdefault(problem.level, []).append(problem.id)
+    largest = sorted(by_level, key=lambda level: -len(by_level[level]))[:MOST_LEVELS]
+    return {
+        level: compare_problems(
+            [before[name] for name in by_level[level]], [after[name] for name in by_level[level]], budget_tokens
+        ).all
+        for level in sorted(largest)
+    }
+
+
+@dataclass(frozen=True)
+class Texts:
+    """
+    The texts of some answers.
+
+    Attributes:
+        by_sample: By the problem's id and the sample's number.
+        note: Why texts are missing, in words, or `None`.
+    """
+
+    by_sample: dict[tuple[str, int], str]
+    note: str | None = None
+
+
+def load_texts(evaluated: Evaluated, wanted: Collection[tuple[str, int]]) -> Texts:
+    """
+    Read the texts of some answers from the samples.jsonl beside the results.
+
+    Args:
+        evaluated: Its `path` tells the directory.
+        wanted: The problem's id and the sample's number of each. Other lines are not parsed, because they hold long lists of tokens.
+
+    Raises:
+        ValueError: If the file has samples of another evaluation, or a line does not hold a sample.
+    """
+    path = evaluated.path.with_name("samples.jsonl")
+    if evaluated.path.name != "results.json" or not path.is_file():
+        return Texts({}, f"The texts are not shown: {path} is not there.")
+    found: dict[tuple[str, int], str] = {}
+    with path.open("rb") as file:
+        first = file.readline()
+        _check_protocol(first, path, evaluated)
+        for number, line in enumerate(file, start=2):
+            if not line.endswith(b"\n"):
+                # The process was killed while it wrote this line
+                break
+            try:
+                start = _LINE_START.match(line)
+                if start is not None and (json.loads(start[1]), int(start[2])) not in wanted:
+                    continue
+                sample = json.loads(line)
+                key, text = (sample["problem"], sample["number"]), sample["text"]
+                if not isinstance(text, str):
+                    raise ValueError(f"text is a {type(text).__name__}")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: this line does not hold a sample ({type(error).__name__}: {error}). Remove the line and run the same "
+                    "`trl-crisp eval` command again."
+                ) from error
+            if key in wanted:
+                found[key] = text
+    lacking = len(set(wanted)) - len(found)
+    return Texts(found, f"{path} lacks {lacking} of the answers that would be shown." if lacking else None)
+
+
+def _check_protocol(line: bytes, path: Path, evaluated: Evaluated) -> None:
+    try:
+        protocol = json.loads(line)["protocol"]
+        differing = [key for key in protocol if protocol[key] != evaluated.results["protocol"].get(key)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line 1: it holds no protocol ({type(error).__name__}: {error}), so nothing tells whose answers these are. Evaluate "
+            "again in another directory, or move the file away."
+        ) from error
+    if differing:
+        listed = "".join(
+            f"\n  {key}: {protocol[key]!r} there, {evaluated.results['protocol'].get(key)!r} in {evaluated.path.name}"
+            for key in differing
+        )
+        raise ValueError(f"{path} has answers of another evaluation:{listed}\nMove the file away, or evaluate again.")
