@@ -75,6 +75,7 @@ def table_of(record: dict[str, Any]) -> str:
 def draw(record: dict[str, Any], path: Path) -> None:
     """Draw CPU seconds and peak memory against tokens and against vocabulary."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
@@ -92,10 +93,14 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes[1][column].set_xlabel(key)
         for row in range(2):
             axes[row][column].grid(alpha=0.3)
-            axes[row][column].set_ylim(bottom=0)
+            axes[row][column].xaxis.set_major_locator(MaxNLocator(6))
+            axes[row][column].xaxis.set_major_formatter("{x:,.0f}")
     axes[0][0].set_ylabel("training half of a step, CPU seconds")
     axes[1][0].set_ylabel("peak memory of the process, GiB")
     axes[0][0].legend()
+    # The two panels of a row share it, so both have to be drawn first
+    for row in range(2):
+        axes[row][0].set_ylim(bottom=0)
     figure.savefig(path)
 
 
