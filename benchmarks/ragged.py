@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +64,7 @@ def measure(lengths: np.ndarray) -> list[dict[str, Any]]:
     import torch
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from trl import DistillationTrainer
 
     import trl_crisp.trainer
     from tests.tiny_models import tiny_tokenizer
@@ -71,9 +73,20 @@ def measure(lengths: np.ndarray) -> list[dict[str, Any]]:
     steps = order_of_steps(len(lengths))
     pack = trl_crisp.trainer.sort_and_trim
     cpu_s: list[float] = []
+    # Tokens of the passes on TRL's split, by step: computed and real
+    trl_tokens: dict[int, list[int]] = defaultdict(lambda: [0, 0])
 
     class Crafted(CRISPTrainer):
         """Completions with the lengths of the step's draw, and the step's split."""
+
+        def _get_last_hidden_state(self, model, input_ids, attention_mask, logits_to_keep):
+            step = self.state.global_step
+            if steps[step][1] == "sorted":
+                return super()._get_last_hidden_state(model, input_ids, attention_mask, logits_to_keep)
+            # TRL's own, which computes the padding
+            trl_tokens[step][0] += input_ids.numel()
+            trl_tokens[step][1] += int(attention_mask.sum())
+            return DistillationTrainer._get_last_hidden_state(self, model, input_ids, attention_mask, logits_to_keep)
 
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
             draw, split = steps[self.state.global_step]
@@ -133,7 +146,9 @@ def measure(lengths: np.ndarray) -> list[dict[str, Any]]:
             "split": split,
             "training_half_s": sum(log[f"profile/{part}_s"] for part in PARTS),
             "step_cpu_s": cpu_s[i],
-            "computed_to_real_tokens": log["profile/computed_to_real_tokens"],
+            "computed_to_real_tokens": log["profile/computed_to_real_tokens"]
+            if split == "sorted"
+            else trl_tokens[i][0] / trl_tokens[i][1],
             "limit_share": log["profile/limit_share"],
             **{f"{part}_s": log[f"profile/{part}_s"] for part in PARTS},
         }

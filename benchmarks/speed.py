@@ -23,15 +23,10 @@ Contestants:
 
 import argparse
 import json
-import os
-import platform
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,15 +34,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.environment import MIB, REPOSITORY, RESULTS, environment, peak_rss_mib, quantiles, rss_mib
 from trl_crisp._upstream import ChunkedDivergenceFunction
 from trl_crisp.loss.divergence import OutputHead, per_token_divergence
 from trl_crisp.loss.kernel import fused_loss
 
-REPOSITORY = Path(__file__).parent.parent
-RESULT = Path(__file__).parent / "results" / "speed" / "loss.json"
-PACKAGES = ("trl-crisp", "trl", "transformers", "torch", "numpy")
+RESULT = RESULTS / "loss.json"
 AUTHORS_ROWS = 64
-MIB = 2**20
 
 
 class Case(NamedTuple):
@@ -111,16 +104,10 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def crisp(x: Inputs, case: Case) -> torch.Tensor:
-    """The loss of this package, on one long rollout."""
-    ones_BT = torch.ones_like(x.weights_N)[None]
-    sides = (
-        (x.student_hidden_NH[None], OutputHead(x.student_weight_VH)),
-        (
-            x.teacher_hidden_NH[None],
-            OutputHead(x.teacher_weight_VH),
-        ),
-    )
-    loss, _ = fused_loss(*sides[0], *sides[1], x.token_ids_N[None], ones_BT, x.weights_N[None], case.beta, 1.0)
+    """The loss of this package."""
+    student = x.student_hidden_NH, OutputHead(x.student_weight_VH)
+    teacher = x.teacher_hidden_NH, OutputHead(x.teacher_weight_VH)
+    loss, _ = fused_loss(*student, *teacher, x.token_ids_N, x.weights_N, case.beta, 1.0)
     return loss
 
 
@@ -297,9 +284,7 @@ def measure_peak_mib(name: str, case: Case) -> float:
     run_once(name, make_inputs(small), small)
     before = rss_mib()
     run_once(name, inputs, case)
-    # Not ru_maxrss, which a new process takes over from the one that started it
-    [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(peak.split()[1]) / 1024 - before
+    return peak_rss_mib() - before
 
 
 def peak_in_child(name: str, case_name: str, threads: int) -> float:
@@ -309,17 +294,6 @@ def peak_in_child(name: str, case_name: str, threads: int) -> float:
     if done.returncode != 0:
         raise RuntimeError(f"{name} in {case_name} failed:\n{done.stderr[-3000:]}")
     return float(done.stdout.splitlines()[-1])
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    """Return p20, p50 and p80."""
-    return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
-
-
-def rss_mib() -> float:
-    """Return the memory that this process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / MIB
 
 
 def table_of(cases: dict[str, Any]) -> str:
@@ -348,31 +322,13 @@ def table_of(cases: dict[str, Any]) -> str:
 
 def protocol(args: argparse.Namespace) -> dict[str, Any]:
     """Return how the numbers were measured."""
-    git = ["git", "-C", str(REPOSITORY)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "trl_crisp"], capture_output=True, text=True).stdout
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "measured": "a forward and a backward, from hidden states and heads to the gradients of the student's",
         "rounds": args.rounds,
         "order": "in turns in one process, each round starts with another contestant; the first pass of each is not counted",
         "peak_mib": "one pass in a process of its own: VmHWM minus the memory before (CPU), max_memory_allocated minus that (GPU)",
-        "cpu": cpu_name(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "load_average_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": commit,
-        "uncommitted_changes_in_package": bool(changed.strip()),
+        **environment(),
     }
-
-
-def cpu_name() -> str:
-    """Return the processor's name and the number of cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def main() -> None:

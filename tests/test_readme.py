@@ -12,6 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
+from benchmarks import memory, steps
 from benchmarks.health.answers import RIGHT
 from benchmarks.health.figure import PANELS, SEED
 from benchmarks.health.measured import codes_of
@@ -324,17 +325,12 @@ def test_points_of_resuming_are_those_of_the_committed_run():
     assert f"{shares['full']:.0%} of the checkpoint with full fine-tuning and {shares['lora']:.0%} with LoRA" in text
 
 
-def test_ratios_to_sdft_are_those_of_the_committed_run():
-    """Each in the row of its own quantity."""
-    [row] = result("sdft_step.json")["table"]
-    names = {
-        "time of a step": "step_seconds",
-        "time of loss and backward pass": "loss_and_backward_seconds",
-        "peak memory of the process": "peak_rss_mib",
-        "memory that training adds to the process": "peak_over_before_mib",
-    }
-    expected = [[name, f"{row['ratio_crisp_to_sdft'][key]:.2f}"] for name, key in names.items()]
-    assert table_rows(section(BENCHMARKS, "## A step against SDFTTrainer")) == expected
+@pytest.mark.parametrize("name", ["steps", "growth"])
+def test_the_tables_of_steps_are_those_of_the_committed_runs(name):
+    record = result(f"speed/{name}.json")
+    expected = steps.table_of(record["cases"]) if name == "steps" else memory.table_of(record)
+    opening, closing = f"<!-- {name}:table -->\n", f"\n<!-- /{name}:table -->"
+    assert BENCHMARKS.split(opening)[1].split(closing)[0] == expected
 
 
 def test_the_quickstarts_table_is_that_of_the_committed_results():

@@ -683,4 +683,4 @@ def test_the_trainer_computes_both_models_under_autocast(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "_get_last_hidden_state", record)
     trainer.train()
-    assert dtypes == [(True, torch.bfloat16), (False, torch.bfloat16)]
+    assert dtypes == [(False, torch.bfloat16), (True, torch.bfloat16)]

@@ -85,6 +85,10 @@ class CRISPConfig(DistillationConfig):
         teacher_update_rate (`float`, *optional*):
             The student's share in the moving average at each update of `"ema"`. If unset: 0.005 (the paper's appendix: decay
             0.99 to 0.999).
+        teacher_offload (`bool`, defaults to `False`; ours, because the copies cost time):
+            Keep the teacher's copy in the host's memory, for full fine-tuning on GPUs. It comes to the device while the rollouts are sampled,
+            computes its hidden states of all micro-batches of the step, and leaves the device before the student trains. Its output head
+            stays. Not for DeepSpeed and FSDP, whose own offload holds for the teacher.
         monitor_prompts (`int`, *optional*):
             Number of training prompts that the base answers before the first step and that are left out of training. The majority
             of its answers to a prompt is the reference, and how often the student still gives it is measured during training
@@ -200,6 +204,10 @@ class CRISPConfig(DistillationConfig):
     teacher_update_rate: float | None = field(
         default=None,
         metadata={"help": "The student's share in the moving average at each update of ema: 0.005 if unset."},
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={"help": "Keep the teacher's copy in the host's memory while the student trains (full fine-tuning)."},
     )
     monitor_prompts: int | None = field(
         default=None,
@@ -421,8 +429,10 @@ class CRISPConfig(DistillationConfig):
                 f"teacher_model_init_kwargs has dtype={dtype!r}, which is not a dtype of torch. Give 'bfloat16', 'float16', "
                 "'float32', or 'auto' for the student's dtype."
             )
-        if init_kwargs and self.teacher_model_kind == "live":
-            self._warn("teacher_model_init_kwargs has no effect with teacher_model_kind='live': no copy is made.")
+        if self.teacher_model_kind == "live":
+            for name in ("teacher_model_init_kwargs", "teacher_offload"):
+                if getattr(self, name):
+                    self._warn(f"{name} has no effect with teacher_model_kind='live': no copy is made.")
 
     def _resolve_schedule(self) -> None:
         kind = self.teacher_model_kind

@@ -24,12 +24,12 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_crisp._upstream import pad
 from trl_crisp.config import PAPER_LEARNING_RATE, CRISPConfig
-from trl_crisp.loss.divergence import Diagnostic, gathered, output_head, sampled_topk_overlap
+from trl_crisp.loss.divergence import Diagnostic, OutputHead, gathered, output_head, sampled_topk_overlap
 from trl_crisp.loss.kernel import fused_loss
 from trl_crisp.loss.weighting import count_loss_items, loss_token_weights
 from trl_crisp.models.adapter_checks import check_adapters_of
 from trl_crisp.models.checks import check_config, needs_positions
-from trl_crisp.models.hidden_states import evaluation_mode, has_dropout, last_hidden_state
+from trl_crisp.models.hidden_states import evaluation_mode, has_dropout, last_hidden_state, left_aligned
 from trl_crisp.models.origin import describe_origin
 from trl_crisp.prompts.instructions import Prompt, looks_like_math, resolve_instruction, speaks_of_math
 from trl_crisp.prompts.pairs import PromptPairs, PromptReport, check_columns, check_row
@@ -216,6 +216,8 @@ class CRISPTrainer(PublishingTrainer):
         self._step_entropies_nats: list[tuple[float, float]] = []
         # Of the current step's micro-batches: loss tokens, over all processes, relative to their mean. `None` weighs all alike
         self._token_shares: list[float] | None = None
+        # For the wrapped forward: the teacher's hidden states and head, if its pass came before
+        self._teacher_output: tuple[torch.Tensor, OutputHead] | None = None
         # Filled inside the wrapped forward, which must not run a collective operation; compute_loss reads it afterwards
         self._diagnostics: dict[str, Diagnostic] | None = None
         self._engine_gap: Gap | None = None
@@ -359,6 +361,10 @@ class CRISPTrainer(PublishingTrainer):
             # The parent has padded, shuffled and split the rollouts of a new step
             self._buffered_inputs = sort_and_trim(self._buffered_inputs, self.pad_to_multiple_of)
             self._token_shares = self._count_token_shares(self._buffered_inputs)
+            if self.teacher.is_offloaded:
+                outputs = self._teacher_passes(self._buffered_inputs)
+                for micro_batch, output in zip(self._buffered_inputs, outputs, strict=True):
+                    micro_batch["teacher_output"] = output
             inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         return inputs
 
@@ -370,6 +376,9 @@ class CRISPTrainer(PublishingTrainer):
         return (counts * len(counts) / counts.sum()).tolist() if counts.any() else None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not (self.use_vllm and self.args.vllm_enable_sleep_mode):
+            # A vLLM that sleeps needs the memory while it is awake
+            self.teacher.fetch()
         check = self._engine_check if self.model.training else None
         is_compared = check is not None and check.is_due(self.state.global_step + 1)
         with own_sampling(self.model), check.recording() if is_compared else nullcontext() as recorded:
@@ -454,6 +463,8 @@ class CRISPTrainer(PublishingTrainer):
         metrics["completions/epistemic_words"].append(1000 * words_B.sum().item() / max(length_B.sum().item(), 1.0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Taken out of the inputs, which stay until the next step
+        self._teacher_output = inputs.pop("teacher_output", None)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._diagnostics is not None
         means = {name: self._mean_over_processes(diagnostic) for name, diagnostic in self._diagnostics.items()}
@@ -489,64 +500,89 @@ class CRISPTrainer(PublishingTrainer):
         return total / num_tokens if num_tokens else None
 
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep):
-        hidden_BTH = last_hidden_state(unwrapped_model, input_ids, attention_mask, self._passes_positions)
-        # The last position is dropped: it predicts a token after the completion
-        return hidden_BTH[:, :-1][:, -logits_to_keep:]
+        ids_BW, mask_BW, first_B = left_aligned(input_ids, attention_mask, self.pad_to_multiple_of)
+        hidden_BWH = last_hidden_state(unwrapped_model, ids_BW, mask_BW, self._passes_positions)
+        # A completion token is predicted at the position before it. Padding behind a row may be cut off
+        start_B = input_ids.size(1) - logits_to_keep - 1 - first_B
+        index_BT = start_B[:, None] + torch.arange(logits_to_keep, device=first_B.device)
+        index_BT = index_BT.clamp(max=ids_BW.size(1) - 1).to(hidden_BWH.device)
+        return hidden_BWH[torch.arange(len(index_BT), device=index_BT.device)[:, None], index_BT]
+
+    def _teacher_passes(self, micro_batches: list[dict[str, Any]]) -> list[tuple[torch.Tensor, OutputHead]]:
+        """Return, for each micro-batch, the teacher's hidden states of the tokens in the loss, [N, H], and its head."""
+        outputs = []
+        # An autocast of its own, because autocast keeps the weights that it has converted, here without a gradient
+        with torch.no_grad(), self.accelerator.autocast(), self.teacher.serving() as teacher:
+            for inputs in micro_batches:
+                teacher_inputs = _model_inputs(inputs, "teacher_prompt")
+                if self.teacher.wrapped_model is None:
+                    hidden_BTH = self._get_last_hidden_state(teacher, *teacher_inputs)
+                else:
+                    hidden_BTH = self._forward_redirection(
+                        self.teacher.wrapped_model, teacher, self._get_last_hidden_state, teacher, *teacher_inputs
+                    )
+                in_loss_BT = (self.get_loss_mask(inputs) != 0).to(hidden_BTH.device)
+                # A copy, so that those of the prompt and of the padding are freed
+                outputs.append((hidden_BTH[in_loss_BT], output_head(teacher, hidden_BTH.dtype)))
+                del hidden_BTH
+        return outputs
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         args = self.args
         loss_mask_BT = self.get_loss_mask(inputs)
+        # Before the student's graph exists, so that the activations of the two passes are not in memory at once
+        teacher_hidden_NH, teacher_head = self._teacher_output or self._teacher_passes([inputs])[0]
+        self._teacher_output = None
         # The forward redirection bypasses the autocast that accelerate adds to the model's own forward
         with self.accelerator.autocast():
             student_hidden_BTH = self._get_last_hidden_state(unwrapped_student, *_model_inputs(inputs, "prompt"))
             student_head = output_head(unwrapped_student, student_hidden_BTH.dtype)
-            with torch.no_grad(), self.teacher.serving() as teacher:
-                teacher_inputs = _model_inputs(inputs, "teacher_prompt")
-                if self.teacher.wrapped_model is None:
-                    teacher_hidden_BTH = self._get_last_hidden_state(teacher, *teacher_inputs)
-                else:
-                    teacher_hidden_BTH = self._forward_redirection(
-                        self.teacher.wrapped_model, teacher, self._get_last_hidden_state, teacher, *teacher_inputs
-                    )
-                teacher_head = output_head(teacher, teacher_hidden_BTH.dtype)
-
             # If a model is split across devices, its backbone may end on a different device than its head
             device = student_head.weight_VH.device
-            sides = (student_hidden_BTH.to(device), student_head, teacher_hidden_BTH.to(device), teacher_head)
             loss_mask_BT = loss_mask_BT.to(device)
+            in_loss_BT = loss_mask_BT != 0
+            sides = (
+                student_hidden_BTH.to(device)[in_loss_BT],
+                student_head,
+                teacher_hidden_NH.to(device),
+                teacher_head,
+            )
             if num_items_in_batch is None:
                 num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
             weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
             with gathered(student_head, teacher_head):
                 loss, values = fused_loss(
                     *sides,
-                    inputs["completion_ids"].to(device),
-                    loss_mask_BT,
-                    weights_BT,
+                    inputs["completion_ids"].to(device)[in_loss_BT],
+                    weights_BT[in_loss_BT],
                     args.beta,
                     args.loss_temperature,
                 )
-                topk_overlap = sampled_topk_overlap(*sides, loss_mask_BT, args.loss_temperature)
-                if (engine_log_probs_BT := inputs.get("engine_log_probs")) is not None:
-                    ids_BT, sampling = inputs["completion_ids"].to(device), self._engine_check.sampling
-                    hidden_BTH = sides[0]
-                    if self._has_dropout:
-                        # The engine has none
-                        with torch.no_grad(), evaluation_mode(unwrapped_student):
-                            hidden_BTH = self._get_last_hidden_state(
-                                unwrapped_student, *_model_inputs(inputs, "prompt")
-                            )
-                    self._engine_gap = engine_gap(
-                        hidden_BTH.to(device), student_head, ids_BT, engine_log_probs_BT.to(device), sampling
+                topk_overlap = sampled_topk_overlap(*sides, args.loss_temperature)
+                if "engine_log_probs" in inputs:
+                    self._engine_gap = self._compare_engine(
+                        unwrapped_student, inputs, student_hidden_BTH.to(device), student_head
                     )
 
-        num_tokens = (loss_mask_BT != 0).sum()
+        num_tokens = in_loss_BT.sum()
         self._diagnostics = {
             "reverse_kl": Diagnostic(values.reverse_kl.sum(), num_tokens),
             "teacher_entropy": Diagnostic(values.teacher_entropy.sum(), num_tokens),
             "topk_overlap": topk_overlap,
         }
         return loss, values.student_entropy.sum(), num_tokens
+
+    def _compare_engine(
+        self, student: Any, inputs: dict[str, torch.Tensor], hidden_BTH: torch.Tensor, head: OutputHead
+    ) -> Gap:
+        if self._has_dropout:
+            # The engine has none
+            with torch.no_grad(), evaluation_mode(student):
+                hidden_BTH = self._get_last_hidden_state(student, *_model_inputs(inputs, "prompt")).to(
+                    hidden_BTH.device
+                )
+        ids_BT, log_probs_BT = (inputs[key].to(hidden_BTH.device) for key in ("completion_ids", "engine_log_probs"))
+        return engine_gap(hidden_BTH, head, ids_BT, log_probs_BT, self._engine_check.sampling)
 
     def train(
         self,

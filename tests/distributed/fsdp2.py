@@ -156,7 +156,6 @@ def _save_spoil_and_load(teacher: Teacher, directory: Path) -> None:
 
 
 def _loss(student, teacher: Teacher, step: int, rollouts: list[int]) -> torch.Tensor:
-    student_hidden_BTH = _last_hidden(student, "student", step, rollouts)
     with torch.no_grad(), teacher.serving() as served:
         if teacher.wrapped_model is None:
             teacher_hidden_BTH = _last_hidden(served, "teacher", step, rollouts)
@@ -165,16 +164,17 @@ def _loss(student, teacher: Teacher, step: int, rollouts: list[int]) -> torch.Te
                 teacher.wrapped_model, served, _last_hidden, served, "teacher", step, rollouts
             )
         teacher_head = output_head(served, teacher_hidden_BTH.dtype)
+    # The teacher's pass first, as in the trainer
+    student_hidden_BTH = _last_hidden(student, "student", step, rollouts)
     student_head = output_head(student, student_hidden_BTH.dtype)
-    ones_BT = torch.ones(len(rollouts), COMPLETION_TOKENS)
+    tokens = len(rollouts) * COMPLETION_TOKENS
     loss, _ = fused_loss(
-        student_hidden_BTH,
+        student_hidden_BTH.flatten(0, 1),
         student_head,
-        teacher_hidden_BTH.to(student_hidden_BTH.dtype),
+        teacher_hidden_BTH.flatten(0, 1).to(student_hidden_BTH.dtype),
         teacher_head,
-        ones_BT.long(),
-        ones_BT,
-        ones_BT / ones_BT.numel(),
+        torch.ones(tokens, dtype=torch.long),
+        torch.full((tokens,), 1 / tokens),
         1.0,
         1.0,
     )

@@ -16,7 +16,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 class Problem(NamedTuple):
-    """The first arguments of `fused_loss`."""
+    """Rollouts of a micro-batch, [B, T]; the mask says which tokens are in the loss."""
 
     student_hidden: torch.Tensor
     student: OutputHead
@@ -55,6 +55,23 @@ def problem(
         mask,
         torch.rand(b, t, generator=generator),
     )
+
+
+def padded_loss(given: Problem, beta: float, temperature: float) -> tuple[torch.Tensor, kernel_torch.TokenValues]:
+    """The fused loss of the tokens in the mask, with their values as [B, T], zero where the mask is zero."""
+    in_loss = given.mask != 0
+    loss, values = kernel.fused_loss(
+        given.student_hidden[in_loss],
+        given.student,
+        given.teacher_hidden[in_loss],
+        given.teacher,
+        given.token_ids[in_loss],
+        given.weights[in_loss],
+        beta,
+        temperature,
+    )
+    zeros = torch.zeros(in_loss.shape, device=loss.device)
+    return loss, kernel_torch.TokenValues(*(zeros.masked_scatter(in_loss, value) for value in values))
 
 
 def loop_logits(hidden_H, head: OutputHead):

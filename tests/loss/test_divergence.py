@@ -188,7 +188,8 @@ def test_the_sampled_overlap_meets_each_side_under_its_own_head(monkeypatch, lim
         for t in range(T)
         if MASK_BT[b, t]
     ]
-    overlap = sampled_topk_overlap(*given, MASK_BT, 0.7)
+    in_loss = MASK_BT != 0
+    overlap = sampled_topk_overlap(given[0][in_loss], given[1], given[2][in_loss], given[3], 0.7)
     assert overlap.num_tokens == len(picked)
     assert overlap.total.item() == pytest.approx(sum(expected[i] for i in picked), rel=1e-5)
     assert not overlap.total.requires_grad

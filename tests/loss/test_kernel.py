@@ -19,6 +19,7 @@ from tests.loss.problems import (
     in_float64,
     loop_logits,
     masked_problem,
+    padded_loss,
     plain_loss,
     problem,
     truth_of,
@@ -26,7 +27,6 @@ from tests.loss.problems import (
 from tests.oracles import divergence_nats
 from trl_crisp.loss import kernel
 from trl_crisp.loss.divergence import OutputHead, per_token_divergence
-from trl_crisp.loss.kernel import fused_loss
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 256])
@@ -44,7 +44,7 @@ def test_values_and_gradients_equal_the_oracle(monkeypatch, beta, head, temperat
     """Ragged masks, weights of each token, several chunks and blocks; zero where the mask is zero."""
     chunks_of(monkeypatch, chunk_tokens)
     given = problem(**head)
-    assert_equals(given, fused_loss(*given, beta, temperature), truth_of(given, beta, temperature))
+    assert_equals(given, padded_loss(given, beta, temperature), truth_of(given, beta, temperature))
 
 
 @pytest.mark.parametrize("chunk_tokens", [2, 256])
@@ -53,7 +53,7 @@ def test_each_side_has_its_own_scale_and_soft_capping(monkeypatch, beta, chunk_t
     chunks_of(monkeypatch, chunk_tokens)
     given = problem(bias=True, logit_scale=2.0, softcap=1.5)
     given = given._replace(teacher=given.teacher._replace(logit_scale=0.5, softcap=None))
-    assert_equals(given, fused_loss(*given, beta, 1.0), truth_of(given, beta, 1.0))
+    assert_equals(given, padded_loss(given, beta, 1.0), truth_of(given, beta, 1.0))
 
 
 @pytest.mark.parametrize("chunk_tokens", [2, 256])
@@ -72,7 +72,7 @@ def test_a_tied_head_sums_both_of_its_gradients(monkeypatch, beta, chunk_tokens)
     given = made._replace(
         student_hidden=hidden(weight), student=head, teacher_hidden=hidden(weight.detach() + 0.2), teacher=head
     )
-    loss, _ = fused_loss(*given, beta, 1.0)
+    loss, _ = padded_loss(given, beta, 1.0)
     loss.backward()
 
     wide = weight.detach().double().requires_grad_()
@@ -95,7 +95,7 @@ def test_half_precision_is_no_worse_than_plain_half_precision(monkeypatch, dtype
     monkeypatch.setattr(kernel, "CONVERTED_ROWS", 77)
     given = problem(dtype, bias=bias, **WIDE)
     wide, plain = copied(given, torch.float64), copied(given)
-    losses = [fused_loss(*given, beta, 1.3)[0], plain_loss(plain, beta, 1.3), plain_loss(wide, beta, 1.3)]
+    losses = [padded_loss(given, beta, 1.3)[0], plain_loss(plain, beta, 1.3), plain_loss(wide, beta, 1.3)]
     for loss in losses:
         loss.backward()
     ours, theirs, truth = losses
@@ -116,14 +116,14 @@ def test_autocast_rounds_the_inputs_and_nothing_else(monkeypatch, dtype, beta):
     monkeypatch.setattr(kernel, "CONVERTED_ROWS", 77)
     given = problem(bias=True, **WIDE)
     with torch.autocast("cpu", dtype=dtype):
-        loss, values = fused_loss(*given, beta, 1.0)
+        loss, values = padded_loss(given, beta, 1.0)
     loss.backward()
     rounded = copied(given, dtype)
     rounded = rounded._replace(
         student=rounded.student._replace(bias_V=copied(given).student.bias_V),
         teacher=rounded.teacher._replace(bias_V=given.teacher.bias_V),
     )
-    expected, expected_values = fused_loss(*rounded, beta, 1.0)
+    expected, expected_values = padded_loss(rounded, beta, 1.0)
     expected.backward()
     assert loss == expected
     assert all(torch.equal(*pair) for pair in zip(values, expected_values, strict=True))
@@ -141,7 +141,7 @@ def test_it_equals_trls_kernel(monkeypatch, beta, head):
     monkeypatch.setattr("trl_crisp.loss.divergence.CPU_SLICE_TOKENS", 100)
     given = problem(**WIDE, **head)
     other = copied(given)
-    loss, values = fused_loss(*given, beta, 1.7)
+    loss, values = padded_loss(given, beta, 1.7)
     loss.backward()
     divergence, entropy = per_token_divergence(*other[:4], other.mask, beta, 1.7)
     (divergence * other.weights).sum().backward()
@@ -160,7 +160,7 @@ def test_equal_models_give_exactly_zero(monkeypatch, beta, head, chunk_tokens, d
     chunks_of(monkeypatch, chunk_tokens, 300)
     given = problem(dtype, **WIDE, **head)
     given = given._replace(teacher_hidden=given.student_hidden.detach(), teacher=given.student)
-    loss, values = fused_loss(*given, beta, 0.9)
+    loss, values = padded_loss(given, beta, 0.9)
     loss.backward()
     assert loss == 0
     assert torch.count_nonzero(values.divergence) == torch.count_nonzero(values.reverse_kl) == 0
@@ -174,7 +174,7 @@ def test_equal_models_give_exactly_zero(monkeypatch, beta, head, chunk_tokens, d
 def test_a_micro_batch_without_tokens_gives_zero_and_zero_gradients(beta, bias):
     """And it stays connected to the parameters, so that backward works."""
     given = problem(bias=bias, mask=torch.zeros(B, T))
-    loss, values = fused_loss(*given, beta, 1.0)
+    loss, values = padded_loss(given, beta, 1.0)
     loss.backward()
     assert loss == 0
     assert all(value.shape == (B, T) and torch.count_nonzero(value) == 0 for value in values)
@@ -184,7 +184,7 @@ def test_a_micro_batch_without_tokens_gives_zero_and_zero_gradients(beta, bias):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_tokens_of_zero_weight_have_values_and_no_gradient(dtype):
     given = problem(dtype)._replace(weights=torch.zeros(B, T))
-    loss, values = fused_loss(*given, 1.0, 1.0)
+    loss, values = padded_loss(given, 1.0, 1.0)
     loss.backward()
     assert loss == 0
     assert ((values.divergence > 0) == (MASK_BT != 0)).all()
@@ -197,7 +197,7 @@ def test_the_gradient_in_float16_survives_a_loss_scaler(beta):
     given = problem(torch.float16)
     given = given._replace(weights=given.weights * 1e-9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
-    loss, _ = fused_loss(*given, beta, 1.0)
+    loss, _ = padded_loss(given, beta, 1.0)
     scaler.scale(loss).backward()
     truth = truth_of(given, beta, 1.0)
     for gradient, expected in zip(given.gradients, truth.leaves, strict=True):
@@ -210,15 +210,15 @@ def test_the_gradient_in_float16_survives_a_loss_scaler(beta):
 
 def test_a_factor_on_the_loss_scales_the_gradients():
     given, other = problem(bias=True), problem(bias=True)
-    fused_loss(*given, 1.0, 1.0)[0].backward()
-    (fused_loss(*other, 1.0, 1.0)[0] * 0.125 + 3).backward()
+    padded_loss(given, 1.0, 1.0)[0].backward()
+    (padded_loss(other, 1.0, 1.0)[0] * 0.125 + 3).backward()
     for gradient, scaled in zip(given.gradients, other.gradients, strict=True):
         assert torch.equal(gradient * 0.125, scaled)
 
 
 def test_a_second_backward_is_an_error():
     """A gradient of zeros, or a scaled one, would be a wrong number."""
-    loss, _ = fused_loss(*problem(), 1.0, 1.0)
+    loss, _ = padded_loss(problem(), 1.0, 1.0)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="Compute the loss again"):
         loss.backward()
@@ -241,7 +241,7 @@ def test_masked_tokens_carry_nothing(monkeypatch, beta, temperature, mask_value,
         token_ids=torch.tensor([[kept.index(v) for v in row] for row in given.token_ids.tolist()]),
     )
     truth = truth_of(smaller, beta, temperature)
-    loss, values = fused_loss(*given, beta, temperature)
+    loss, values = padded_loss(given, beta, temperature)
     for value, expected in zip(values, truth.values, strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=2e-6)
     loss.backward()
@@ -255,7 +255,7 @@ def test_masked_tokens_carry_nothing(monkeypatch, beta, temperature, mask_value,
 @pytest.mark.parametrize("beta", BETAS)
 def test_masks_of_half_precision_carry_nothing(dtype, beta):
     given = masked_problem(-torch.inf, [2, 7], [2, 7], dtype)
-    loss, values = fused_loss(*given, beta, 0.7)
+    loss, values = padded_loss(given, beta, 0.7)
     assert all(torch.isfinite(value).all() for value in values[:4])
     loss.backward()
     assert all(torch.isfinite(gradient).all() for gradient in given.gradients)
@@ -267,7 +267,7 @@ def test_a_token_that_one_side_masks_counts_if_the_divergence_is_finite(beta, ma
     sides = ([2] if masked == "student" else [], [2] if masked == "teacher" else [])
     given, low = masked_problem(-torch.inf, *sides), masked_problem(-1e4, *sides)
     truth = truth_of(low, beta, 1.0)
-    loss, values = fused_loss(*given, beta, 1.0)
+    loss, values = padded_loss(given, beta, 1.0)
     torch.testing.assert_close(values.divergence.double(), truth.values[0], rtol=1e-5, atol=2e-6)
     in_loss = values.reverse_kl[MASK_BT != 0]
     assert in_loss.isinf().all() if masked == "teacher" else torch.isfinite(in_loss).all()
@@ -280,7 +280,7 @@ def test_a_token_that_one_side_masks_counts_if_the_divergence_is_finite(beta, ma
 def test_an_infinite_divergence_is_an_error(beta, masked, other):
     given = masked_problem(-torch.inf, [2] if masked == "student" else [], [2] if masked == "teacher" else [])
     with pytest.raises(ValueError, match=f"infinite: the bias of the {masked}'s .* id 2, that the {other}"):
-        fused_loss(*given, beta, 1.0)
+        padded_loss(given, beta, 1.0)
 
 
 class Operations(TorchDispatchMode):
@@ -308,7 +308,7 @@ def test_products_with_the_vocabulary(monkeypatch, beta, frozen, needs_gradient,
     chunks_of(monkeypatch, 300, 300)
     given = problem(frozen=frozen, **WIDE)
     with Operations() as seen, torch.set_grad_enabled(needs_gradient):
-        loss, _ = fused_loss(*given, beta, 1.0)
+        loss, _ = padded_loss(given, beta, 1.0)
         if needs_gradient:
             loss.backward()
     assert seen.products == products
@@ -319,7 +319,7 @@ def test_no_tensor_holds_the_logits_of_more_than_a_chunk(monkeypatch, beta):
     chunks_of(monkeypatch, 20, 300, 5)
     given = problem(**WIDE)
     with Operations() as seen:
-        fused_loss(*given, beta, 1.0)[0].backward()
+        padded_loss(given, beta, 1.0)[0].backward()
     # Of both models
     assert seen.largest <= 2 * 20 * 300
 
@@ -327,7 +327,7 @@ def test_no_tensor_holds_the_logits_of_more_than_a_chunk(monkeypatch, beta):
 def test_the_gradient_is_handed_over_and_not_copied():
     """The head's gradient in float32 is the one that the forward made: it is large, and it exists once."""
     given = problem()
-    loss, _ = fused_loss(*given, 1.0, 1.0)
+    loss, _ = padded_loss(given, 1.0, 1.0)
     [made] = [g.data_ptr() for g in loss.grad_fn.gradients if g is not None and g.shape == (V, H)]
     loss.backward()
     assert given.student.weight_VH.grad.data_ptr() == made

@@ -23,12 +23,12 @@ from tests.loss.problems import (
     chunks_of,
     copied,
     masked_problem,
+    padded_loss,
     plain_loss,
     problem,
     truth_of,
 )
 from trl_crisp.loss import kernel, kernel_torch
-from trl_crisp.loss.kernel import fused_loss
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -88,7 +88,7 @@ def half_products(monkeypatch):
 def test_values_and_gradients_equal_the_oracle(monkeypatch, fold, beta, head, temperature):
     chunks_of(monkeypatch, 4)
     given = problem(**head)
-    assert_equals(given, fused_loss(*given, beta, temperature), truth_of(given, beta, temperature))
+    assert_equals(given, padded_loss(given, beta, temperature), truth_of(given, beta, temperature))
 
 
 @needs_triton
@@ -97,7 +97,7 @@ def test_values_and_gradients_equal_the_oracle(monkeypatch, fold, beta, head, te
 def test_each_side_has_its_own_scale_and_soft_capping(fold, beta):
     given = problem(bias=True, logit_scale=2.0, softcap=1.5)
     given = given._replace(teacher=given.teacher._replace(logit_scale=0.5, softcap=None))
-    assert_equals(given, fused_loss(*given, beta, 1.0), truth_of(given, beta, 1.0))
+    assert_equals(given, padded_loss(given, beta, 1.0), truth_of(given, beta, 1.0))
 
 
 @needs_triton
@@ -109,11 +109,11 @@ def test_masked_tokens_carry_nothing(fold, beta, temperature):
     ids = [0, 1, 2, 3, 4, 6, 7, 10]
     given, other = (masked_problem(-torch.inf, ids, ids) for _ in range(2))
     given, other = (p._replace(token_ids=torch.full((B, T), 9)) for p in (given, other))
-    loss, values = fused_loss(*given, beta, temperature)
+    loss, values = padded_loss(given, beta, temperature)
     loss.backward()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "fold_for", lambda device: kernel_torch.fold)
-        expected, expected_values = fused_loss(*other, beta, temperature)
+        expected, expected_values = padded_loss(other, beta, temperature)
     expected.backward()
     for value, expected_value in zip(values, expected_values, strict=True):
         torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=2e-6)
@@ -130,7 +130,7 @@ def test_equal_models_give_exactly_zero(monkeypatch, half_products, fold, beta, 
     chunks_of(monkeypatch, 3)
     given = problem(dtype, **head)
     given = given._replace(teacher_hidden=given.student_hidden.detach(), teacher=given.student)
-    loss, values = fused_loss(*given, beta, 0.9)
+    loss, values = padded_loss(given, beta, 0.9)
     loss.backward()
     assert loss == 0
     assert torch.count_nonzero(values.divergence) == torch.count_nonzero(values.reverse_kl) == 0
@@ -152,7 +152,7 @@ def test_half_precision_is_no_worse_than_plain_half_precision(
     if autocast:
         given = copied(given, torch.float32)
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
-        loss, _ = fused_loss(*given, beta, 1.3)
+        loss, _ = padded_loss(given, beta, 1.3)
     losses = [loss, plain_loss(plain, beta, 1.3), plain_loss(wide, beta, 1.3)]
     for one in losses:
         one.backward()
@@ -170,8 +170,8 @@ def test_small_weights_cost_no_precision(half_products, fold, dtype, beta):
     """The gradient with respect to the logits is in half precision, but the weights of a large batch are not in it."""
     given, small = problem(dtype, bias=True), problem(dtype, bias=True)
     small = small._replace(weights=small.weights * 2.0**-40)
-    fused_loss(*given, beta, 1.0)[0].backward()
-    (fused_loss(*small, beta, 1.0)[0] * 2.0**40).backward()
+    padded_loss(given, beta, 1.0)[0].backward()
+    (padded_loss(small, beta, 1.0)[0] * 2.0**40).backward()
     for gradient, expected in zip(small.gradients, given.gradients, strict=True):
         assert torch.count_nonzero(expected) > 0
         assert torch.equal(gradient, expected)
@@ -181,7 +181,7 @@ def test_small_weights_cost_no_precision(half_products, fold, dtype, beta):
 @pytest.mark.parametrize("mask", [torch.zeros(B, T), MASK_BT], ids=["no tokens", "weights of zero"])
 def test_nothing_to_learn_gives_zero(half_products, fold, mask):
     given = problem(torch.bfloat16, mask=mask)._replace(weights=torch.zeros(B, T))
-    loss, _ = fused_loss(*given, 1.0, 1.0)
+    loss, _ = padded_loss(given, 1.0, 1.0)
     loss.backward()
     assert loss == 0
     assert all(torch.count_nonzero(gradient) == 0 for gradient in given.gradients)
@@ -189,12 +189,16 @@ def test_nothing_to_learn_gives_zero(half_products, fold, mask):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_shared_head_projects_both_models_at_once(monkeypatch, half_products, shared, frozen):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_shared_head_projects_both_models_at_once(monkeypatch, half_products, shared, frozen, dtype):
+    """Also one that autocast has to convert."""
     chunks_of(monkeypatch, 300, 300)
-    given = problem(torch.bfloat16, frozen=frozen, **WIDE)
+    given = problem(dtype, frozen=frozen, **WIDE)
     if shared:
         given = given._replace(teacher=given.student._replace(bias_V=None))
-    fused_loss(*given, 1.0, 1.0)[0].backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        loss, _ = padded_loss(given, 1.0, 1.0)
+    loss.backward()
     tokens, vocabulary = int(given.mask.sum()), WIDE["shape"][3]
     projections = [2 * tokens] if shared else [tokens, tokens]
     assert half_products == [*projections, tokens, *([] if frozen else [vocabulary])]

@@ -145,8 +145,8 @@ def test_the_loss_of_a_padded_batch_equals_the_oracle(tmp_path, kind, tuning):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
-def test_relative_positions_train_bit_for_bit_as_with_the_parent(tmp_path, kind):
-    """Nothing is passed to a model that needs nothing."""
+def test_hidden_states_of_tokens_are_the_parents(tmp_path, kind):
+    """To rounding, because the parent's rows begin with padding, and ours with their first token."""
     trainer = make_trainer(tmp_path, kind)
     model = trainer.model.eval()
     batch, _ = made_up_rollouts(model.config.vocab_size, [4, 2, 3])
@@ -157,7 +157,9 @@ def test_relative_positions_train_bit_for_bit_as_with_the_parent(tmp_path, kind)
     )
     with torch.no_grad():
         ours = trainer._get_last_hidden_state(model, *inputs)
-        assert torch.equal(ours, DistillationTrainer._get_last_hidden_state(trainer, model, *inputs))
+        parents = DistillationTrainer._get_last_hidden_state(trainer, model, *inputs)
+    is_token = batch["completion_mask"] != 0
+    torch.testing.assert_close(ours[is_token], parents[is_token])
 
 
 @pytest.mark.parametrize("kind", ["rwkv", "bart"])

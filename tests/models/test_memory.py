@@ -15,6 +15,9 @@ from transformers import (
 )
 
 from tests.tiny_models import tiny_model
+from trl_crisp.loss import kernel, kernel_torch
+from trl_crisp.loss.divergence import OutputHead
+from trl_crisp.loss.kernel import fused_loss
 from trl_crisp.models.memory import GIB_BYTES, RunMemory, estimate_memory
 
 # Released shapes; the parameters are those that the model cards print
@@ -98,12 +101,32 @@ def test_the_parts_of_a_released_model_by_hand():
     # Residual stream and norms in float32; norm outputs, attention output and MLP output; q, k, v; MLP: in bfloat16
     layer = 2 * 4096 * 4 + 2 * 4096 * 4 + 2 * (4 * 4096 + 3 * 32 * 128 + 3 * 8 * 128 + 4 * 12288)
     assert in_bytes(memory.layer_gib) == 2 * tokens * layer
-    assert in_bytes(memory.loss_gib) == 2 * 4096 * 32768 * 4 + 3 * 2 * 8192 * 4096 * 4
-    assert memory.update_gib == pytest.approx(30.513 * 5 + 15.256 + 10.125 + 1.75, abs=0.01)
+    # 690 tokens of logits, hidden states in float32 with copies in bfloat16, both heads in bfloat16, the head's gradient
+    logits = 690 * 151936 * (4 + 4 + 2)
+    hidden_states = 2 * 8192 * 4096 * (3 * 4 + 2 * 2 + 4)
+    head = 151936 * 4096
+    assert in_bytes(memory.loss_gib) == logits + hidden_states + head * (2 * 2 + 4)
+    assert memory.update_gib == pytest.approx(30.513 * 5 + 15.256 + 10.125 + 6.863, abs=0.01)
     # Here the 32 rollouts of 9,216 tokens need more than the update
     assert memory.peak_gib == pytest.approx(30.513 * 4 + 81, abs=0.01)
     lora = estimate_memory(QWEN3_8B, prompt_tokens=1024, completion_tokens=8192, lora_r=32)
-    assert lora.update_gib == pytest.approx(30.513 + 5 * 0.3252 + 10.125 + 1.75 + 7.805, abs=0.01)
+    assert in_bytes(lora.loss_gib) == logits + hidden_states + head * 2
+    assert lora.update_gib == pytest.approx(30.513 + 5 * 0.3252 + 10.125 + 3.386 + 7.805, abs=0.01)
+
+
+def test_an_offloaded_teacher_leaves_its_head_and_its_hidden_states():
+    run = {"prompt_tokens": 1024, "completion_tokens": 8192}
+    plain = estimate_memory(QWEN3_8B, **run)
+    memory = estimate_memory(QWEN3_8B, teacher_offload=True, **run)
+    head = 151936 * 4096 * 4
+    assert in_bytes(memory.teacher_gib) == head + 32 * 8192 * 4096 * 4
+    assert in_bytes(memory.offloaded_gib) == in_bytes(plain.teacher_gib) - head
+    assert memory.update_gib == pytest.approx(plain.update_gib - plain.teacher_gib + memory.teacher_gib)
+    # It comes while the rollouts are sampled
+    assert memory.sampling_gib == pytest.approx(plain.sampling_gib + 32 * 8192 * 4096 * 4 / GIB_BYTES)
+    assert plain.offloaded_gib == 0
+    lora = {"lora_r": 4, **RUN}
+    assert estimate_memory(QWEN3_8B, teacher_offload=True, **lora) == estimate_memory(QWEN3_8B, **lora)
 
 
 @pytest.mark.parametrize(
@@ -144,17 +167,53 @@ def test_a_layer_keeps_what_was_counted_for_its_backward_pass(config_type, dtype
     assert in_bytes(memory.layer_gib) / 2 == pytest.approx(sum(saved.values()), rel=tolerance)
 
 
-def test_a_tied_or_rounded_head_has_a_gradient_of_its_own_in_the_kernel():
-    tied = tiny_model("gemma").config
-    assert tied.tie_word_embeddings
-    by_hand = 2 * min(2 * 412, 4096) * 32768 * 4 + 3 * 2 * 412 * 32 * 4
-    head = tied.vocab_size * 32 * 4
-    assert in_bytes(estimate_memory(tied, **RUN).loss_gib) == by_hand + head
-    assert in_bytes(estimate_memory(tied, lora_r=2, **RUN).loss_gib) == by_hand
-    untied = tiny_model("llama").config
-    assert in_bytes(estimate_memory(untied, **RUN).loss_gib) == by_hand
-    rounded = estimate_memory(untied, dtype=torch.bfloat16, **RUN)
-    assert in_bytes(rounded.loss_gib) == by_hand + untied.vocab_size * 32 * 4
+@pytest.mark.parametrize("kind", ["gemma", "llama"])
+@pytest.mark.parametrize("lora_r", [None, 2])
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype", "per_token", "heads"),
+    [
+        (torch.float32, torch.bfloat16, 3 * 4 + 2 * 2 + 4, 2),
+        (torch.bfloat16, torch.bfloat16, 3 * 2 + 4, 0),
+        (torch.float32, torch.float32, 3 * 4 + 4, 0),
+    ],
+)
+def test_the_loss_by_hand(kind, lora_r, dtype, compute_dtype, per_token, heads):
+    """The head tied and not, trained and not, converted and not."""
+    config = tiny_model(kind).config
+    memory = estimate_memory(config, lora_r=lora_r, dtype=dtype, compute_dtype=compute_dtype, **RUN)
+    tokens, vocab = 2 * 412, config.vocab_size
+    logits = tokens * vocab * (8 + (2 if compute_dtype == torch.bfloat16 else 0))
+    copies = heads * (2 if lora_r is None else 1)
+    head = vocab * 32 * (copies + (4 if lora_r is None else 0))
+    assert in_bytes(memory.loss_gib) == logits + tokens * 32 * per_token + head
+
+
+def test_the_loss_of_a_real_pass_fits_the_estimate():
+    """The most bytes that a forward and a backward hold at once, as torch's profiler counts them on a CPU."""
+    tokens, hidden, vocab = 600, 64, 4096
+    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2)
+    estimate = estimate_memory(
+        config, prompt_tokens=1, completion_tokens=tokens, micro_batch=1, compute_dtype=torch.float32
+    )
+    student_NH = torch.randn(tokens, hidden, requires_grad=True)
+    teacher_NH, weight = torch.randn(tokens, hidden), torch.randn(vocab, hidden, requires_grad=True)
+    heads = OutputHead(weight), OutputHead(weight.detach() + 1)
+    ids, weights = torch.zeros(tokens, dtype=torch.long), torch.full((tokens,), 1 / tokens)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss, _ = fused_loss(student_NH, heads[0], teacher_NH, heads[1], ids, weights, 1.0, 1.0)
+        loss.backward()
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    # The hidden states were there before. On a CPU a chunk has 256 tokens, and the plain pass makes two tensors of a block
+    others = (
+        3 * tokens * hidden * 4
+        + 2 * 4 * vocab * (tokens - kernel.CPU_CHUNK_TOKENS)
+        - 2 * 4 * kernel_torch.BLOCK_LOGITS
+    )
+    assert peak == pytest.approx(in_bytes(estimate.loss_gib) - others, rel=0.02)
 
 
 def test_an_expert_model_counts_all_experts_and_computes_with_some():
@@ -178,7 +237,7 @@ def test_more_of_anything_needs_more():
 
 
 def test_the_peak_is_the_larger_one_of_sampling_and_updating():
-    parts = dict.fromkeys(RunMemory.__dataclass_fields__, 1.0)
+    parts = {**dict.fromkeys(RunMemory.__dataclass_fields__, 1.0), "offloaded_gib": 0.0}
     assert RunMemory(**{**parts, "rollout_cache_gib": 9.0, "layer_gib": 2.0}).peak_gib == 3 + 9
     assert RunMemory(**{**parts, "rollout_cache_gib": 1.0, "layer_gib": 2.0}).peak_gib == 6 + 2
     assert RunMemory(**{**parts, "rollout_cache_gib": 9.0, "autocast_gib": 5.0}).update_gib == 6 + 5

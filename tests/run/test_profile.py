@@ -98,8 +98,9 @@ def test_the_share_of_the_limit_by_hand(tmp_path, monkeypatch, tuning, checkpoin
             student += inputs["prompt_mask"][i].sum().item() + own
             teacher += inputs["teacher_prompt_mask"][i].sum().item() + own
             loss += own
-            computed += inputs["prompt_ids"].shape[1] + inputs["teacher_prompt_ids"].shape[1]
-            computed += 2 * inputs["completion_ids"].shape[1]
+        for prompt in ("prompt", "teacher_prompt"):
+            rows = torch.cat([inputs[f"{prompt}_mask"], inputs["completion_mask"]], dim=1)
+            computed += 2 * max(sum(row) for row in rows.tolist())
     factor = 4 if tuning == "lora" else 6
     needed = weights.body * (factor * student + 2 * teacher) + weights.head * (factor + 2) * loss
     seconds = sum(log[f"profile/{part}_s"] for part in ("teacher", "student_forward", "backward", "optimizer"))

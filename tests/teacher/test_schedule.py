@@ -397,9 +397,12 @@ def test_the_base_model_is_unchanged_after_20_lora_steps(tmp_path):
     assert trainer.teacher.refreshes == 5
 
 
-def test_a_dtype_for_a_copy_that_is_not_made_warns(tmp_path):
+def test_settings_without_effect_on_a_shared_teacher_warn(tmp_path):
+    """A dtype, and a place, for a copy that is not made."""
     with pytest.warns(UserWarning, match="teacher_model_init_kwargs has no effect with LoRA"):
         teacher_of(lora_model(), tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.warns(UserWarning, match="teacher_offload has no effect with LoRA"):
+        teacher_of(lora_model(), tmp_path, teacher_offload=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -138,26 +138,23 @@ def per_token_divergence(
 
 @torch.no_grad()
 def sampled_topk_overlap(
-    student_hidden_BTH: torch.Tensor,
+    student_hidden_NH: torch.Tensor,
     student_head: OutputHead,
-    teacher_hidden_BTH: torch.Tensor,
+    teacher_hidden_NH: torch.Tensor,
     teacher_head: OutputHead,
-    loss_mask_BT: torch.Tensor,
     temperature: float,
 ) -> Diagnostic:
     """
     Return the overlap of the models' top tokens ([`topk_overlap_of`]) over at most 32 tokens of the loss, evenly spaced.
 
     Args:
-        student_hidden_BTH, student_head, teacher_hidden_BTH, teacher_head, loss_mask_BT, temperature: As in
-            [`per_token_divergence`].
+        student_hidden_NH, teacher_hidden_NH: Last hidden states that predict the tokens in the loss.
+        student_head, teacher_head, temperature: As in [`per_token_divergence`].
     """
-    tokens_N = evenly_spaced((loss_mask_BT != 0).flatten().nonzero().squeeze(1), OVERLAP_TOKENS)
-    sides = (student_hidden_BTH, student_head), (teacher_hidden_BTH, teacher_head)
+    tokens_N = evenly_spaced(torch.arange(len(student_hidden_NH), device=student_hidden_NH.device), OVERLAP_TOKENS)
+    sides = (student_hidden_NH, student_head), (teacher_hidden_NH, teacher_head)
     with gathered(student_head, teacher_head):
-        student_NV, teacher_NV = (
-            logits_of(hidden_BTH.flatten(0, 1)[tokens_N][None], head)[0] for hidden_BTH, head in sides
-        )
+        student_NV, teacher_NV = (logits_of(hidden_NH[tokens_N][None], head)[0] for hidden_NH, head in sides)
     overlap_N = topk_overlap_of(student_NV, teacher_NV, temperature)
     return Diagnostic(overlap_N.sum(), torch.tensor(len(overlap_N), device=overlap_N.device))
 

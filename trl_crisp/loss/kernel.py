@@ -13,8 +13,7 @@ has 6 and 5, and for the generalized JSD 8 and 7.
 A head's gradient is a sum over tokens, so the weight of each token must be known here. It is, if it depends on masks. If it depends on
 the divergences (of a whole rollout, say), use [`~trl_crisp.loss.divergence.per_token_divergence`], which is TRL's kernel.
 
-Shape suffixes: B rollouts of a micro-batch, T completion positions, N tokens in the loss, C tokens of a chunk, H hidden width,
-V vocabulary.
+Shape suffixes: N tokens in the loss, C tokens of a chunk, H hidden width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,13 +41,12 @@ _LEAST_UNIT = 1e-30
 
 
 def fused_loss(
-    student_hidden_BTH: torch.Tensor,
+    student_hidden_NH: torch.Tensor,
     student_head: OutputHead,
-    teacher_hidden_BTH: torch.Tensor,
+    teacher_hidden_NH: torch.Tensor,
     teacher_head: OutputHead,
-    token_ids_BT: torch.Tensor,
-    loss_mask_BT: torch.Tensor,
-    weights_BT: torch.Tensor,
+    token_ids_N: torch.Tensor,
+    weights_N: torch.Tensor,
     beta: float,
     temperature: float,
 ) -> tuple[torch.Tensor, TokenValues]:
@@ -59,33 +57,31 @@ def fused_loss(
     converts them, so they survive a loss scaler's factor in float16.
 
     Args:
-        student_hidden_BTH, student_head, teacher_hidden_BTH, teacher_head, beta, temperature: See
-            [`~trl_crisp.loss.divergence.per_token_divergence`]. Heads that ZeRO-3 partitions are gathered.
-        token_ids_BT: The sampled tokens.
-        loss_mask_BT: 1 where a token is in the loss, else 0.
-        weights_BT: Of each token's divergence in the loss, float32. They get no gradient.
+        student_hidden_NH, teacher_hidden_NH: Last hidden states that predict the tokens in the loss.
+        student_head, teacher_head, beta, temperature: See [`~trl_crisp.loss.divergence.per_token_divergence`]. Heads that ZeRO-3
+            partitions are gathered.
+        token_ids_N: The sampled tokens.
+        weights_N: Of each token's divergence in the loss. They get no gradient.
 
     Returns:
-        The loss, a scalar in float32, and the tokens' values, [B, T], zero where the mask is zero. The reverse KL is infinite if
-        the teacher's bias masks a token that the student can generate. The log-probabilities are of the sampled tokens, at
-        `temperature`.
+        The loss, a scalar in float32, and the tokens' values, [N] in float32. The reverse KL is infinite if the teacher's bias masks
+        a token that the student can generate. The log-probabilities are of the sampled tokens, at `temperature`.
 
     Raises:
         ValueError: If the divergence is infinite, as in [`~trl_crisp.loss.divergence.per_token_divergence`].
         RuntimeError: In a second backward through the same loss, because the first one uses the gradients up.
     """
     refuse_infinite(student_head, teacher_head, beta)
-    in_loss_BT = loss_mask_BT != 0
     with gathered(student_head, teacher_head):
         loss, *values = _FusedLoss.apply(
-            student_hidden_BTH[in_loss_BT],
+            student_hidden_NH,
             student_head.weight_VH,
             finite_bias(student_head.bias_V),
-            teacher_hidden_BTH[in_loss_BT],
+            teacher_hidden_NH,
             teacher_head.weight_VH,
             finite_bias(teacher_head.bias_V),
-            token_ids_BT[in_loss_BT],
-            weights_BT[in_loss_BT].float(),
+            token_ids_N,
+            weights_N.float(),
             _Settings(
                 Transform(student_head.logit_scale, student_head.softcap),
                 Transform(teacher_head.logit_scale, teacher_head.softcap),
@@ -97,8 +93,7 @@ def fused_loss(
         values = TokenValues(*values)
         if only_masked_by(teacher_head, student_head).any():
             values = values._replace(reverse_kl=torch.full_like(values.reverse_kl, torch.inf))
-    zeros_BT = torch.zeros(in_loss_BT.shape, device=loss.device)
-    return loss, TokenValues(*(zeros_BT.masked_scatter(in_loss_BT, value_N) for value_N in values))
+    return loss, values
 
 
 def fold_for(device: torch.device) -> Callable[..., TokenValues]:
@@ -135,6 +130,9 @@ class _FusedLoss(torch.autograd.Function):
         device = student_hidden_NH.device
         student = _Projection(student_hidden_NH, student_weight_VH, student_bias_V)
         teacher = _Projection(teacher_hidden_NH, teacher_weight_VH, teacher_bias_V)
+        if teacher_weight_VH is student_weight_VH:
+            # Also if it had to be converted
+            teacher.weight_VH = student.weight_VH
         num_tokens, vocab_size = len(student_hidden_NH), len(student_weight_VH)
 
         inputs = (student_hidden_NH, student_weight_VH, student_bias_V)

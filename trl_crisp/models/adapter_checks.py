@@ -136,6 +136,11 @@ def check_adapter(model: Any, args: CRISPConfig, accelerator: Accelerator) -> No
             "teacher_model_init_kwargs has no effect with LoRA: the teacher's adapter has the dtype of the student's.",
             stacklevel=5,
         )
+    if args.teacher_offload and args.teacher_model_kind != "live":
+        warnings.warn(
+            "teacher_offload has no effect with LoRA: the teacher is an adapter on the student's base model, which stays on the device.",
+            stacklevel=5,
+        )
 
 
 def _check_trained_parameters(model: Any, name: str) -> None:

@@ -44,6 +44,35 @@ def positions_of(attention_mask_BT: torch.Tensor) -> torch.Tensor:
     return (attention_mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def left_aligned(
+    ids_BT: torch.Tensor, mask_BT: torch.Tensor, multiple_of: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Move each row to the left, so that it begins with its first token, and cut the rows to the longest.
+
+    In a causal model no token attends to the padding that is now behind it, so the mask may be 1 there. Without a zero in the mask,
+    attention runs without one: its kernels for causal attention alone compute half of the matrix.
+
+    Args:
+        ids_BT: Token ids.
+        mask_BT: 1 for a token, 0 for padding on either side.
+        multiple_of: The width stays a multiple of it, if it was one.
+
+    Returns:
+        The ids and the mask, [B, W], and the index at which each row began, [B]. The mask is 0 only at a 0 between two tokens.
+    """
+    width = mask_BT.size(1)
+    first_B = mask_BT.argmax(dim=1)
+    length_B = width - mask_BT.flip(1).argmax(dim=1) - first_B
+    longest = int(length_B.max())
+    if multiple_of is not None:
+        longest = min(-(-longest // multiple_of) * multiple_of, width)
+    step_W = torch.arange(longest, device=ids_BT.device)
+    index_BW = (first_B[:, None] + step_W).clamp(max=width - 1)
+    mask_BW = mask_BT.gather(1, index_BW).masked_fill(step_W >= length_B[:, None], 1)
+    return ids_BT.gather(1, index_BW), mask_BW, first_B
+
+
 def takes(module: nn.Module, argument: str) -> bool:
     """Return whether a module's forward has an argument of this name."""
     return argument in inspect.signature(module.forward).parameters

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from trl_crisp.loss.kernel import GPU_CHUNK_LOGITS
+
 GIB_BYTES = 2**30
-# The tile of logits of TRL's divergence kernel (trl/kernels/chunked_divergence.py), in float32, for each of the two models
-TILE_TOKENS, TILE_VOCAB = 4096, 32768
 _FLOAT32_BYTES = 4
 # AdamW keeps two moving averages of each trained parameter, in its dtype (torch.optim.AdamW)
 _ADAMW_STATES = 2
@@ -28,20 +28,24 @@ class RunMemory:
         parameters: The model's parameters; tied ones count once. With LoRA without the adapter.
         trained_parameters: All of them, or those of the adapter.
         weights_gib: The student, with the adapter.
-        teacher_gib: The teacher's copy: of the whole model, or of the adapter only with LoRA.
+        teacher_gib: The teacher's copy during an update: of the whole model, or of the adapter only with LoRA. With `teacher_offload` its
+            output head, and its hidden states of the step's rollouts.
+        offloaded_gib: The rest of the teacher with `teacher_offload`, which is on the GPU while the rollouts are sampled.
         optimizer_gib: AdamW's two states of each trained parameter.
         gradients_gib: One for each trained parameter.
         rollout_cache_gib: Keys and values of the rollouts that are sampled at once, each as long as the cap.
         checkpoints_gib: The hidden states that gradient checkpointing keeps, one tensor before each layer.
         layer_gib: The tensors of one layer, which the backward pass computes again, and their gradients.
         autocast_gib: The copies of the trained weights in the dtype of the computation, which autocast keeps during the forward pass.
-        loss_gib: The divergence: two tiles of logits, the hidden states of both models and the student's gradient.
+        loss_gib: The divergence: a chunk of both models' logits, their hidden states, the gradients, and the heads in the dtype of the
+            computation.
     """
 
     parameters: int
     trained_parameters: int
     weights_gib: float
     teacher_gib: float
+    offloaded_gib: float
     optimizer_gib: float
     gradients_gib: float
     rollout_cache_gib: float
@@ -64,8 +68,13 @@ class RunMemory:
     @property
     def peak_gib(self) -> float:
         """The larger one of updating and sampling by transformers, GiB. Sampling has no gradients: they are freed after each step."""
-        sampling_gib = self.weights_gib + self.teacher_gib + self.optimizer_gib + self.rollout_cache_gib
-        return max(self.update_gib, sampling_gib)
+        return max(self.update_gib, self.sampling_gib)
+
+    @property
+    def sampling_gib(self) -> float:
+        """The peak of sampling by transformers, GiB."""
+        both_gib = self.weights_gib + self.teacher_gib + self.offloaded_gib
+        return both_gib + self.optimizer_gib + self.rollout_cache_gib
 
 
 def estimate_memory(
@@ -79,6 +88,7 @@ def estimate_memory(
     lora_target_modules: str | Sequence[str] = "all-linear",
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.bfloat16,
+    teacher_offload: bool = False,
 ) -> RunMemory:
     """
     Estimate the memory of a run on one GPU: rollouts by transformers, gradient checkpointing, AdamW, a `periodic` or `base` teacher.
@@ -87,7 +97,8 @@ def estimate_memory(
     each, prompt included, of which C are the completion's; c bytes of the dtype of the computation:
 
     - weights: P b, with LoRA + t b_t. PEFT keeps an adapter in float32 if the model has a lower precision (`autocast_adapter_dtype`).
-    - teacher: P b ([`~trl_crisp.teacher.copied.CopyTeacher`]); with LoRA t b_t ([`~trl_crisp.teacher.adapter.AdapterTeacher`]).
+    - teacher: P b ([`~trl_crisp.teacher.copied.CopyTeacher`]); with LoRA t b_t ([`~trl_crisp.teacher.adapter.AdapterTeacher`]). With
+      `teacher_offload` V H b for the head, and C H b for each of the `rollouts_at_once`, during an update.
     - optimizer: 2 t b_t. Gradients: t b_t.
     - rollout cache: `rollouts_at_once` rows of T tokens; each layer has keys and values of every key-value head. A layer with a sliding
       window keeps no more tokens than the window. The dtype is the weights', as rotary embeddings raise the keys to it; the values may
@@ -99,8 +110,10 @@ def estimate_memory(
       rotary embedding, values, the attention's two outputs, the MLP's four tensors and its output. The attention matrix is not kept (SDPA).
       A Llama layer keeps 1% more than this on a CPU, a Qwen3 layer, which also has norms of queries and keys, 15% more.
     - autocast: t c for full fine-tuning of weights of another dtype. Only weights that are trained are kept (torch's autocast cache).
-    - loss: two float32 tiles of at most 4096 tokens x 32768 words (TRL's kernel), and 3 B C H in float32. The kernel's float32
-      gradient of the head is counted if it is not the parameter's own gradient: the head is tied, or not in float32.
+    - loss ([`~trl_crisp.loss.kernel`]): a chunk's logits of both models in float32, and the gradient in c bytes if c is below 4; B C H
+      (3 b + 4), for the student's hidden states of the completions and of the tokens in the loss, the teacher's, and the gradient, and
+      2 B C H c for copies in another dtype of the computation. For a head of V words: V H c for each model's, if the dtype of the
+      computation is another, and with full fine-tuning 4 V H for its gradient, which exists beside that of the micro-batches before.
 
     Args:
         config: The model's config.
@@ -113,6 +126,7 @@ def estimate_memory(
         lora_target_modules: As in `peft.LoraConfig`.
         dtype: The dtype of the weights. The default is TRL's.
         compute_dtype: The dtype of the computation (`bf16`, the default on a GPU).
+        teacher_offload: As in [`~trl_crisp.CRISPConfig`]. With LoRA it changes nothing.
 
     Raises:
         NoEstimateError: If the config is not that of a causal language model of transformers with attention.
@@ -129,8 +143,7 @@ def estimate_memory(
             raise ValueError(f"{name}={value} must be at least 1.")
     model = _on_meta(config, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    head = model.get_output_embeddings().weight
-    is_tied = head is model.get_input_embeddings().weight
+    head_values = model.get_output_embeddings().weight.numel()
     text = config.get_text_config()
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
         if getattr(text, name, None) is None:
@@ -141,33 +154,46 @@ def estimate_memory(
         trained, trained_bytes = parameters, weights_bytes
         teacher_bytes = weights_bytes
         autocast_bytes = 0 if dtype == compute_dtype else trained * compute_bytes
-        head_bytes = head.numel() * _FLOAT32_BYTES if is_tied or dtype != torch.float32 else 0
+        head_bytes = head_values * _FLOAT32_BYTES
     else:
         trained, trained_bytes = _adapter_of(model, lora_r, lora_target_modules)
         teacher_bytes = trained_bytes
         weights_bytes += trained_bytes
         autocast_bytes = trained * compute_bytes
         head_bytes = 0
+    if dtype != compute_dtype:
+        # With LoRA both models have the same head
+        head_bytes += (2 if lora_r is None else 1) * head_values * compute_bytes
     tokens = prompt_tokens + completion_tokens
     batch_tokens = micro_batch * tokens
     hidden = text.hidden_size
     per_token_bytes = (
         sum(_cached_values(text, layer, tokens) for layer in range(text.num_hidden_layers)) * weight_bytes
     )
+    offloaded_bytes = 0
+    if teacher_offload and lora_r is None:
+        on_gpu_bytes = head_values * weight_bytes
+        offloaded_bytes = teacher_bytes - on_gpu_bytes
+        teacher_bytes = on_gpu_bytes + rollouts_at_once * completion_tokens * hidden * weight_bytes
     loss_tokens = micro_batch * completion_tokens
-    tiles_bytes = 2 * min(loss_tokens, TILE_TOKENS) * TILE_VOCAB * _FLOAT32_BYTES
+    vocab_size = text.vocab_size
+    chunk_tokens = min(loss_tokens, max(1, GPU_CHUNK_LOGITS // vocab_size))
+    logit_bytes = 2 * _FLOAT32_BYTES + (compute_bytes if compute_bytes < _FLOAT32_BYTES else 0)
+    token_bytes = 3 * weight_bytes + _FLOAT32_BYTES + (2 * compute_bytes if dtype != compute_dtype else 0)
+    loss_bytes = chunk_tokens * vocab_size * logit_bytes + loss_tokens * hidden * token_bytes + head_bytes
     return RunMemory(
         parameters=parameters,
         trained_parameters=trained,
         weights_gib=weights_bytes / GIB_BYTES,
         teacher_gib=teacher_bytes / GIB_BYTES,
+        offloaded_gib=offloaded_bytes / GIB_BYTES,
         optimizer_gib=_ADAMW_STATES * trained_bytes / GIB_BYTES,
         gradients_gib=trained_bytes / GIB_BYTES,
         rollout_cache_gib=rollouts_at_once * per_token_bytes / GIB_BYTES,
         checkpoints_gib=text.num_hidden_layers * batch_tokens * hidden * weight_bytes / GIB_BYTES,
         layer_gib=2 * batch_tokens * _layer_bytes(text, weight_bytes, compute_bytes) / GIB_BYTES,
         autocast_gib=autocast_bytes / GIB_BYTES,
-        loss_gib=(tiles_bytes + head_bytes + 3 * loss_tokens * hidden * _FLOAT32_BYTES) / GIB_BYTES,
+        loss_gib=loss_bytes / GIB_BYTES,
     )
 
 

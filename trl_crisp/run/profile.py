@@ -147,9 +147,11 @@ class StepProfile(TrainerCallback):
     def _count_tokens(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         completion_mask = inputs["completion_mask"]
         for side, prompt in (("student", "prompt"), ("teacher", "teacher_prompt")):
-            masks = (inputs[f"{prompt}_mask"], completion_mask)
-            self._tokens[side] += sum(int(mask.sum()) for mask in masks)
-            self._tokens["computed"] += sum(mask.numel() for mask in masks)
+            lengths_B = inputs[f"{prompt}_mask"].sum(dim=1) + completion_mask.sum(dim=1)
+            self._tokens[side] += int(lengths_B.sum())
+            # The rows of a pass are cut to the longest
+            multiple_of = self._trainer.pad_to_multiple_of or 1
+            self._tokens["computed"] += len(lengths_B) * -(-int(lengths_B.max()) // multiple_of) * multiple_of
         self._tokens["loss"] += int((self._trainer.get_loss_mask(inputs) != 0).sum())
 
     def on_train_begin(

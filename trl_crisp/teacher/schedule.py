@@ -206,6 +206,14 @@ class Teacher(ABC):
                 if name in self._averages:
                     self._averages[name].copy_(source)
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the weights are on the host between two passes, so that few long passes are better than many short ones."""
+        return False
+
+    def fetch(self) -> None:  # noqa: B027 (most teachers have nothing to bring)
+        """Start to bring weights from the host to the device, if they are there, because [`serving`] comes soon."""
+
     @contextmanager
     def serving(self) -> Iterator[nn.Module]:
         """
@@ -229,9 +237,10 @@ class Teacher(ABC):
         if self.update_rate == 1.0:
             average.copy_(source)
         else:
-            average.lerp_(source.to(average.dtype), self.update_rate)
+            # On the student's device, also if the teacher is on the host
+            new = average.to(source.device).lerp(source.to(average.dtype), self.update_rate)
             # The average of two equal infinities (the bias of masked tokens) is NaN, so infinities are copied
-            average.copy_(torch.where(torch.isinf(source), source.to(average.dtype), average))
+            average.copy_(torch.where(torch.isinf(source), source.to(average.dtype), new))
         if average is not target:
             target.copy_(average)
 
@@ -239,7 +248,8 @@ class Teacher(ABC):
         # In float16 or bfloat16, adding 0.005 of a small difference would often round to no change
         if self.kind == "ema":
             self._averages = {
-                name: (target if isinstance(target, DTensor) else source).detach().float().clone()
+                # Where the teacher is
+                name: (target if isinstance(target, DTensor) else source).detach().float().clone().to(target.device)
                 for name, source, target in self._weight_pairs()
                 if target.dtype != torch.float32
             }

@@ -89,6 +89,20 @@ def check_backend(accelerator: Accelerator) -> None:
         )
 
 
+def check_offload(accelerator: Accelerator) -> None:
+    """Raise `ValueError` for a backend that decides itself where the teacher's weights are."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        backend, setting = "DeepSpeed", "offload_param_device: cpu (ZeRO-3)"
+    elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        backend, setting = "FSDP", "fsdp_offload_params: true"
+    else:
+        return
+    raise ValueError(
+        f"teacher_offload=True: {backend} places the teacher's weights itself. Leave teacher_offload out, and set {setting} in the "
+        "accelerate config, which holds for the teacher too."
+    )
+
+
 def place(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, nn.Module]:
     """
     Place a frozen copy on the device, with the sharding that the student will have.
