@@ -224,11 +224,14 @@ def test_fields_of_the_tables_are_those_that_crisp_adds():
 
 
 def test_keys_of_the_log_are_those_that_a_run_logs(tmp_path):
-    """The first screen's three, and skipped_steps."""
+    """The guide's table of signals, the length that it tells to look at, and skipped_steps."""
     from trl_crisp import CRISPConfig, CRISPTrainer
 
-    keys = re.findall(r"^\| `([\w/]+)`", section(README, "## Did it work?"), re.MULTILINE)
-    assert len(keys) == 3
+    signals = section(EXAMPLES, "### Signals of health")
+    keys = [row[1].strip("`") for row in table_rows(signals) if row[1].startswith("`")]
+    assert len(keys) == 11
+    keys += re.findall(r"Look at `([\w/]+)` yourself", signals)
+    assert len(keys) == 12
     args = CRISPConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, logging_steps=1, max_completion_length=4,
         per_device_train_batch_size=2, gradient_accumulation_steps=16, save_strategy="no", report_to="none",
