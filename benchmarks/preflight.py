@@ -35,13 +35,14 @@ RESULT = Path("benchmarks/results/preflight.json")
 INSTRUCTIONS = (
     "Answer briefly in one complete sentence that contains the answer.",
     "Keep it short.",
-    "words:30",
     "Answer in one short sentence.",
     "Answer with one word.",
     "Please answer the question.",
     "Explain in great detail, with many facts and examples.",
 )
 SAMPLES = 3
+# Of a trained model, to each held-out question: the lengths differ by tens of percent
+TRAINED_SAMPLES = 1
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 MAX_TOKENS = 128
 TRAINING_SEED = 3
@@ -90,20 +91,24 @@ def measure(model: str, output_dir: Path) -> dict[str, Any]:
         grader="text",
         **SAMPLING,
     )
-    told = run_preflight(settings, output_dir / "preflight", on_progress=tell, answer_of=answer_of)
-    base = answers_of(model, held_out, output_dir / "base")
+    told_file = output_dir / "preflight" / "preflight.json"
+    if not told_file.is_file():
+        run_preflight(settings, told_file.parent, on_progress=tell, answer_of=answer_of)
+    told = json.loads(told_file.read_text(encoding="utf-8"))
+    told_by = {one["name"]: one for one in told["instructions"]}
+    base = answers_of(model, held_out, output_dir / "base", SAMPLES)
     rows = []
     for number, instruction in enumerate(INSTRUCTIONS):
         trained = output_dir / f"trained-{number}"
         if not (trained / "config.json").is_file():
             train(model, instruction, trained)
-        after = answers_of(str(trained), held_out, output_dir / f"after-{number}")
+        after = answers_of(str(trained), held_out, output_dir / f"after-{number}", TRAINED_SAMPLES)
         rows.append(
             {
                 "instruction": instruction,
-                "preflight": told["instructions"][number]["effect"],
-                "verdict": told["instructions"][number]["verdict"],
-                "reverse_kl_nats": told["instructions"][number]["reverse_kl_nats"],
+                "preflight": told_by[instruction]["effect"],
+                "verdict": told_by[instruction]["verdict"],
+                "reverse_kl_nats": told_by[instruction]["reverse_kl_nats"],
                 "training": changes(base, after, answer_of),
                 "tokens": [[len(ids) for _, ids in row] for row in after],
             }
@@ -115,12 +120,12 @@ def measure(model: str, output_dir: Path) -> dict[str, Any]:
             "preflight_prompts": settings.prompts,
             "held_out_prompts": len(base),
             "samples": SAMPLES,
+            "trained_samples": TRAINED_SAMPLES,
             **SAMPLING,
             "max_new_tokens": MAX_TOKENS,
             "training": f"{CONFIG}, seed {TRAINING_SEED}, with each instruction",
             "versions": told["protocol"]["versions"],
         },
-        "recommendation": told["recommendation"],
         "base_tokens": [[len(ids) for _, ids in row] for row in base],
         "instructions": rows,
         "rank_correlation": rank_correlations(rows),
@@ -170,12 +175,12 @@ def train(model: str, instruction: str, output_dir: Path) -> None:
 Answers = list[list[tuple[str, list[int]]]]
 
 
-def answers_of(model: str, problems: Path, output_dir: Path) -> Answers:
+def answers_of(model: str, problems: Path, output_dir: Path, count: int) -> Answers:
     """Return text and token ids of each answer to the plain prompt, [problems, samples]."""
     settings = EvaluationSettings(
         model=model,
         benchmark=str(problems),
-        samples=SAMPLES,
+        samples=count,
         max_new_tokens=MAX_TOKENS,
         grader="text",
         prompt_template="{question}",
@@ -185,8 +190,8 @@ def answers_of(model: str, problems: Path, output_dir: Path) -> Answers:
     lines = (output_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     samples = sorted(map(json.loads, lines), key=lambda sample: (sample["problem"], sample["number"]))
     return [
-        [(one["text"], one["token_ids"]) for one in samples[start : start + SAMPLES]]
-        for start in range(0, len(samples), SAMPLES)
+        [(one["text"], one["token_ids"]) for one in samples[start : start + count]]
+        for start in range(0, len(samples), count)
     ]
 
 
