@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_client import VLLMClient
 
 from tests.helpers import make_trainer, rows
 from tests.tiny_models import save_tiny, tiny_tokenizer
+from tests.vllm_on_cpu import let_weights_be_updated
 from trl_crisp.evaluation.engines import TransformersEngine
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.attach import attach_health
@@ -25,14 +25,7 @@ pytestmark = pytest.mark.vllm
 
 def test_the_answers_are_the_students_at_that_step(tmp_path, monkeypatch):
     """Greedy, they are those of transformers with the same weights, before and after a step; and measuring changes no weight."""
-    from vllm.model_executor.layers import utils
-
-    # As in tests/rollouts/test_vllm.py
-    monkeypatch.setattr(
-        utils,
-        "dispatch_cpu_unquantized_gemm",
-        lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear),
-    )
+    let_weights_be_updated(monkeypatch)
     path = save_tiny(tmp_path / "model", "qwen3", head_dim=64, scale=32.0)
     questions = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(4)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))

@@ -6,20 +6,14 @@ from peft import LoraConfig
 
 from tests.helpers import make_trainer, parameters_of
 from tests.tiny_models import save_tiny
+from tests.vllm_on_cpu import let_weights_be_updated
 
 pytestmark = pytest.mark.vllm
 
 
 def test_the_engine_samples_from_the_student_that_was_pushed_last(tmp_path, monkeypatch):
     """And a run whose updates no longer reach it stops."""
-    from vllm.model_executor.layers import utils
-
-    # vLLM's build for CPUs packs the weights of linear layers, which then take no update. On a GPU they stay as they are
-    monkeypatch.setattr(
-        utils,
-        "dispatch_cpu_unquantized_gemm",
-        lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear),
-    )
+    let_weights_be_updated(monkeypatch)
     # The CPU kernels of vLLM have no attention heads of 16. The engine takes the dtype of the files, and the student the same
     path = save_tiny(tmp_path / "model", "qwen3", head_dim=64, scale=32.0, dtype=torch.bfloat16)
     trainer = make_trainer(

@@ -10,10 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from trl_crisp.report import formats
 from trl_crisp.report.card_metadata import make_metadata
 from trl_crisp.report.card_results import CardResults
-from trl_crisp.report.page import markdown_cell
+from trl_crisp.report.rendering import make_environment
 from trl_crisp.report.run_log import RunLog
 from trl_crisp.report.verdict import MUCH_CUT
 
@@ -78,28 +77,13 @@ def make_card(facts: CardFacts) -> ModelCard:
     Raises:
         ValueError: If the record lacks something.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+    from jinja2 import UndefinedError
 
     record = facts.record or {}
     dataset = record.get("dataset") or {}
     tags = [*record.get("tags", []), *facts.tags]
     metadata = make_metadata(facts.name, facts.base, facts.is_adapter, dataset.get("hub_id"), tags, facts.results)
-    environment = Environment(
-        loader=PackageLoader("trl_crisp.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        percent=formats.percent,
-        tokens=formats.tokens,
-        interval_in_points=formats.interval_in_points,
-        interval_of_tokens=formats.interval_of_tokens,
-        cell=markdown_cell,
-        line=_one_line,
-        fence=code_fence,
-    )
+    environment = make_environment(is_html=False, line=_one_line, fence=code_fence)
     try:
         text = environment.get_template("card.md.j2").render(
             facts=facts,

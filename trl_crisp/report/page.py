@@ -14,7 +14,8 @@ from typing import Any
 
 from trl_crisp import __version__
 from trl_crisp.evaluation.records import ScoredProblem
-from trl_crisp.report import charts, formats
+from trl_crisp.report import charts
+from trl_crisp.report.rendering import make_environment
 from trl_crisp.report.run_log import RunLog, load_run
 from trl_crisp.report.run_verdict import judge_run
 from trl_crisp.report.sources import Compared, Evaluated, load_compared, load_texts
@@ -27,7 +28,6 @@ TEXT_BYTES = 2_500_000
 _HEAD_SHARE = 2 / 3
 # Ours: so many rows stay quick to filter; the embedded JSON has all problems
 MOST_ROWS = 2_000
-_LONGEST_NAME = 300
 # The logged names that the embedded JSON keeps
 _KEPT_LOGS = (
     "step",
@@ -385,31 +385,10 @@ def _without_nonfinite(value: Any) -> Any:
 
 
 def _render(template: str, page: Mapping[str, Any], is_html: bool) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    # Bound to `is_html`: a Markdown file is no HTML, and its template escapes cells by a filter
-    environment = Environment(
-        loader=PackageLoader("trl_crisp.report"),
-        autoescape=is_html,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        percent=formats.percent,
-        tokens=formats.tokens,
-        points=formats.points,
-        interval_in_points=formats.interval_in_points,
-        interval_of_tokens=formats.interval_of_tokens,
-        change_of_tokens=formats.change_of_tokens,
-        short=_short,
-        intervals_small=_intervals_small,
-        cell=markdown_cell,
-        # For what this package made itself: drawn figures, embedded JSON
-        inert=Markup,
-    )
+    # `inert` is for what this package made itself: drawn figures, embedded JSON
+    environment = make_environment(is_html, intervals_small=_intervals_small, inert=Markup)
     folder = resources.files("trl_crisp.report") / "templates"
     script = (folder / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
@@ -421,17 +400,3 @@ def _intervals_small(headline: str) -> Any:
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"(\[[^\]]*\])", r'<span class="interval">\1</span>', str(escape(headline))))
-
-
-def _short(text: Any) -> str:
-    """Return a name as one line that is not too long."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 1]}…"
-
-
-def markdown_cell(text: Any) -> str:
-    """Return a text as a cell of a Markdown table: one line, in which nothing is markup."""
-    line = html.escape(_short(text), quote=False)
-    line = re.sub(r"[\\`*|#]", r"\\\g<0>", line)
-    # Inside of a word an underscore is no markup, and brackets alone are no link
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line).replace("](", "]\\(")
