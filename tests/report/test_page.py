@@ -8,7 +8,8 @@ import pytest
 from tests.report.made_results import training_log, write_evaluation, write_run
 from trl_crisp.cli import main
 from trl_crisp.evaluation.results import load_results
-from trl_crisp.report.page import clip, embed, markdown_cell, write_report, write_run_page
+from trl_crisp.report.page import clip, embed, write_report, write_run_page
+from trl_crisp.report.rendering import markdown_cell
 
 SMOLLM2 = Path(__file__).parents[2] / "benchmarks/results/smollm2"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 \u2029 \0 ]]> --> {{ 7*7 }} $x$"
