@@ -70,8 +70,8 @@ class RecordingMonitor(AgreementMonitor):
         self._code: AnswerCode | None = None
         self._drawn: tuple[list[int], list[list[str]], list[list[int]]] = ([], [], [])
 
-    def _sample(self, asked: Any, seed: int) -> tuple[list[list[str]], list[list[list[int]]]]:
-        texts, answers = super()._sample(asked, seed)
+    def _sample(self, asked: Any, seed: int, samples_per_prompt: int) -> tuple[list[list[str]], list[list[list[int]]]]:
+        texts, answers = super()._sample(asked, seed, samples_per_prompt)
         self._drawn = list(asked), texts, [[len(ids) for ids in row] for row in answers]
         return texts, answers
 
@@ -79,10 +79,7 @@ class RecordingMonitor(AgreementMonitor):
         super()._ask_base(path)
         asked, texts, lengths_tokens = self._drawn
         if self.more_base_samples:
-            settings = self.settings
-            self.settings = replace(settings, samples=self.more_base_samples, batch_size=settings.batch_size)
-            more_texts, more_answers = super()._sample(asked, settings.seed + 1_000_000)
-            self.settings = settings
+            more_texts, more_answers = super()._sample(asked, self.settings.seed + 1_000_000, self.more_base_samples)
             more_tokens = [[len(ids) for ids in row] for row in more_answers]
             texts = [a + b for a, b in zip(texts, more_texts, strict=True)]
             lengths_tokens = [a + b for a, b in zip(lengths_tokens, more_tokens, strict=True)]

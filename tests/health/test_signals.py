@@ -262,17 +262,19 @@ def test_a_resumed_run_has_the_same_events(tmp_path, capsys):
     trainer.train()
     output = capsys.readouterr().out
     events = events_of(tmp_path)
-    assert [event["status"] for event in events] == ["watch", "unhealthy"]
-    assert "most rollouts end in repetition" in events[1]["reasons"]
-    assert events[1]["values"]["completions/repeats"] >= 0.5
-    assert events[1]["first"]["completions/repeats"] == 0
+    *watched, lost = events
+    assert {event["status"] for event in watched} == {"watch"}
+    assert lost["status"] == "unhealthy"
+    assert "most rollouts end in repetition" in lost["reasons"]
+    assert lost["values"]["completions/repeats"] >= 0.5
+    assert lost["first"]["completions/repeats"] == 0
     assert all(f"health at step {event['step']}: {event['status']} (" in output for event in events)
     assert "loss" in output
     assert "  unhealthy" in output
     logged = [log["health/status"] for log in trainer.state.log_history if "loss" in log]
     assert logged == seen.statuses
-    steps = [event["step"] for event in events]
-    assert logged == [0.0] * (steps[0] - 1) + [1.0] * (steps[1] - steps[0]) + [2.0] * (13 - steps[1])
+    first, last = watched[0]["step"], lost["step"]
+    assert logged == [0.0] * (first - 1) + [1.0] * (last - first) + [2.0] * (13 - last)
 
     whole = (tmp_path / EVENTS_FILE).read_text()
     (tmp_path / EVENTS_FILE).write_text(whole + '{"step": 11, "status": "healthy"}\n{"step": 12, "sta')

@@ -90,6 +90,14 @@ def write_run_card(
     )
 
 
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # vLLM's build for CPUs has another name, and no version is worth a checkpoint
+        return None
+
+
 def describe_training(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
     """
     Return what a trainer has trained, from what and how. No value is a path of the machine.
@@ -122,7 +130,7 @@ def describe_training(trainer: Any, dataset_name: str | None = None) -> dict[str
         * args.gradient_accumulation_steps
         * trainer.accelerator.num_processes,
         "device": _device_of(trainer.accelerator),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: version for name in packages if (version := _version(name)) is not None},
     }
 
 
