@@ -315,7 +315,10 @@ def test_the_script_measures_a_file_of_prompts_and_stops_a_run_that_loses_its_an
     # A rate at which one step destroys the model
     assert script(tmp_path, *file, "--learning_rate", "0.5", "--stop_at_sweet_spot") == 3
     out = capsys.readouterr().out
-    assert "is measured: 8 prompts, of monitor_file, 2 answers each, and their accuracy" in out
+    assert (
+        "is measured: 8 prompts, of monitor_file, 2 answers of the base to each, 2 at each measurement, and their accuracy"
+        in out
+    )
     assert "Training ends after step 2: accuracy on the monitor prompts is -100.0 points from the base's" in out
     assert "agreement 100.0% -> 0.0% (-100.0 points [-100.0, -100.0])" in out
     assert "accuracy 100.0% -> 0.0% (-100.0 points [-100.0, -100.0])" in out
