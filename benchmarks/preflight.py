@@ -95,7 +95,7 @@ def measure(model: str, output_dir: Path) -> dict[str, Any]:
     if not told_file.is_file():
         run_preflight(settings, told_file.parent, on_progress=tell, answer_of=answer_of)
     told = json.loads(told_file.read_text(encoding="utf-8"))
-    told_by = {one["name"]: one for one in told["instructions"]}
+    told_by = {one["text"]: one for one in told["instructions"]}
     base = answers_of(model, held_out, output_dir / "base", SAMPLES)
     rows = []
     for number, instruction in enumerate(INSTRUCTIONS):
