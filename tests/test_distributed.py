@@ -139,8 +139,9 @@ def test_two_processes_train_as_one_on_the_same_rollouts(request, one_process, s
     run, outcome = RECORDED_RUNS[name], (outcomes if setting == "ddp" else outcomes["recorded"])[name]
     assert len(outcome.masked_rows) == (5 if run.masked_rank is not None else 1)
     expected = one_process(replace(alone(run), tool_rows=outcome.masked_rows, masked_rank=None))
-    # The rows of a pass are cut to the longest, and another split has other longest rows
-    assert outcome.losses == pytest.approx(expected.losses, rel=5e-6, abs=2e-6)
+    assert outcome.losses[0] == pytest.approx(expected.losses[0], rel=2e-6, abs=2e-6)
+    # An update amplifies the rounding of the step before it
+    assert outcome.losses[1:] == pytest.approx(expected.losses[1:], rel=5e-6, abs=2e-6)
     assert_close(outcome.pushed, expected.pushed)
     if run.optimizer == "sgd":
         assert_same_training(outcome, expected)

@@ -124,6 +124,8 @@ def test_the_committed_steps_are_whole():
         else:
             assert case["table"] == steps.summarise(case["steps"])
             assert not case["protocol"]["uncommitted_changes_in_package"]
+            memory = [step["memory"] for steps_of_one in case["steps"].values() for step in steps_of_one]
+            assert all(one["peak_rss_mib"] > one["imports_mib"] > 0 for one in memory)
 
 
 def test_the_committed_growth_is_whole_and_drawn(tmp_path):
