@@ -20,7 +20,20 @@ from trl_crisp.rollouts.engine_check import OFF_NATS, Sampling, sampled_log_prob
 from trl_crisp.run.files import write_json
 
 RESULT = Path("benchmarks/results/engine_gap.json")
-COUNTRIES = "France Japan Kenya Peru Norway Egypt India Canada Spain Cuba Chile Nepal".split()
+COUNTRIES = [
+    "France",
+    "Japan",
+    "Kenya",
+    "Peru",
+    "Norway",
+    "Egypt",
+    "India",
+    "Canada",
+    "Spain",
+    "Cuba",
+    "Chile",
+    "Nepal",
+]
 TOKENS = 60
 # Weights that share a scale when a linear layer is rounded
 GROUP = 64

@@ -19,6 +19,7 @@ from benchmarks.health.measured import codes_of
 from tests.helpers import load_example
 from tests.tiny_models import save_tiny
 from trl_crisp.evaluation.results import load_results
+from trl_crisp.rollouts.engine_check import MEAN_GAP_LIMIT_NATS, OFF_SHARE_LIMIT
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -240,6 +241,17 @@ def test_keys_of_the_log_are_those_that_a_run_logs(tmp_path):
     trainer = CRISPTrainer(model=save_tiny(tmp_path / "model", "qwen3"), args=args, train_dataset=rows)
     trainer.train()
     assert {*keys, "skipped_steps"} <= set(trainer.state.log_history[0])
+
+
+def test_the_gaps_of_engines_are_the_measured_ones():
+    """And the limits of the check separate the engines that are the student from those that are not."""
+    cases = json.loads((RESULTS / "engine_gap.json").read_text(encoding="utf-8"))["cases"]
+    words = " ".join(BENCHMARKS.split())
+    for name, one in cases.items():
+        assert f"{name} {one['mean_gap_nats']:.2f} and {one['off_share']:.1%}" in words
+        is_far = one["mean_gap_nats"] > MEAN_GAP_LIMIT_NATS or one["off_share"] > OFF_SHARE_LIMIT
+        assert is_far == (name in ("4 bits", "no chat template"))
+    assert f"a run stops at {MEAN_GAP_LIMIT_NATS} or {OFF_SHARE_LIMIT:.0%}" in words
 
 
 def slug(heading: str) -> str:

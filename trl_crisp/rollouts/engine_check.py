@@ -18,8 +18,8 @@ FIRST_STEPS = 3
 EVERY_STEPS = 25
 # Tokens of a micro-batch that are compared. Our choice: the paper's step then has 4,096, and their logits exist at once
 COMPARED_TOKENS = 256
-# Our choice. Gaps of engines to SmolLM2-135M-Instruct in float32, mean and share: bfloat16 0.03 nats and 0%, 8 bits 0.04 and 0%, another
-# system prompt 0.12 and 0.6%, 4 bits 1.2 and 44%, no chat template 2.3 and 21%
+# Our choice, between the gaps of an engine in bfloat16 or 8 bits and those of one in 4 bits or without the chat template
+# (benchmarks/engine_gap.py)
 MEAN_GAP_LIMIT_NATS = 0.3
 OFF_SHARE_LIMIT = 0.05
 OFF_NATS = 1.0
