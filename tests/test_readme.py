@@ -243,6 +243,28 @@ def test_keys_of_the_log_are_those_that_a_run_logs(tmp_path):
     assert {*keys, "skipped_steps"} <= set(trainer.state.log_history[0])
 
 
+def test_the_guides_sentence_on_agreement_is_the_experiments_summary():
+    summary = json.loads((RESULTS / "health" / "summary.json").read_text(encoding="utf-8"))
+    words = " ".join(section(EXAMPLES, "### Agreement, without labels").split())
+    errors = {name: 100 * one["change_largest_error"] for name, one in summary["tracking"].items()}
+    right = {name: 100 * one["accuracy"] for name, one in summary["bases"].items()}
+    full = [name for name in errors if name.endswith("full")]
+    assert max(errors[name] for name in full) <= 2
+    assert {f"{right[name]:.0f}" for name in full} == {"93"}
+    assert "within 2 points of that of the true accuracy for bases that are 93% right" in words
+    worst = max(errors, key=errors.__getitem__)
+    assert f"at worst {errors[worst]:.1f} points off for one that is {right[worst]:.0f}% right" in words
+    differences = summary["gate_differences"]
+    saved = [100 * one["accuracy"][0] for name, one in differences.items() if name.endswith("ungated")]
+    lost = [-100 * one["accuracy"][0] for name, one in differences.items() if name.endswith("frozen")]
+    fewer = [-100 * one["tokens"][0] for name, one in differences.items() if name.endswith("frozen")]
+    assert f"saves {math.floor(min(saved))} to {max(saved):.0f} points" in words
+    assert (
+        f"ends {min(lost):.0f} to {max(lost):.0f} points below it, with {min(fewer):.0f}% to {max(fewer):.0f}% fewer tokens"
+        in words
+    )
+
+
 def test_the_gaps_of_engines_are_the_measured_ones():
     """And the limits of the check separate the engines that are the student from those that are not."""
     cases = json.loads((RESULTS / "engine_gap.json").read_text(encoding="utf-8"))["cases"]
