@@ -208,6 +208,31 @@ def test_the_results_of_an_adapter_are_those_of_the_merged_model(trained, tmp_pa
     assert "secret_place" not in text
 
 
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_card_that_was_edited_is_pushed_as_it_is(trained, tmp_path, name):
+    directory = copy_of(trained, name, tmp_path)
+    card = directory / "README.md"
+    card.write_text(card.read_text() + "\nTrained by hand.\n")
+    folder = make_folder(directory, "me/model", [trained.results[name]])
+    assert (folder.path / "README.md").read_bytes() == card.read_bytes()
+    assert f"{card} was edited, so it is pushed as it is. Remove it, and push writes a new one" in folder.describe()
+    # Whoever downloads what was pushed and pushes it again has edited nothing
+    again = make_folder(folder.path, "me/again")
+    assert "was edited" not in again.describe()
+    card.unlink()
+    assert (
+        "after CRISP" in (make_folder(directory, "me/model", [trained.results[name]]).path / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("front", ["- a list", "[torn", "tags: 3", "model-index:\n- name: x"])
+def test_an_edited_card_that_the_hub_could_not_read_is_refused(trained, tmp_path, front):
+    directory = copy_of(trained, "full", tmp_path)
+    (directory / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"README\.md was edited, and the Hub could not read its metadata: "):
+        make_folder(directory, "me/model")
+
+
 def test_an_adapter_of_a_local_base_names_it_without_its_path_and_warns(trained, tmp_path):
     folder = make_folder(trained.place / "lora", "me/model")
     assert json.loads((folder.path / "adapter_config.json").read_text())["base_model_name_or_path"] == "TinyBase"

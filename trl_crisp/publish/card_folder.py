@@ -1,5 +1,6 @@
-"""Writes a model card into a directory, with its figure, from what is on disk beside it."""
+"""Writes a model card into a directory, with its figure and its record, from what is on disk beside it."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from trl_crisp.report.card import CARD_FILE, CardFacts, log_is_drawable, make_ca
 from trl_crisp.report.card_results import CardResults, load_card_results
 from trl_crisp.report.figures import completion_length_figure
 from trl_crisp.report.run_log import RunLog
+from trl_crisp.run.training_record import RECORD_FILE, read_record, write_record
 
 FIGURE_FILE = "rollout_length.png"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -32,7 +34,7 @@ def write_card(
     base: dict[str, Any] | None = None,
 ) -> None:
     """
-    Write directory/README.md and, if there is a log and matplotlib is installed, its figure.
+    Write directory/README.md, its record if there is one and, if there is a log and matplotlib is installed, its figure.
 
     Args:
         directory: The model's directory.
@@ -60,6 +62,27 @@ def write_card(
         reports=reports,
     )
     (directory / CARD_FILE).write_text(str(make_card(facts)), encoding="utf-8")
+    if record is not None:
+        record_card(directory, record)
+
+
+def record_card(directory: Path, record: dict[str, Any]) -> None:
+    """Write a training's record beside the card that was made from it, with the card's digest."""
+    content = {key: value for key, value in record.items() if not key.startswith("schema")}
+    write_record(directory, {**content, "card_sha256": _digest_of_card(directory)})
+
+
+def card_is_edited(directory: Path) -> bool:
+    """Whether a directory has a card that was changed after it had been written."""
+    # A checkpoint of an adapter has a card of PEFT's, and its record is in the run's directory
+    if not all((directory / name).is_file() for name in (CARD_FILE, RECORD_FILE)):
+        return False
+    written = (read_record(directory) or {}).get("card_sha256")
+    return written is not None and written != _digest_of_card(directory)
+
+
+def _digest_of_card(directory: Path) -> str:
+    return hashlib.sha256((directory / CARD_FILE).read_bytes()).hexdigest()
 
 
 def measured_by(run: RunLog | None, step: int | None) -> list[CardResults]:

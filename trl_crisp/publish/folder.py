@@ -12,21 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import eval_result_entries_to_yaml, hf_hub_download
+from huggingface_hub import ModelCard, eval_result_entries_to_yaml, hf_hub_download
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_crisp.evaluation.loading import ModelSource, describe_weights
 from trl_crisp.models.files import check_model_files
 from trl_crisp.models.origin import cached_license, describe_origin
-from trl_crisp.publish.card_folder import ADAPTER_CONFIG, measured_by, origin_of, write_card
+from trl_crisp.publish.card_folder import (
+    ADAPTER_CONFIG,
+    card_is_edited,
+    measured_by,
+    origin_of,
+    record_card,
+    write_card,
+)
 from trl_crisp.report.card import CARD_FILE
 from trl_crisp.report.card_metadata import leaderboard_entry
 from trl_crisp.report.card_results import CardResults, load_card_results
 from trl_crisp.report.page import write_report
 from trl_crisp.report.run_log import EmptyLogError, RunLog, load_run
 from trl_crisp.run.files import write_json
-from trl_crisp.run.training_record import read_record, write_record
+from trl_crisp.run.training_record import read_record
 
 # Inside of the model's directory, so that files can be linked; uploads of the trainer skip names that begin with an underscore
 FOLDER = "_push"
@@ -128,10 +135,12 @@ def make_folder(
     links = {one.path: str(one.path.relative_to(folder)) for result in found for one in result.compared.all}
     reports = _write_reports(folder, found, run, directory, notes)
     _write_leaderboard_files(folder, found, repo, links, notes)
-    if record is not None:
-        write_record(folder, {key: value for key, value in record.items() if not key.startswith("schema")})
-    if keeps_card:
+    if (is_edited := card_is_edited(directory)) or keeps_card:
         shutil.copyfile(directory / CARD_FILE, folder / CARD_FILE)
+        if record is not None:
+            record_card(folder, record)
+        if is_edited:
+            notes.append(_check_edited_card(directory))
     else:
         write_card(
             folder,
@@ -153,6 +162,18 @@ def make_folder(
         if path != folder and not (folder / path.name).exists()
     ]
     return PushFolder(folder, files, left_out, notes)
+
+
+def _check_edited_card(directory: Path) -> str:
+    """Check that the Hub could read a card that was edited, and return a note on it."""
+    path = directory / CARD_FILE
+    try:
+        ModelCard.load(path)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} was edited, and the Hub could not read its metadata: {error}. Mend it, or remove it: push writes a new one."
+        ) from error
+    return f"{path} was edited, so it is pushed as it is. Remove it, and push writes a new one with the results."
 
 
 def _check_model(directory: Path) -> bool:

@@ -19,7 +19,6 @@ from trl_crisp.publish.card_folder import write_card
 from trl_crisp.publish.folder import load_own_results
 from trl_crisp.report.run_log import EVENTS_FILE, RunLog, load_events
 from trl_crisp.rows.loading import is_hub_id
-from trl_crisp.run.training_record import write_record
 
 # TRL's and transformers' fields that a card shows after CRISP's own
 _MORE_FIELDS = (
@@ -59,13 +58,13 @@ def write_run_card(
         FileNotFoundError, ValueError: If results do not exist, cannot be compared, or are of another model.
     """
     state, output_dir = trainer.state, Path(trainer.args.output_dir or ".")
+    output_dir.mkdir(parents=True, exist_ok=True)
     links = _links()
     record = {
         **describe_training(trainer, dataset_name),
         "links": links,
         "tags": sorted({*tags, *_tags_of(trainer.model, links)}),
     }
-    write_record(output_dir, record)
     run = RunLog(
         name=output_dir.absolute().name,
         directory=output_dir,
