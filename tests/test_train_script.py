@@ -160,6 +160,20 @@ def test_rollouts_of_a_lora_config_fit_into_vllms_share(path):
     assert memory.update_gib + share < 75
 
 
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.endswith("-lora-1gpu")], ids=lambda p: p.stem)
+def test_the_monitor_of_a_lora_config_can_be_turned_on(path, tmp_path):
+    """As its comment says: the lines without their mark, and one line above dropped."""
+    above, block = path.read_text().split("# Accuracy without labels")
+    written = re.sub(r"(?m)^# (?=\w+: )", "", block)
+    assert re.search(r"(?m)^monitor_prompts: 128", written)
+    config = tmp_path / "config.yaml"
+    config.write_text(re.sub(r"(?m)^vllm_max_model_length: .*\n", "", above) + "# " + written)
+    _, args, *_ = parse_args(["--config", str(config), "--use_cpu"])
+    assert (args.monitor_prompts, args.monitor_base_samples, args.stop_at_sweet_spot) == (128, 16, True)
+    assert args.vllm_max_model_length == args.max_prompt_length + args.monitor_max_new_tokens
+    assert args.monitor_steps % args.save_steps == 0
+
+
 def test_lora_config_has_a_learning_rate_of_its_own(recwarn, models, rows, tmp_path):
     """At the paper's rate for full fine-tuning the trainer warns."""
     path = EXAMPLES / "configs" / "qwen3-8b-lora-1gpu.yaml"
