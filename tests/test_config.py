@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 
 import pytest
@@ -12,6 +13,9 @@ from trl import DistillationConfig, TrlParser
 from trl_crisp import CRISPConfig
 
 SENTENCE = "Solve the following math problem step by step."
+
+
+NAN, INF = float("nan"), float("inf")
 
 
 def config(output_dir="out", **fields) -> CRISPConfig:
@@ -447,8 +451,62 @@ def test_a_tracker_that_there_is_not_lists_those_there_are():
         ("top_p", 1.5),
         ("teacher_sync_steps", float("nan")),
         ("teacher_sync_steps", 1.5),
+        *((name, value) for name in ("learning_rate", "weight_decay", "max_grad_norm") for value in (NAN, INF, -1.0)),
+        *((name, value) for name in ("adam_beta1", "adam_beta2") for value in (NAN, 1.0, -0.1)),
+        ("adam_epsilon", -1e-8),
+        *(
+            (name, value)
+            for name in ("gradient_accumulation_steps", "max_completion_length")
+            for value in (0, -3, 1.5)
+        ),
+        *((f"per_device_{name}_batch_size", value) for name in ("train", "eval") for value in (0, -1)),
+        *(("top_k", value) for value in (-1, 1.5)),
+        *(("min_p", value) for value in (-0.1, 1.1, NAN)),
+        *(("repetition_penalty", value) for value in (0.0, -1.0, NAN, INF)),
+        *((name, value) for name in ("seed", "data_seed") for value in (-1, 2**32, 0.5)),
+        *(("max_steps", value) for value in (0, -2, 1.5)),
+        *(("num_train_epochs", value) for value in (0, -1.0, NAN, INF)),
     ],
 )
 def test_numbers_that_no_run_could_use_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"{name}={value}.* must be "):
         config(bf16=False, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0},
+        {"adam_beta1": 0.0, "top_k": 5, "min_p": 1.0, "repetition_penalty": 1.1, "seed": 2**32 - 1, "data_seed": 0},
+        {"max_steps": 3, "num_train_epochs": 0},
+        {"num_train_epochs": 0.5},
+        {"use_vllm": True, "top_k": -1},
+        {"generation_kwargs": {"num_return_sequences": 1, "suppress_tokens": [3], "do_sample": False}},
+        {"use_vllm": True, "generation_kwargs": {"stop": ["###"]}},
+        {"accelerator_config": {"even_batches": False}},
+    ],
+    ids=str,
+)
+def test_numbers_at_the_ends_of_their_ranges_are_taken(fields):
+    made = config(bf16=False, **fields)
+    assert all(getattr(made, name) == value for name, value in fields.items() if name != "accelerator_config")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"generation_kwargs": {"num_return_sequences": 2}},
+            "num_return_sequences=2, but each row of a batch has one",
+        ),
+        ({"use_vllm": True, "generation_kwargs": {"n": 4}}, "n=4, but each row of a batch has one"),
+        ({"generation_kwargs": {"return_dict_in_generate": True}}, "the trainer reads the tokens alone"),
+        ({"generation_kwargs": {"temprature": 1.0, "seed": 2}}, "has seed, temprature, which transformers' Gen"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "rows have texts, which cannot be sent"),
+        ({"accelerator_config": {"split_batches": True}}, "divide the batch size yourself"),
+    ],
+    ids=str,
+)
+def test_settings_that_would_change_the_rows_of_a_batch_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(bf16=False, **fields)

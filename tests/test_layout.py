@@ -22,7 +22,8 @@ MODULES = {
 # What a room, or a module beside the rooms, may import of ours at most
 MAY_IMPORT = {
     "_upstream": set(),
-    "config": {"prompts"},
+    "config": {"config_ranges", "prompts"},
+    "config_ranges": set(),
     "prompts": set(),
     "loss": {"_upstream"},
     "run": set(),

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import (
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DistillationConfig
 
+from trl_crisp.config_ranges import check_ranges
 from trl_crisp.prompts.chat_template_flags import check_chat_template_kwargs
 from trl_crisp.prompts.instructions import DAPO_OPENING_SENTENCE
 
@@ -293,6 +294,7 @@ class CRISPConfig(DistillationConfig):
         super().__post_init__()
         self._check_trackers()
         check_chat_template_kwargs(self.chat_template_kwargs)
+        check_ranges(self)
         self._check_choices()
         self._check_training_loop()
         self._check_instruction()
