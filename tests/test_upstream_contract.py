@@ -126,7 +126,7 @@ def test_what_we_override_is_still_there():
     ours = {
         "_check_learning_rate",
         "_select_rows",
-        "_count_generation_prompt_tokens",
+        "_tokenize_without_turn",
         "_record_rollouts",
         "_record_texts",
         "_check_teacher_is_not_uniform",

@@ -266,7 +266,9 @@ class CRISPTrainer(PublishingTrainer):
         if first is None:
             raise ValueError("the train dataset is empty. Check its split and filters.")
         check_row(first, 0)
-        self.turn_tokens = turn_tokens = self._count_generation_prompt_tokens(first["prompt"])
+        self.turn_tokens = turn_tokens = self.prompt_pairs.count_turn_tokens(
+            first["prompt"], self._tokenize_without_turn
+        )
         self.train_dataset, report = self.prompt_pairs.select(self.train_dataset, turn_tokens)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {
@@ -306,11 +308,8 @@ class CRISPTrainer(PublishingTrainer):
                 stacklevel=4,
             )
 
-    def _count_generation_prompt_tokens(self, prompt: Prompt) -> int:
-        if isinstance(prompt, str):
-            return 0
-        with_prompt = self.prompt_pairs.tokenize_students([prompt], 0)[0]
-        without = self.processing_class.apply_chat_template(  # type: ignore[union-attr]
+    def _tokenize_without_turn(self, prompt: Prompt) -> list[int]:
+        return self.processing_class.apply_chat_template(  # type: ignore[union-attr,return-value]
             prompt,
             tools=self.tools or None,
             chat_template=self.chat_template,
@@ -319,7 +318,6 @@ class CRISPTrainer(PublishingTrainer):
             return_dict=False,
             **self.chat_template_kwargs,
         )
-        return len(with_prompt) - len(without) if with_prompt[: len(without)] == without else 0
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -77,7 +77,7 @@ def test_the_trainer_finds_the_turn_that_both_prompts_end_in(tmp_path, kind, fla
     prompt = [user("What is 2 + 3?")]
     trainer = CRISPTrainer(tiny_model(kind), args, Dataset.from_list([{"prompt": prompt}]), None, tiny_tokenizer(kind))
     turn_ids = tiny_tokenizer(kind)(turn, add_special_tokens=False)["input_ids"]
-    assert trainer._count_generation_prompt_tokens(prompt) == len(turn_ids)
+    assert trainer.turn_tokens == len(turn_ids)
     for ids in (
         trainer._tokenize_prompts([prompt])[0][0],
         trainer.train_dataset[0]["teacher_prompt_ids"],

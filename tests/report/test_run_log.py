@@ -37,6 +37,13 @@ def test_an_interrupted_run_is_read_from_its_latest_checkpoint(tmp_path):
     assert (run.last_step, run.directory) == (10, tmp_path)
 
 
+def test_a_run_that_went_back_is_read_from_the_checkpoint_saved_last(tmp_path):
+    for step, saved_at in ((4, 10.0), (9, 20.0), (10, 15.5)):
+        write_run(tmp_path / f"checkpoint-{step}", [{"step": step, "loss": 0.1}])
+        (tmp_path / f"checkpoint-{step}" / "crisp_run.json").write_text(f'{{"saved_at": {saved_at}}}')
+    assert load_run(tmp_path).last_step == 9
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -122,8 +122,9 @@ def draw_prompts(dataset: Dataset, tokenizer: Any, settings: PreflightSettings) 
         )
         for one in told
     ]
-    first = dataset[0]["prompt"]
-    turn_tokens = _count_turn_tokens(tokenizer, first, settings.chat_template_kwargs, pairs[0])
+    turn_tokens = pairs[0].count_turn_tokens(
+        dataset[0]["prompt"], lambda prompt: _render(tokenizer, prompt, settings.chat_template_kwargs, False)
+    )
     report = PromptReport()
     asked: list[Asked] = []
     dropped = own = distinct = 0
@@ -185,11 +186,3 @@ def _render(tokenizer: Any, prompt: Prompt, flags: dict[str, Any] | None, add_ge
         prompt, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, **(flags or {})
     )
     return list(rendered["input_ids"])
-
-
-def _count_turn_tokens(tokenizer: Any, prompt: Prompt, flags: dict[str, Any] | None, pair: PromptPairs) -> int:
-    if isinstance(prompt, str):
-        return 0
-    [with_turn] = pair.tokenize_students([prompt], 0)
-    without = _render(tokenizer, prompt, flags, False)
-    return len(with_turn) - len(without) if with_turn[: len(without)] == without else 0

@@ -228,6 +228,20 @@ class PromptPairs:
         """
         return self._tokenize_named(prompts, first_row, _STUDENT_REFUSED)
 
+    def count_turn_tokens(self, prompt: Prompt, tokenize_without_turn: Callable[[Prompt], list[int]]) -> int:
+        """
+        Return how many tokens at the end of each prompt open the model's turn.
+
+        Args:
+            prompt: The first row's. A string has none.
+            tokenize_without_turn: As `tokenize`, for one prompt, without the generation prompt.
+        """
+        if isinstance(prompt, str):
+            return 0
+        [with_turn] = self.tokenize_students([prompt], 0)
+        without = tokenize_without_turn(prompt)
+        return len(with_turn) - len(without) if with_turn[: len(without)] == without else 0
+
     def _tokenize_named(self, prompts: list[Prompt], first_row: int, refusal: str) -> list[list[int]]:
         try:
             return self.tokenize(prompts)

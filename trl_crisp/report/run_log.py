@@ -10,6 +10,7 @@ from trl_crisp.report.figures import refresh_steps
 
 STATE_FILE = "trainer_state.json"
 EVENTS_FILE = "health_events.jsonl"
+RUN_FILE = "crisp_run.json"
 STATUS_KEY = "health/status"
 POSTPONED_KEY = "teacher/postponed"
 _UNHEALTHY = 2
@@ -102,7 +103,7 @@ class RunLog:
 
 def load_run(directory: Path) -> RunLog:
     """
-    Read what a run left: output_dir/trainer_state.json, or that of the latest checkpoint, and health_events.jsonl.
+    Read what a run left: output_dir/trainer_state.json, or that of the checkpoint saved last, and health_events.jsonl.
 
     Raises:
         FileNotFoundError: If the directory has no log.
@@ -141,16 +142,21 @@ def _state_path(directory: Path) -> Path:
         raise FileNotFoundError(f"--run {directory}: there is no such directory. Give the output_dir of a training.")
     if (directory / STATE_FILE).is_file():
         return directory / STATE_FILE
-    found = sorted(
-        (path for path in directory.glob(f"checkpoint-*/{STATE_FILE}") if path.parent.name[11:].isdigit()),
-        key=lambda path: int(path.parent.name[11:]),
-    )
+    found = [path for path in directory.glob(f"checkpoint-*/{STATE_FILE}") if path.parent.name[11:].isdigit()]
     if not found:
         raise FileNotFoundError(
             f"--run {directory}: it has no {STATE_FILE}, nor a checkpoint with one, so no training has logged there. Give the output_dir of a "
             "training."
         )
-    return found[-1]
+    # A run that went back to an earlier checkpoint leaves later steps behind, which it has given up
+    return max(found, key=lambda path: (_saved_at(path.parent), int(path.parent.name[11:])))
+
+
+def _saved_at(checkpoint: Path) -> float:
+    try:
+        return float(json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8")).get("saved_at", 0))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0
 
 
 def load_events(path: Path) -> list[dict[str, Any]]:
