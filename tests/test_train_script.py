@@ -448,14 +448,19 @@ def test_a_run_that_cannot_have_a_page_says_why_and_is_saved(models, rows, tmp_p
 
 @pytest.mark.page
 def test_a_lost_run_has_a_page_too(models, rows, tmp_path, capsys, monkeypatch):
+    """And not that of an earlier run, which was finished in the same directory."""
+    main(*parse_args(small(models(), rows, tmp_path)))
+    before = (tmp_path / "model.safetensors").read_bytes()
     monkeypatch.setattr("trl_crisp.health.ending.describe_lost", lambda trainer, health: "It is lost.")
     with pytest.raises(SystemExit) as ended:
-        main(*parse_args([*small(models(), rows, tmp_path), "--save_steps", "1"]))
+        main(*parse_args([*small(models(), rows, tmp_path), "--save_steps", "1", "--max_steps", "5"]))
     assert ended.value.code == 3
     assert (
         f"It is lost.\nThe last step's checkpoint is in {tmp_path}.\nThe page of this run" in capsys.readouterr().out
     )
-    assert (tmp_path / "report.html").is_file()
+    assert "The run did 5 steps." in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "crisp_training.json").read_text())["planned_steps"] != 5
 
 
 def test_a_finished_run_is_pushed_once(monkeypatch, models, rows, tmp_path, capsys):

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return COMMANDS[args.command](args.arguments)
-    except (ValueError, FileNotFoundError, PermissionError, ConnectionError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"trl-crisp {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

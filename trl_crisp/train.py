@@ -350,6 +350,7 @@ def main(
     accelerator = trainer.accelerator
     if (why := describe_lost(trainer, health)) is not None:
         ignore_signals()
+        trainer.save_state()
         accelerator.print(f"{describe_end(trainer, health)}\n{why}\nThe last step's checkpoint is in {output_dir}.")
         if accelerator.is_main_process:
             print(write_page(output_dir))
@@ -364,6 +365,9 @@ def main(
             f"Stopped after step {interrupt.stopped_at_step}; its checkpoint is in {output_dir}. Resume with:\n  "
             + resume_command()
         )
+        trainer.save_state()
+        if accelerator.is_main_process:
+            print(write_page(output_dir))
         accelerator.wait_for_everyone()
         del trainer, benchmark, health
         _end(accelerator)
@@ -372,7 +376,6 @@ def main(
     trainer.save_model(str(output_dir), _internal_call=True)
     # Writes the run's log next to the model
     trainer.save_state()
-    trainer.create_model_card()
     if benchmark is not None:
         trainer.accelerator.print(benchmark.describe_best(trainer.state))
     trainer.accelerator.print(describe_end(trainer, health))

@@ -371,13 +371,81 @@ def test_agreement_and_health_of_the_run_are_told_at_the_models_step(tmp_path, t
     run = dataclasses.replace(run, events=[event])
     text = " ".join(make_card(facts(run=run, record={**record, "step": 10})).text.split())
     assert (
-        "left out of training: 80.0% of the base's own answers, 79.0% of this model's (-1.0 points [-2.5, +1.0]); 100 and 70.0 tokens."
-        in text
+        "left out of training: 100 tokens before, 70.0 after. Agreement with the base's majority answers: 80.0% of the base's own answers, "
+        "79.0% of this model's (-1.0 points [-2.5, +1.0])." in text
     )
     assert "Agreement with the base is no accuracy." in text
     assert "- The training's signals at its end: watch (rollouts are long)" in text
     # Nothing was measured at that step
     assert "Agreement with the base's" not in make_card(facts(run=run, record={**record, "step": 7})).text
+
+
+def test_accuracy_that_the_run_measured_and_lost_is_told(tmp_path, trained):
+    record = {**read_record(trained.full.args.output_dir), "step": 10}
+    log = [
+        {
+            "step": step,
+            "eval_agreement": level,
+            "eval_agreement_accuracy": level,
+            "eval_agreement_mean_tokens": tokens,
+            **(
+                {
+                    "eval_agreement_reduction": 0.5,
+                    **{
+                        f"eval_agreement{name}_change{end}": -0.9
+                        for name in ("", "_accuracy")
+                        for end in ("", "_low", "_high")
+                    },
+                }
+                if step
+                else {}
+            ),
+        }
+        for step, level, tokens in ((0, 0.9, 100.0), (10, 0.0, 50.0))
+    ]
+    card = make_card(facts(run=load_run(write_run(tmp_path, log)), record=record))
+    text = " ".join(card.text.split())
+    assert (
+        "**Do not use this checkpoint: 50% fewer tokens, accuracy on the monitor prompts fell: -90.0 points [-90.0, -90.0]"
+        in text
+    )
+    assert "Accuracy of the same answers: 90.0% before, 0.0% after (-90.0 points [-90.0, -90.0])." in text
+    assert "Accuracy was measured on the monitor prompts alone" in text
+    assert "Accuracy was not measured" not in text
+
+
+@pytest.mark.parametrize(
+    ("repo", "snippet", "command"),
+    [
+        ("me/model", 'from_pretrained("me/model")', "trl-crisp merge me/model --output merged"),
+        ('it"s "x" <b>', r'from_pretrained("it\"s \"x\" <b>")', """trl-crisp merge 'it"s "x" <b>' --output merged"""),
+    ],
+)
+def test_the_snippet_quotes_names(repo, snippet, command):
+    text = make_card(dataclasses.replace(facts(), is_adapter=True, repo=repo)).text
+    assert snippet in text
+    assert command in text
+
+
+def test_a_base_without_a_name_is_no_argument_of_the_snippet():
+    base = {"source": "memory", "name": "a qwen3 model that was made in memory", "hub_id": None, "revision": None}
+    text = make_card(dataclasses.replace(facts(), is_adapter=True, base=base)).text
+    assert 'from_pretrained("BASE")  # the directory of the base: a qwen3 model that was made in memory' in text
+    assert 'from_pretrained("a qwen3' not in text
+
+
+def test_files_with_spaces_are_linked(tmp_path):
+    result = load_card_results(evaluations(tmp_path))
+    links = {one.path: f"results/my sums (v1)/{one.path.parent.name}/results.json" for one in result.compared.all}
+    text = make_card(dataclasses.replace(facts([result]), result_links=links)).text
+    assert "](results/my%20sums%20%28v1%29/" in text
+
+
+def test_a_page_without_results_has_no_answers(tmp_path):
+    assert (
+        "The training in figures: [report.html](report.html)."
+        in make_card(dataclasses.replace(facts(), reports=("report.html",))).text
+    )
 
 
 def test_what_was_not_measured_is_told(tmp_path):
@@ -395,7 +463,13 @@ def test_an_instruction_cannot_end_its_block():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is torn"), ('{"schema": "x", "schema_version": 1}', "has schema 'x'")]
+    ("content", "message"),
+    [
+        ("{", "is torn"),
+        ('{"schema": "x", "schema_version": 1}', "has schema 'x'"),
+        ('{"schema": "trl-crisp training", "schema_version": 1, "base": {"name": "x"}}', "its base is {'name': 'x'}"),
+        ('{"schema": "trl-crisp training", "schema_version": 1, "base": 3}', "is torn or no record"),
+    ],
 )
 def test_a_record_that_is_torn_or_of_another_schema_is_refused(tmp_path, content, message):
     (tmp_path / "crisp_training.json").write_text(content)
@@ -409,8 +483,13 @@ def test_a_record_that_lacks_something_is_refused(tmp_path):
         make_card(facts(record=read_record(tmp_path)))
 
 
-def test_the_record_is_of_a_checkpoints_run_too(tmp_path):
+def test_a_checkpoint_without_a_record_has_that_of_its_run_with_its_own_step(tmp_path, monkeypatch):
     write_record(tmp_path, {"step": 4})
-    assert read_record(tmp_path / "checkpoint-2")["step"] == 4
+    (tmp_path / "checkpoint-2").mkdir()
+    assert read_record(tmp_path / "checkpoint-2")["step"] == 2
+    monkeypatch.chdir(tmp_path / "checkpoint-2")
+    assert read_record(".")["step"] == 2
+    write_record(tmp_path / "42", {"step": 4})
+    assert read_record(tmp_path / "42")["step"] == 4
     assert read_record(tmp_path / "other") is None
     assert json.loads((tmp_path / "crisp_training.json").read_text())["schema"] == "trl-crisp training"

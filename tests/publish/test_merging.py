@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp.cli import main
 from trl_crisp.evaluation.loading import describe_weights, find_model
+from trl_crisp.publish.folder import make_folder
 from trl_crisp.publish.merging import describe_merge, merge_adapter
 from trl_crisp.run.training_record import read_record, write_record
 
@@ -142,7 +143,7 @@ def test_files_that_do_not_hold_the_merged_weights_are_refused(tmp_path, monkeyp
 
     def spoil(path, *args, **kwargs):
         model = load(path, *args, **kwargs)
-        if Path(str(path)).name.startswith(".merged"):
+        if Path(str(path)).name.startswith(".merging"):
             model.lm_head.weight.data[0, 0] += 1
         return model
 
@@ -168,12 +169,42 @@ def test_an_adapter_that_rounding_blurs_gets_a_warning(tmp_path):
             "the directory has files, and a merge never writes over a model",
         ),
         (lambda path: path.write_text(""), "is a file. Give a new directory"),
+        (lambda path: path.symlink_to(path.parent / "gone"), "is a link to nothing. Give a new directory"),
     ],
 )
 def test_an_output_that_is_in_use_is_refused_before_anything_is_loaded(tmp_path, make, message):
     make(tmp_path / "merged")
     with pytest.raises(ValueError, match=message):
         merge_adapter("no/such/adapter", tmp_path / "merged")
+
+
+def test_an_output_below_a_file_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(ValueError, match=r"notes is a file. Give a new directory"):
+        merge_adapter("no/such/adapter", tmp_path / "notes" / "deep" / "merged")
+
+
+@pytest.mark.parametrize("kind", ["link", "here"])
+def test_an_empty_directory_is_filled_and_not_replaced(tmp_path, monkeypatch, kind):
+    adapter = save_adapter(tmp_path / "adapter", save_base(tmp_path / "base"))
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    before = (tmp_path / "place").stat().st_ino
+    merge_adapter(str(adapter), Path(".") if kind == "here" else tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "place").stat().st_ino == before
+    names = {path.name for path in (tmp_path / "place").iterdir()}
+    assert {"config.json", "model.safetensors"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_a_merge_of_an_adapter_without_a_record_keeps_its_base(tmp_path):
+    adapter = save_adapter(tmp_path / "adapter", save_base(tmp_path / "TinyBase"))
+    merge_adapter(str(adapter), tmp_path / "merged")
+    text = (make_folder(tmp_path / "merged", "me/model").path / "README.md").read_text()
+    assert "This is a model from TinyBase. Its directory has no record of how it was trained." in text
+    assert "## Training" not in text
 
 
 def test_a_whole_model_is_refused(tmp_path):
@@ -189,7 +220,7 @@ def test_the_command_merges_into_an_empty_directory_and_keeps_the_record(tmp_pat
     assert main(["merge", str(adapter), "--output", str(tmp_path / "merged")]) == 0
     assert "Checked by logits: merging in float32 changed them by" in capsys.readouterr().out
     record = read_record(tmp_path / "merged")
-    assert record["instruction"] == "Be brief, please."
+    assert (record["instruction"], record["step"]) == ("Be brief, please.", 2)
     assert record["merged_from"] == {
         "model_revision": None,
         "weights_sha256": describe_weights(find_model(str(adapter)))["weights_sha256"],

@@ -272,12 +272,72 @@ def test_a_model_without_a_record_says_that_nothing_is_known(tmp_path):
 
 
 def test_code_that_the_config_names_is_pushed_and_other_code_is_not(tmp_path):
-    save_tiny(tmp_path / "model")
-    (tmp_path / "model" / "modeling.py").write_text("")
-    assert "modeling.py" not in make_folder(tmp_path / "model", "me/model").files
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModel": "modeling.Model"}}))
-    assert "modeling.py" in make_folder(tmp_path / "model", "me/model").files
+    directory = tmp_path / "model"
+    save_tiny(directory)
+    code = {"modeling.py": "from .layers import Layer", "layers.py": "", "mine.py": "", "elsewhere.py": ""}
+    for name, text in code.items():
+        (directory / name).write_text(text)
+    assert not set(code) & set(make_folder(directory, "me/model").files)
+    path = directory / "config.json"
+    auto_map = {"AutoModel": "modeling.Model", "AutoTokenizer": ["me/other--elsewhere.Tokenizer", None]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}))
+    assert set(code) & set(make_folder(directory, "me/model").files) == {"modeling.py", "layers.py"}
+
+
+def test_files_of_the_users_whose_names_are_like_those_of_a_model_are_not_pushed(tmp_path):
+    directory = tmp_path / "model"
+    save_tiny(directory)
+    for name in ("LICENSE_KEY_private.txt", "mine.model", "LICENSE", "spiece.model"):
+        (directory / name).write_text("")
+    files = make_folder(directory, "me/model").files
+    assert {"LICENSE", "spiece.model"} <= set(files)
+    assert not {"LICENSE_KEY_private.txt", "mine.model"} & set(files)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_lies_in_the_folders_place_is_refused(tmp_path, kind):
+    directory = tmp_path / "model"
+    save_tiny(directory)
+    place = directory / "_push"
+    place.write_text("") if kind == "file" else place.symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"_push is not a directory, and push writes its folder there"):
+        make_folder(directory, "me/model")
+
+
+def test_a_model_keeps_its_record_while_another_run_trains_in_its_directory(trained, tmp_path):
+    """A second run was killed after a checkpoint: the weights in output_dir are still those of the first."""
+    directory = copy_of(trained, "full", tmp_path)
+    before = {name: (directory / name).read_bytes() for name in ("README.md", "crisp_training.json")}
+    trainer = CRISPTrainer(
+        model=str(trained.place / "TinyBase"),
+        args=config(directory, max_steps=1, save_strategy="steps", save_steps=1, learning_rate=0.5),
+        train_dataset=rows(),
+    )
+    trainer.train()
+    assert {name: (directory / name).read_bytes() for name in before} == before
+    folder = make_folder(directory, "me/model")
+    assert "The log in" in folder.describe()
+    assert "is that of another run than the model's" in folder.describe()
+    text = (folder.path / "README.md").read_text()
+    assert "- Steps: 2 (2 planned)" in text
+    assert "| `learning_rate` | 0.5 |" not in text
+    # The second run's checkpoint has its own
+    text = (make_folder(directory / "checkpoint-1", "me/model").path / "README.md").read_text()
+    assert "- Steps: 1 (1 planned)" in text
+    assert "| `learning_rate` | 0.5 |" in text
+    # Once it saves its model, the card is of this model
+    trainer.save_model()
+    trainer.save_state()
+    assert "| `learning_rate` | 0.5 |" in (make_folder(directory, "me/model").path / "README.md").read_text()
+
+
+def test_a_log_that_is_torn_is_left_out_with_a_warning(trained, tmp_path):
+    directory = copy_of(trained, "full", tmp_path)
+    (directory / "trainer_state.json").write_text("{")
+    assert (
+        "Warning: the training's log is left out, because it cannot be read: "
+        in make_folder(directory, "me/model").describe()
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,7 +351,6 @@ def test_code_that_the_config_names_is_pushed_and_other_code_is_not(tmp_path):
         (lambda d: (d / "config.json").unlink(), "has no model"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 20), r"model\.safetensors is torn or damaged"),
         (lambda d: (d / "crisp_training.json").write_text("{"), r"crisp_training\.json is torn"),
-        (lambda d: (d / "trainer_state.json").write_text("{"), r"trainer_state\.json is torn"),
     ],
 )
 def test_a_directory_that_cannot_be_pushed_is_refused_in_words(trained, tmp_path, capsys, break_it, message):

@@ -1,4 +1,6 @@
 import json
+import time
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,34 @@ def test_an_interrupted_run_is_read_from_its_latest_checkpoint(tmp_path):
         write_run(tmp_path / f"checkpoint-{step}", [{"step": step, "loss": 0.1}])
     run = load_run(tmp_path)
     assert (run.last_step, run.directory) == (10, tmp_path)
+
+
+def test_a_log_that_a_later_checkpoint_continues_is_read_from_the_checkpoint(tmp_path):
+    """A run was finished, resumed and killed."""
+    write_run(tmp_path, [{"step": 4, "loss": 0.1}])
+    write_run(tmp_path / "checkpoint-6", [{"step": 6, "loss": 0.1}])
+    record = tmp_path / "checkpoint-6" / "crisp_run.json"
+    record.write_text('{"saved_at": 1.0}')
+    assert load_run(tmp_path).last_step == 4
+    record.write_text(json.dumps({"saved_at": time.time() + 60}))
+    assert load_run(tmp_path).last_step == 6
+    # That of another run is not this run's
+    (tmp_path / "_crisp_run.json").write_text('{"run_id": "a"}')
+    record.write_text(json.dumps({"saved_at": time.time() + 60, "run_id": "b"}))
+    assert load_run(tmp_path).last_step == 4
+
+
+@pytest.mark.parametrize("place", ["checkpoint-2", "."])
+def test_a_checkpoints_log_has_the_events_until_it_and_no_end(tmp_path, monkeypatch, place):
+    write_run(tmp_path / "run" / "checkpoint-2", [{"step": 2, "loss": 0.1}], max_steps=4)
+    events = [{"step": step, "status": "watch", "reasons": ["long"]} for step in (1, 3)]
+    (tmp_path / "run" / "health_events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    monkeypatch.chdir(tmp_path / "run" / ("checkpoint-2" if place == "." else ""))
+    run = load_run(Path(place))
+    assert (run.name, run.directory) == ("run", tmp_path / "run")
+    assert [event["step"] for event in run.events] == [1]
+    assert not run.ended_early
+    assert run.describe_end() == "This is the log of the checkpoint of step 2 of 4."
 
 
 def test_a_run_that_went_back_is_read_from_the_checkpoint_saved_last(tmp_path):

@@ -395,6 +395,7 @@ def test_a_signal_to_the_first_process_alone_saves_a_checkpoint(files, tmp_path,
     assert last_own_checkpoint(tmp_path / "out") == checkpoint
     assert f"Stopped after step {checkpoint.name.removeprefix('checkpoint-')};" in text
     assert "--resume_from_checkpoint true" in text.split("Resume with:\n")[1]
+    assert f"The page of this run, to open in a browser: {tmp_path / 'out' / 'report.html'}" in text
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,15 @@ def write_card(
     name = name or (repo or directory.absolute().name).split("/")[-1]
     if results is None:
         results = measured_by(run, (record or {}).get("step"))
+    # That of an adapter which was trained elsewhere, and merged here, has the base alone
+    trained = record if record is not None and "fields" in record else None
     facts = CardFacts(
         name=name,
         repo=repo or name,
         base=base or origin_of(directory, record, is_adapter),
         is_adapter=is_adapter,
         is_chat=is_chat,
-        record=record,
+        record=trained,
         results=results,
         run=run,
         figure=_draw(run, directory),
@@ -105,7 +107,8 @@ def origin_of(directory: Path, record: dict[str, Any] | None, is_adapter: bool) 
         return base
     if is_adapter:
         config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return describe_origin(config.get("base_model_name_or_path"), config.get("revision"))
+        if config.get("base_model_name_or_path"):
+            return describe_origin(config["base_model_name_or_path"], config.get("revision"))
     return {"source": "unknown", "name": "unknown", "hub_id": None, "revision": None}
 
 

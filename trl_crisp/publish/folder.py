@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import ModelCard, eval_result_entries_to_yaml, hf_hub_download
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_crisp.evaluation.loading import ModelSource, describe_weights
@@ -58,13 +60,17 @@ _MODEL_FILES = (
         "vocab.json",
         "vocab.txt",
         "merges.txt",
-        "*.model",
-        "*.spm",
         "*.tiktoken",
+        "tokenizer.model",
+        "tokenizer.model.v?",
+        "sentencepiece.model",
+        "sentencepiece.bpe.model",
+        "spiece.model",
+        "spm.model",
         "processor_config.json",
         "preprocessor_config.json",
     ),
-    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *(f"{name}{suffix}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for suffix in ("", ".md", ".txt")),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TEMPLATES = "additional_chat_templates"
@@ -113,15 +119,25 @@ def make_folder(
         ValueError: If files are torn, results cannot be compared, or are of another model.
     """
     is_adapter = _check_model(directory)
-    record = _record_of(directory)
-    run = _load_log(directory)
+    record = read_record(directory)
+    notes: list[str] = []
+    run = _load_log(directory, notes)
+    if (
+        run is not None
+        and record is not None
+        and None not in (ids := {run.run_id, record.get("run_id")})
+        and len(ids) > 1
+    ):
+        notes.append(f"The log in {directory} is that of another run than the model's, so it is left out.")
+        run = None
     measured = load_own_results(results, directory, record, run, repo)
     folder = directory / FOLDER
+    if folder.is_symlink() or folder.is_file():
+        raise ValueError(f"{folder} is not a directory, and push writes its folder there. Move it away.")
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
     _copy_model(directory, folder)
-    notes: list[str] = []
     base = {**origin_of(directory, record, is_adapter)}
     if base["hub_id"] and "license" not in base:
         base.update(_fetch_license(base["hub_id"], base["revision"]))
@@ -183,9 +199,7 @@ def _check_model(directory: Path) -> bool:
             f"{directory}: there is no such directory (looked for {directory.absolute()}). Give the output_dir of a training."
         )
     names = {path.name for path in directory.iterdir()}
-    is_adapter = ADAPTER_CONFIG in names
-    weights = ("adapter_model.*",) if is_adapter else ("model*.safetensors", "pytorch_model*.bin")
-    if not (is_adapter or "config.json" in names) or not any(fnmatch(name, one) for name in names for one in weights):
+    if not has_model(directory):
         checkpoints = sorted(name for name in names if name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"))
         hint = f" It has {', '.join(checkpoints[:3])}: one of these can be pushed." if checkpoints else ""
         raise FileNotFoundError(
@@ -193,28 +207,34 @@ def _check_model(directory: Path) -> bool:
             f"run that was lost or stopped saves none.{hint}"
         )
     check_model_files(directory, str(directory))
-    return is_adapter
+    return ADAPTER_CONFIG in names
 
 
-def _record_of(directory: Path) -> dict[str, Any] | None:
-    record = read_record(directory)
-    step = directory.absolute().name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-    return record if record is None or not step.isdigit() else {**record, "step": int(step)}
+def has_model(directory: Path) -> bool:
+    """Whether a directory has a model or an adapter: config and weights."""
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    is_adapter = ADAPTER_CONFIG in names
+    weights = ("adapter_model.*",) if is_adapter else ("model*.safetensors", "pytorch_model*.bin")
+    return (is_adapter or "config.json" in names) and any(fnmatch(name, one) for name in names for one in weights)
 
 
-def _load_log(directory: Path) -> RunLog | None:
+def _load_log(directory: Path, notes: list[str]) -> RunLog | None:
     try:
         return load_run(directory)
     except (FileNotFoundError, EmptyLogError):
+        return None
+    except ValueError as error:
+        notes.append(f"Warning: the training's log is left out, because it cannot be read: {error}")
         return None
 
 
 def _copy_model(directory: Path, folder: Path) -> None:
     """Link the model's files into the folder."""
+    code = _code_files(directory)
     for path in sorted(directory.iterdir()):
         if path.name == _TEMPLATES:
             shutil.copytree(path, folder / _TEMPLATES)
-        elif path.is_file() and (_is_model_file(path.name) or _is_own_code(path)):
+        elif path.is_file() and (_is_model_file(path.name) or path in code):
             _link(path, folder / path.name)
 
 
@@ -222,12 +242,20 @@ def _is_model_file(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _MODEL_FILES)
 
 
-def _is_own_code(path: Path) -> bool:
-    """Whether a file is code that the model's or the tokenizer's config names."""
-    if path.suffix != ".py":
-        return False
-    configs = (path.with_name(name) for name in ("config.json", "tokenizer_config.json"))
-    return any("auto_map" in json.loads(config.read_text(encoding="utf-8")) for config in configs if config.is_file())
+def _code_files(directory: Path) -> set[Path]:
+    """Return the Python files that the model's, the tokenizer's and the processor's config name, with those that they import."""
+    found: set[Path] = set()
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        path = directory / name
+        auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}) if path.is_file() else {}
+        for value in auto_map.values():
+            for reference in value if isinstance(value, list) else [value]:
+                # Code of another repository, "OWNER/NAME--module.Class", stays there
+                if isinstance(reference, str) and "--" not in reference:
+                    module = directory / f"{reference.split('.')[0]}.py"
+                    if module.is_file():
+                        found |= {module, *map(Path, get_relative_import_files(module))}
+    return found
 
 
 def _link(source: Path, target: Path) -> None:
@@ -257,6 +285,11 @@ def _name_base_without_path(folder: Path, base: dict[str, Any]) -> list[str]:
         write_json(path, config)
     if base["hub_id"] is not None:
         return []
+    if base["source"] in ("memory", "unknown"):
+        return [
+            f"Warning: the adapter's base is {base['name']}, so others cannot load the adapter. Push a merged model instead: in Python, "
+            "`model.merge_and_unload().save_pretrained(...)`."
+        ]
     return [
         f"Warning: the adapter's base, {base['name']}, is not on the Hub, so others cannot load the adapter. `trl-crisp merge` makes one model of both."
     ]
@@ -391,7 +424,7 @@ def _write_leaderboard_files(
     folder: Path, results: Sequence[CardResults], repo: str, links: dict[Path, str], notes: list[str]
 ) -> None:
     for result in results:
-        url = f"https://huggingface.co/{repo}/blob/main/{links[result.own.path]}"
+        url = f"https://huggingface.co/{repo}/blob/main/{quote(links[result.own.path])}"
         entry = leaderboard_entry(result, url)
         if entry is None:
             notes.append(

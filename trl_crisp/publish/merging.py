@@ -1,5 +1,6 @@
 """Merges an adapter into its base: one model in the base's dtype, checked by its logits."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from trl_crisp.evaluation.loading import (
     load_tokenizer,
     untie,
 )
+from trl_crisp.models.origin import describe_origin
 from trl_crisp.models.source import loading_errors_named
 from trl_crisp.run.saving import check_can_be_saved
 from trl_crisp.run.training_record import read_record, write_record
@@ -96,15 +98,21 @@ def merge_adapter(adapter: str, output: Path) -> Merged:
     model.config.dtype = dtype
     model.generation_config = load_generation_config(source.base)
     check_can_be_saved(model, tokenizer)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    is_new = not output.exists()
+    place = output.absolute().parent if is_new else output
+    place.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".merging-", dir=place))
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _record_merge(source, partial)
         rounding = _distance(before_BTV, _logits_of_saved(model, partial, probe_BT))
-        partial.chmod(0o755)
-        partial.replace(output)
+        if is_new:
+            partial.replace(output)
+        else:
+            # An empty directory may be a mount or the shell's own, so it stays. The config comes last: without it there is no model
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(output / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Merged(output, dtype, merging, rounding, _distance(before_BTV, base_BTV))
@@ -131,8 +139,13 @@ def _check_output(output: Path) -> None:
         raise ValueError(
             f"--output {output}: the directory has files, and a merge never writes over a model. Give a new directory."
         )
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file. Give a new directory.")
+    if output.is_symlink() and not output.exists():
+        raise ValueError(f"--output {output} is a link to nothing. Give a new directory.")
+    existing = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output {output}: {existing} is a file. Give a new directory.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"--output {output}: {existing} cannot be written to. Give another directory.")
 
 
 def _dtypes_of(base: ModelSource) -> tuple[Mapping[str, torch.dtype], torch.dtype]:
@@ -173,10 +186,10 @@ def _distance(before_BTV: torch.Tensor, after_BTV: torch.Tensor) -> float:
 
 
 def _record_merge(source: ModelSource, directory: Path) -> None:
-    """Keep what the adapter's directory says of its training, and which adapter the model is made of."""
-    record = read_record(source.name)
-    if record is not None:
-        about = describe_weights(source)
-        write_record(
-            directory, {**record, "merged_from": {key: about[key] for key in ("model_revision", "weights_sha256")}}
-        )
+    """Keep what the adapter's directory says of its training, and which adapter and which base the model is made of."""
+    assert source.base is not None
+    record = read_record(source.name) or {"base": describe_origin(source.base.name, source.base.revision)}
+    about = describe_weights(source)
+    # The digest is that of the adapter's card
+    kept = {key: value for key, value in record.items() if key != "card_sha256"}
+    write_record(directory, {**kept, "merged_from": {key: about[key] for key in ("model_revision", "weights_sha256")}})

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from transformers.trainer_utils import HubStrategy
 
 from trl_crisp.run.resumable import ResumableTrainer
 
@@ -15,7 +15,8 @@ class PublishingTrainer(ResumableTrainer):
 
     What differs from its parent:
 
-    - The card says what was trained, from what, how and with what results ([`~trl_crisp.publish.run_card`]).
+    - The card says what was trained, from what, how and with what results ([`~trl_crisp.publish.run_card`]). It is written when the model
+      beside it is, and each checkpoint has a record of its own. While output_dir has no model yet, each checkpoint writes it anew.
     - A push has the model, the tokenizer, the card, the results and the report, and nothing else of output_dir
       ([`~trl_crisp.publish.folder`]).
 
@@ -26,13 +27,36 @@ class PublishingTrainer(ResumableTrainer):
 
     origin: dict[str, Any]
     dataset_name: str | None = None
+    _is_saving_checkpoint = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         own = Path(self.args.output_dir or ".")
-        if is_peft_model(self.model) and Path(output_dir or own).absolute() == own.absolute():
-            # PEFT has written a card of its own, with the path of the base
+        if Path(output_dir or own).absolute() == own.absolute():
+            # What the card of an earlier model says is not true of this one. And PEFT has written one, with the path of the base
             self.create_model_card()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._is_saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving_checkpoint = False
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            from trl_crisp.publish.run_card import make_record
+            from trl_crisp.run.training_record import write_record
+
+            write_record(output_dir, make_record(self, self.dataset_name))
+
+    def _keeps_card(self) -> bool:
+        """Whether output_dir has a model with a card, to which this checkpoint is no part."""
+        from trl_crisp.publish.folder import has_model
+
+        is_copied = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
+        return self._is_saving_checkpoint and not is_copied and has_model(Path(self.args.output_dir or "."))
 
     # As in TRL, whose signature is not transformers'
     def create_model_card(  # type: ignore[override]
@@ -59,7 +83,7 @@ class PublishingTrainer(ResumableTrainer):
         """
         if self._template_file is not None:
             return super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and not self._keeps_card():
             from trl_crisp.publish.run_card import write_run_card
 
             more = [tags] if isinstance(tags, str) else tags or []

@@ -59,12 +59,7 @@ def write_run_card(
     """
     state, output_dir = trainer.state, Path(trainer.args.output_dir or ".")
     output_dir.mkdir(parents=True, exist_ok=True)
-    links = _links()
-    record = {
-        **describe_training(trainer, dataset_name),
-        "links": links,
-        "tags": sorted({*tags, *_tags_of(trainer.model, links)}),
-    }
+    record = make_record(trainer, dataset_name, tags)
     run = RunLog(
         name=output_dir.absolute().name,
         directory=output_dir,
@@ -74,6 +69,7 @@ def write_run_card(
         best_step=state.best_global_step,
         best_checkpoint=None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint).name,
         events=load_events(output_dir / EVENTS_FILE),
+        run_id=trainer.run_id,
     )
     repo = trainer.hub_model_id or trainer.args.hub_model_id
     paths = [[Path(path) for path in group] for group in results]
@@ -87,6 +83,16 @@ def write_run_card(
         run=run if run.log_history else None,
         results=load_own_results(paths, output_dir, record, run, repo) if paths else None,
     )
+
+
+def make_record(trainer: Any, dataset_name: str | None = None, tags: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what crisp_training.json has; see [`write_run_card`]."""
+    links = _links()
+    return {
+        **describe_training(trainer, dataset_name),
+        "links": links,
+        "tags": sorted({*tags, *_tags_of(trainer.model, links)}),
+    }
 
 
 def _version(name: str) -> str | None:
@@ -109,6 +115,7 @@ def describe_training(trainer: Any, dataset_name: str | None = None) -> dict[str
     used = {"vllm": trainer.use_vllm, "deepspeed": trainer.is_deepspeed_enabled}
     packages = [*_PACKAGES, *(name for name, is_used in used.items() if is_used)]
     return {
+        "run_id": trainer.run_id,
         "base": {**trainer.origin, "weights": trainer.run_description["model"]["weights"]},
         "adapter": _adapter_of(model),
         "trained_parameters": sum(

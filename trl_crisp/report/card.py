@@ -1,12 +1,15 @@
 """The model card: what was trained and how, the results with their protocol, how to load the model, and what was not measured."""
 
 import html
+import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard
 
@@ -14,7 +17,8 @@ from trl_crisp.report.card_metadata import make_metadata
 from trl_crisp.report.card_results import CardResults
 from trl_crisp.report.rendering import make_environment
 from trl_crisp.report.run_log import RunLog
-from trl_crisp.report.verdict import MUCH_CUT
+from trl_crisp.report.run_verdict import judge_run
+from trl_crisp.report.verdict import MUCH_CUT, Verdict
 
 CARD_FILE = "README.md"
 # Benchmarks on which accuracy falls first (the paper, and its limits)
@@ -83,13 +87,16 @@ def make_card(facts: CardFacts) -> ModelCard:
     dataset = record.get("dataset") or {}
     tags = [*record.get("tags", []), *facts.tags]
     metadata = make_metadata(facts.name, facts.base, facts.is_adapter, dataset.get("hub_id"), tags, facts.results)
-    environment = make_environment(is_html=False, line=_one_line, fence=code_fence)
+    environment = make_environment(
+        is_html=False, line=_one_line, fence=code_fence, python=_python_text, shell=shlex.quote, link=quote
+    )
     try:
         text = environment.get_template("card.md.j2").render(
             facts=facts,
             record=record,
             dataset=dataset,
-            agreement=_agreement(facts),
+            monitored=_monitored(facts),
+            verdict=_verdict_of_run(facts),
             health=_health(facts.run),
             limits=_limits(facts),
             protocol_of=_protocol_of,
@@ -102,25 +109,42 @@ def make_card(facts: CardFacts) -> ModelCard:
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
-def _agreement(facts: CardFacts) -> dict[str, Any] | None:
-    """Return how often the model gives the base's majority answers, and that of the base, if it was measured at the model's step."""
+def _monitored(facts: CardFacts) -> dict[str, Any] | None:
+    """
+    Return what was measured on the monitor prompts at the model's step, before and after: `agreement` with the base's majority answers,
+    `accuracy` if the rows have right answers, and `tokens`. `None` if nothing was.
+    """
     step = (facts.record or {}).get("step")
     if facts.run is None or not step:
         return None
-    values = {
-        name: facts.run.at(step, f"eval_agreement{name}")
-        for name in ("", "_mean_tokens", "_change_low", "_change_high")
-    }
-    base = {name: facts.run.at(0, f"eval_agreement{name}") for name in ("", "_mean_tokens")}
-    if values[""] is None or base[""] is None:
+    agreement = _before_and_after(facts.run, step, "eval_agreement")
+    if agreement is None:
         return None
-    change = {"estimate": values[""] - base[""], "low": values["_change_low"], "high": values["_change_high"]}
     return {
-        "before": base[""],
-        "after": values[""],
-        "change": change if None not in change.values() else None,
-        "tokens": (base["_mean_tokens"], values["_mean_tokens"]),
+        "agreement": agreement,
+        "accuracy": _before_and_after(facts.run, step, "eval_agreement_accuracy"),
+        "tokens": [facts.run.at(number, "eval_agreement_mean_tokens") for number in (0, step)],
     }
+
+
+def _before_and_after(run: RunLog, step: int, key: str) -> dict[str, Any] | None:
+    before, after = (run.at(number, key) for number in (0, step))
+    if before is None or after is None:
+        return None
+    change = {
+        "estimate": after - before,
+        **{end: run.at(step, f"{key}_change_{end}") for end in ("low", "high")},
+    }
+    return {"before": before, "after": after, "change": change if None not in change.values() else None}
+
+
+def _verdict_of_run(facts: CardFacts) -> Verdict | None:
+    """Return what the training's own measurements say of the model, if it was not measured on a benchmark."""
+    step = (facts.record or {}).get("step")
+    if facts.results or facts.run is None or not step:
+        return None
+    verdict = judge_run(facts.run, step)
+    return None if verdict.level == "no verdict" else verdict
 
 
 def _health(run: RunLog | None) -> str | None:
@@ -135,8 +159,11 @@ def _health(run: RunLog | None) -> str | None:
 
 def _limits(facts: CardFacts) -> list[str]:
     results, limits = facts.results, []
-    if not results:
-        agrees = "" if _agreement(facts) is None else " Agreement with the base is no accuracy."
+    monitored = _monitored(facts)
+    if not results and monitored is not None and monitored["accuracy"] is not None:
+        limits.append("Accuracy was measured on the monitor prompts alone, which are like those of the training.")
+    elif not results:
+        agrees = "" if monitored is None else " Agreement with the base is no accuracy."
         limits.append(f"Accuracy was not measured, so nothing here shows that the answers are still right.{agrees}")
     else:
         names = ", ".join(dict.fromkeys(result.benchmark for result in results))
@@ -181,6 +208,11 @@ def _protocol_of(result: CardResults) -> str:
 def log_is_drawable(run: RunLog | None) -> bool:
     """Whether a run's log has lengths of rollouts to draw."""
     return run is not None and any(math.isfinite(length) for _, length in run.series("completions/mean_length"))
+
+
+def _python_text(text: str) -> str:
+    """Return a text as Python's source has it. JSON's texts are Python's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _one_line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from trl_crisp.report.figures import refresh_steps
 
 STATE_FILE = "trainer_state.json"
 EVENTS_FILE = "health_events.jsonl"
-RUN_FILE = "crisp_run.json"
+# What a checkpoint, and an output_dir, say of the run that they belong to
+RUN_FILE, OUTPUT_RUN_FILE = "crisp_run.json", "_crisp_run.json"
 STATUS_KEY = "health/status"
 POSTPONED_KEY = "teacher/postponed"
 _UNHEALTHY = 2
@@ -33,6 +35,8 @@ class RunLog:
         best_step: The step of the best checkpoint, `None` if there is none.
         best_checkpoint: The name of its directory.
         events: The lines of health_events.jsonl.
+        run_id: The run's id, `None` if it is not known.
+        is_checkpoint: Whether this is the log of one checkpoint, and the run may have gone on.
     """
 
     name: str
@@ -43,6 +47,8 @@ class RunLog:
     best_step: int | None
     best_checkpoint: str | None
     events: list[dict[str, Any]]
+    run_id: str | None = None
+    is_checkpoint: bool = False
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """Return the steps and the finite values of a logged name."""
@@ -74,7 +80,7 @@ class RunLog:
     @property
     def ended_early(self) -> bool:
         """Whether the run did fewer steps than planned."""
-        return 0 < self.last_step < self.max_steps
+        return 0 < self.last_step < self.max_steps and not self.is_checkpoint
 
     @property
     def is_unhealthy(self) -> bool:
@@ -96,6 +102,8 @@ class RunLog:
 
     def describe_end(self) -> str:
         """Return how the run ended, in a sentence."""
+        if self.is_checkpoint:
+            return f"This is the log of the checkpoint of step {self.last_step} of {self.max_steps}."
         if not self.ended_early:
             return f"The run did {self.last_step} steps."
         return f"The run ended at step {self.last_step} of {self.max_steps}."
@@ -103,7 +111,10 @@ class RunLog:
 
 def load_run(directory: Path) -> RunLog:
     """
-    Read what a run left: output_dir/trainer_state.json, or that of the checkpoint saved last, and health_events.jsonl.
+    Read what a run left: the trainer_state.json that was written last, of output_dir or of its checkpoints, and health_events.jsonl.
+
+    Args:
+        directory: The run's output_dir, a checkpoint of it, or a trainer_state.json.
 
     Raises:
         FileNotFoundError: If the directory has no log.
@@ -122,16 +133,23 @@ def load_run(directory: Path) -> RunLog:
         ) from error
     if not log_history:
         raise EmptyLogError(f"{path} has no log entries: the run did not reach its first logging_steps.")
-    root = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+    place = Path(os.path.abspath(path.parent))
+    root = place.parent if (is_in_checkpoint := _number_of(place) is not None) else place
+    run_ids = _run_id_in(place), _run_id_in(root)
+    last_step = int(state.get("global_step") or 0)
+    # Another run in the same directory writes its events over those of the checkpoint's
+    events = load_events(root / EVENTS_FILE) if None in run_ids or run_ids[0] == run_ids[1] else []
     return RunLog(
-        name=root.absolute().name,
+        name=root.name,
         directory=root,
         log_history=log_history,
-        last_step=int(state.get("global_step") or 0),
+        last_step=last_step,
         max_steps=int(state.get("max_steps") or 0),
         best_step=state.get("best_global_step") if state.get("best_model_checkpoint") else None,
         best_checkpoint=Path(state["best_model_checkpoint"]).name if state.get("best_model_checkpoint") else None,
-        events=load_events(root / EVENTS_FILE),
+        events=[event for event in events if event["step"] <= last_step],
+        run_id=run_ids[0],
+        is_checkpoint=is_in_checkpoint and Path(os.path.abspath(directory)) != root,
     )
 
 
@@ -140,23 +158,48 @@ def _state_path(directory: Path) -> Path:
         return directory
     if not directory.is_dir():
         raise FileNotFoundError(f"--run {directory}: there is no such directory. Give the output_dir of a training.")
-    if (directory / STATE_FILE).is_file():
-        return directory / STATE_FILE
-    found = [path for path in directory.glob(f"checkpoint-*/{STATE_FILE}") if path.parent.name[11:].isdigit()]
+    own_id = _run_id_in(directory)
+    found = [
+        path
+        for path in directory.glob(f"checkpoint-*/{STATE_FILE}")
+        if _number_of(path.parent) is not None and (own_id is None or _run_id_in(path.parent) in (None, own_id))
+    ]
+    own = directory / STATE_FILE
+    if own.is_file():
+        written_at = own.stat().st_mtime
+        found = [path for path in found if _saved_at(path.parent) > written_at] or [own]
     if not found:
         raise FileNotFoundError(
             f"--run {directory}: it has no {STATE_FILE}, nor a checkpoint with one, so no training has logged there. Give the output_dir of a "
             "training."
         )
     # A run that went back to an earlier checkpoint leaves later steps behind, which it has given up
-    return max(found, key=lambda path: (_saved_at(path.parent), int(path.parent.name[11:])))
+    return max(found, key=lambda path: (_saved_at(path.parent), _number_of(path.parent) or 0))
+
+
+def _number_of(checkpoint: Path) -> int | None:
+    prefix, _, number = checkpoint.name.rpartition("-")
+    return int(number) if prefix == "checkpoint" and number.isdigit() else None
 
 
 def _saved_at(checkpoint: Path) -> float:
-    try:
-        return float(json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8")).get("saved_at", 0))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return 0
+    return float(_run_record(checkpoint).get("saved_at", 0))
+
+
+def _run_id_in(directory: Path) -> str | None:
+    return _run_record(directory).get("run_id")
+
+
+def _run_record(directory: Path) -> dict[str, Any]:
+    """Return what a checkpoint or an output_dir says of its run; nothing if it says nothing."""
+    for name in (RUN_FILE, OUTPUT_RUN_FILE):
+        try:
+            record = json.loads((directory / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            continue
+        if isinstance(record, dict):
+            return record
+    return {}
 
 
 def load_events(path: Path) -> list[dict[str, Any]]:

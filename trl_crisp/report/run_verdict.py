@@ -6,9 +6,9 @@ from trl_crisp.report.run_log import RunLog
 from trl_crisp.report.verdict import Measured, Verdict, judge
 
 
-def judge_run(run: RunLog) -> Verdict:
+def judge_run(run: RunLog, step: int | None = None) -> Verdict:
     """
-    Return the verdict on the run's best checkpoint or, if it has none, on the last measured step.
+    Return the verdict on a measured step or, if none is given, on the run's best checkpoint, or else on the last measured step.
 
     The change of accuracy counts where it was measured, else that of agreement with the base's majority answers. The log has no
     interval of the reduction, so its estimate counts.
@@ -19,11 +19,16 @@ def judge_run(run: RunLog) -> Verdict:
             changes = run.series(f"{key}_change")
             if not changes:
                 continue
-            step = run.best_step if run.at(run.best_step or 0, f"{key}_change") is not None else changes[-1][0]
-            assert step is not None
-            verdict = judge(_measured(run, name, key, subject, step), unhealthy_run=unhealthy)
-            which = "the best checkpoint" if step == run.best_step else "the last measured step"
-            reasons = [f"This is step {step}, {which}.", *verdict.reasons]
+            if step is not None:
+                if step not in dict(changes):
+                    continue
+                verdict = judge(_measured(run, name, key, subject, step), unhealthy_run=unhealthy)
+                return Verdict(verdict.level, verdict.headline, verdict.reasons)
+            judged = run.best_step if run.at(run.best_step or 0, f"{key}_change") is not None else changes[-1][0]
+            assert judged is not None
+            verdict = judge(_measured(run, name, key, subject, judged), unhealthy_run=unhealthy)
+            which = "the best checkpoint" if judged == run.best_step else "the last measured step"
+            reasons = [f"This is step {judged}, {which}.", *verdict.reasons]
             if run.best_step is None:
                 reasons.append("No measured step was found to be shorter than the base and as good.")
             return Verdict(verdict.level, verdict.headline, tuple(reasons))
