@@ -253,6 +253,15 @@ def test_one_problem_has_no_verdict(tmp_path):
     assert len(page.of("article")) == 1
 
 
+def test_a_base_that_solves_nothing_gives_no_verdict(tmp_path):
+    paths = [
+        write_evaluation(tmp_path / name, lambda i, j, n=tokens: (n + i, False), weights=name, problems=100)
+        for name, tokens in (("base", 600), ("after", 200))
+    ]
+    [verdict] = page_of(paths, tmp_path / "report.html").data["verdicts"]
+    assert (verdict["level"], verdict["headline"]) == ("no verdict", "No verdict: the base solves next to nothing")
+
+
 def test_unread_answers_are_told(tmp_path):
     base = write_evaluation(tmp_path / "base", lambda i, j: (100, False), status="unparseable")
     after = write_evaluation(tmp_path / "after", lambda i, j: (50, False), weights="after", status="unparseable")
@@ -268,7 +277,7 @@ def test_answers_of_equal_length_and_no_level_are_drawn(tmp_path):
         for name in ("base", "after")
     ]
     page = page_of(paths, tmp_path / "report.html")
-    assert "Use with caution: tokens 0% [0%, 0%], accuracy kept: 0.0 points [0.0, 0.0]" in page.text
+    assert "Use with caution: tokens 0% [0%, 0%], accuracy unclear: 0.0 points [0.0, 0.0]" in page.text
 
 
 def test_the_page_of_a_training_has_what_it_measured(tmp_path):

@@ -202,6 +202,7 @@ def _measure(compared: Compared, one: Evaluated) -> Measured:
         cut_shares=(before["truncated"], after["truncated"]),
         repeats_shares=(before["repeats"], after["repeats"]),
         groups=groups,
+        base_level=before["accuracy"],
         problems=comparison["problems"],
     )
 
