@@ -253,6 +253,27 @@ def test_one_problem_has_no_verdict(tmp_path):
     assert len(page.of("article")) == 1
 
 
+def test_a_group_beyond_those_drawn_is_judged_and_counted(tmp_path):
+    # 57 subjects as in MMLU: the last one falls from 100% to 0%, and the first rises as much
+    subject = lambda i: f"s{i % 57:02d}"  # noqa: E731
+    paths = [
+        write_evaluation(
+            tmp_path / name,
+            lambda i, j, tokens=tokens, wrong=wrong: (tokens + i, i % 57 != wrong),
+            weights=name,
+            problems=57 * 4,
+            samples=1,
+            level=subject,
+        )
+        for name, tokens, wrong in (("base", 600, 0), ("after", 200, 56))
+    ]
+    page = page_of(paths, tmp_path / "report.html")
+    assert "Accuracy fell on level s56: -100.0 points [-100.0, -100.0]." in page.data["verdicts"][0]["reasons"]
+    assert list(page.data["results"][1]["comparison_by_level"]) == [f"s{i:02d}" for i in range(57)]
+    assert "41 smaller groups are not drawn." in page.text
+    assert (tmp_path / "report.md").read_text().count("| level s") == 57
+
+
 def test_a_base_that_solves_nothing_gives_no_verdict(tmp_path):
     paths = [
         write_evaluation(tmp_path / name, lambda i, j, n=tokens: (n + i, False), weights=name, problems=100)

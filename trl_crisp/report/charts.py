@@ -58,6 +58,8 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
 }
 _LONGEST_LABEL = 24
+# More groups of problems than this would fill pages of a figure (MMLU has 57 subjects). Ours
+MOST_GROUPS = 16
 # With this ratio between the longest and the shortest answers, a linear axis would show one bar. Ours
 _LOG_RATIO = 30
 
@@ -274,7 +276,7 @@ def changes_by_group(
     name: str, title: str, groups: Mapping[str, Mapping[str, Any] | Change], explanation: str
 ) -> Figure | None:
     """
-    Draw the change of tokens and of accuracy in groups of problems, with intervals.
+    Draw the change of tokens and of accuracy in the largest groups of problems, with intervals.
 
     Args:
         name, title: The figure's.
@@ -295,6 +297,9 @@ def changes_by_group(
             rows.append((label, change["problems"], change["reduction"], change["accuracy_change"]))
     if not rows:
         return None
+    largest = sorted(range(len(rows)), key=lambda i: -rows[i][1])[:MOST_GROUPS]
+    not_drawn = sum(_size(change) > 0 for change in groups.values()) - len(largest)
+    rows = [rows[i] for i in sorted(largest)]
 
     def plot(axes: Any) -> None:
         places = np.arange(len(rows))[::-1]
@@ -320,7 +325,17 @@ def changes_by_group(
         for label, _, tokens, accuracy in rows
     )
     height = 1.1 + 0.38 * len(rows)
-    return _draw(name, title, f"{explanation} 95% intervals over problems.", f"{words}.", plot, height)
+    text = f"{explanation} 95% intervals over problems."
+    if not_drawn:
+        text += (
+            f" {not_drawn} smaller group{'s are' if not_drawn > 1 else ' is'} not drawn. The verdict takes all into account, and the Markdown "
+            "file and the embedded numbers have all."
+        )
+    return _draw(name, title, text, f"{words}.", plot, height)
+
+
+def _size(change: Mapping[str, Any] | Change) -> int:
+    return change.problems if isinstance(change, Change) else int(change["problems"])
 
 
 def answer_formats(compared: Compared, names: Mapping[str, str]) -> Figure:

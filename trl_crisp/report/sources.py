@@ -13,8 +13,6 @@ from trl_crisp.evaluation.results import load_results
 
 Role = Literal["base", "concise", "trained"]
 
-# More groups of problems than this would fill pages of a figure (MMLU has 57 subjects). Ours
-MOST_LEVELS = 16
 # The measures that a page shows
 _MEASURES = (
     "accuracy",
@@ -218,12 +216,11 @@ def _compare_levels(
     for problem in before.values():
         if problem.level is not None:
             by_level.setdefault(problem.level, []).append(problem.id)
-    largest = sorted(by_level, key=lambda level: -len(by_level[level]))[:MOST_LEVELS]
     return {
         level: compare_problems(
             [before[name] for name in by_level[level]], [after[name] for name in by_level[level]], budget_tokens
         ).all
-        for level in sorted(largest)
+        for level in sorted(by_level)
     }
 
 

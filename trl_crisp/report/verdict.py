@@ -20,7 +20,7 @@ Caution
       interval has no width and shows nothing. Then a loss is excluded from the share s on at which n problems without any loss have a chance
       of 2.5%: (1 - s)^n = 0.025. With a margin of 3 points this takes 122 problems.
     - The interval of the reduction reaches zero, so a saving is not shown.
-    - A group of problems lost more than the margin, with its whole interval.
+    - A group of problems, of any size, lost more than the margin, with its whole interval.
     - Unread answers rose by more than 5 points, and the interval is above zero.
     - More than 10% of the answers were cut at the budget, before or after: lengths and accuracy then speak of the cap.
     - The run's signals were unhealthy at its end.
