@@ -255,7 +255,6 @@ def test_one_problem_has_no_verdict(tmp_path):
 
 def test_a_group_beyond_those_drawn_is_judged_and_counted(tmp_path):
     # 57 subjects as in MMLU: the last one falls from 100% to 0%, and the first rises as much
-    subject = lambda i: f"s{i % 57:02d}"  # noqa: E731
     paths = [
         write_evaluation(
             tmp_path / name,
@@ -263,7 +262,7 @@ def test_a_group_beyond_those_drawn_is_judged_and_counted(tmp_path):
             weights=name,
             problems=57 * 4,
             samples=1,
-            level=subject,
+            level=lambda i: f"s{i % 57:02d}",
         )
         for name, tokens, wrong in (("base", 600, 0), ("after", 200, 56))
     ]
@@ -272,6 +271,32 @@ def test_a_group_beyond_those_drawn_is_judged_and_counted(tmp_path):
     assert list(page.data["results"][1]["comparison_by_level"]) == [f"s{i:02d}" for i in range(57)]
     assert "41 smaller groups are not drawn." in page.text
     assert (tmp_path / "report.md").read_text().count("| level s") == 57
+
+
+def test_a_group_of_empty_answers_has_no_reduction(tmp_path):
+    def answer(tokens):
+        return lambda i, j: (0 if i % 3 == 0 else tokens, i % 3 != 0 and i % 4 > 0)
+
+    paths = [
+        write_evaluation(tmp_path / name, answer(tokens), weights=name)
+        for name, tokens in (("base", 500), ("after", 300))
+    ]
+    page = page_of(paths, tmp_path / "report.html")
+    levels = page.data["results"][1]["comparison_by_level"]
+    assert levels["level 0"]["reduction"] is None
+    assert levels["level 0"]["changes"]["accuracy"]["estimate"] == 0
+    assert levels["level 1"]["reduction"]["estimate"] == pytest.approx(0.4)
+    # Those that the base never solves by one half of the samples
+    assert page.data["results"][1]["comparison"]["1000"]["by_pass_rate"]["0% to 25%"]["problems"] > 4
+    assert "level 0: tokens –, accuracy 0.0 points [0.0, 0.0]" in page.text  # noqa: RUF001
+    assert "| level level 0 | 4 | – | 0.0 points [0.0, 0.0] |" in (tmp_path / "report.md").read_text()  # noqa: RUF001
+
+
+def test_only_empty_answers_of_the_base_are_refused(tmp_path, capsys):
+    empty = write_evaluation(tmp_path / "base", lambda i, j: (0, False))
+    after = write_evaluation(tmp_path / "after", shorter, weights="after")
+    assert main(["report", str(empty), str(after), "--output", str(tmp_path / "report.html")]) == 2
+    assert "the answers in the baseline all have length 0" in capsys.readouterr().err
 
 
 def test_a_base_that_solves_nothing_gives_no_verdict(tmp_path):

@@ -286,15 +286,16 @@ def changes_by_group(
     Returns:
         `None` if no group has an interval.
     """
-    rows = []
+    rows: list[tuple[str, int, Mapping[str, Any] | None, Mapping[str, Any]]] = []
     for label, change in groups.items():
         if isinstance(change, Change):
-            tokens, accuracy, count = change.reduction, change.changes["accuracy"], change.problems
-            if tokens is None or accuracy is None:
-                continue
-            rows.append((label, count, vars(tokens), vars(accuracy)))
-        elif change["reduction"] is not None:
-            rows.append((label, change["problems"], change["reduction"], change["accuracy_change"]))
+            tokens, accuracy = (
+                None if one is None else vars(one) for one in (change.reduction, change.changes["accuracy"])
+            )
+        else:
+            tokens, accuracy = change["reduction"], change["accuracy_change"]
+        if accuracy is not None:
+            rows.append((label, _size(change), tokens, accuracy))
     if not rows:
         return None
     largest = sorted(range(len(rows)), key=lambda i: -rows[i][1])[:MOST_GROUPS]
@@ -308,6 +309,8 @@ def changes_by_group(
                 (0.14, tokens, -100, _RUNS[0], "o"),
                 (-0.14, accuracy, 100, _MUTED, "s"),
             ):
+                if interval is None:
+                    continue
                 ends = [sign * interval["low"], sign * interval["high"]]
                 axes.plot(ends, [place + offset] * 2, color=colour, linewidth=2.2, alpha=0.55)
                 axes.plot(sign * interval["estimate"], place + offset, color=colour, marker=marker, markersize=5)
