@@ -111,6 +111,50 @@ def test_a_wrong_order_that_is_known_is_refused(tmp_path):
     assert len(load_compared([base, concise, after]).all) == 3
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        ("base", "base", "one file"),
+        ("after", "after", "one file"),
+        # Another seed of the same model, and the base once more after a trained model
+        ("base", "again", "results of the same weights with the same prompt"),
+        ("after", "after-again", "results of the same weights with the same prompt"),
+        ("concise", "concise-again", "results of the same weights with the same prompt"),
+    ],
+)
+def test_one_model_with_one_prompt_twice_is_refused(tmp_path, first, second, reason):
+    told = {"weights": "base", "instruction": "Be concise."}
+    settings = {
+        "base": {},
+        "again": {"weights": "base"},
+        "concise": told,
+        "concise-again": told,
+        "after": {},
+        "after-again": {"weights": "after"},
+    }
+    paths = {name: write(tmp_path, name, shorter, **changed) for name, changed in settings.items()}
+    given = [paths["base"], paths["concise"], paths["after"], paths[second]]
+    message = f"{first}/results.json and .*{second}/results.json are {reason}"
+    with pytest.raises(ValueError, match=message):
+        load_compared(given)
+    with pytest.raises(ValueError, match=message):
+        load_compared([paths[first], paths[second]])
+
+
+def test_two_runs_at_one_step_are_two_models_and_one_run_twice_is_refused(tmp_path):
+    def write_step(name, answer, step):
+        protocol = {"model": f"M at step {step}", "step": step, "weights_sha256": None}
+        return write(tmp_path, name, answer, protocol=protocol)
+
+    base = write_step("base", right, 0)
+    first, other = write_step("first", shorter, 10), write_step("other", lambda i, j: (40 + i, True), 10)
+    assert [one.role for one in load_compared([base, first, other]).all] == ["base", "trained", "trained"]
+    copy = write_step("copy", shorter, 10)
+    for paths in ([base, write_step("base-again", right, 0)], [base, first, copy]):
+        with pytest.raises(ValueError, match="are results of the same weights with the same prompt"):
+            load_compared(paths)
+
+
 def texts_of(path, wanted):
     return load_texts(load_compared([path]).base, wanted)
 

@@ -1,5 +1,6 @@
 """The results of a page: which is the base, which are compared with it, and the texts of their answers."""
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -95,10 +96,11 @@ def load_compared(paths: Sequence[Path]) -> Compared:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a file is torn or of another kind, has no answers, or the results differ in more than the model and the
-            instruction. The message names the difference.
+            instruction, or not even in these. The message names the difference.
     """
     loaded = [(_file_of(path), _check_whole(load_results(path), _file_of(path))) for path in paths]
     _check_order(loaded)
+    _check_distinct(loaded)
     (base_path, base), *others = loaded
     scored = [_problems(results, path) for path, results in loaded]
     for path, results in others:
@@ -159,10 +161,27 @@ def _problems(results: dict[str, Any], path: Path) -> dict[str, ScoredProblem]:
     return {problem.id: problem for problem in problems}
 
 
+def _check_distinct(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Refuse two results of one model with one prompt: what one of them would be called, such as trained, would be wrong."""
+    for (first_path, first), (path, other) in itertools.combinations(loaded, 2):
+        is_same_file = first_path.resolve() == path.resolve()
+        said, told = (results["protocol"].get("instruction") or "" for results in (first, other))
+        is_same_model = _weights(first) == _weights(other)
+        if first["protocol"].get("step"):
+            # Two runs from one base have the same name at the same step, and their weights are not known
+            is_same_model = is_same_model and first["problems"] == other["problems"]
+        if is_same_file or (is_same_model and said == told):
+            raise ValueError(
+                f"{first_path} and {path} are {'one file' if is_same_file else 'results of the same weights with the same prompt'}, so there is "
+                "no change to show between them: give the base once, and each model once. More --samples show the noise of sampling."
+            )
+
+
 def _weights(results: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells the weights of a result from others."""
     protocol = results["protocol"]
-    weights = (protocol.get("model_revision"), protocol.get("weights_sha256"), protocol.get("step"))
-    return weights if any(one is not None for one in weights) else (protocol.get("model"),)
+    weights = (protocol.get("model_revision"), protocol.get("weights_sha256"))
+    return weights if any(one is not None for one in weights) else (protocol.get("model"), protocol.get("step"))
 
 
 def _is_told_base(base: dict[str, Any], other: dict[str, Any]) -> bool:
