@@ -299,6 +299,23 @@ def test_only_empty_answers_of_the_base_are_refused(tmp_path, capsys):
     assert "the answers in the baseline all have length 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("problems", "samples", "size"),
+    [
+        (1, (1, 1), "1 problem × 1 sample,"),  # noqa: RUF001
+        (12, (2, 2), "12 problems × 2 samples,"),  # noqa: RUF001
+        (12, (1, 3), "12 problems × 1 (base), 3 (CRISP) samples,"),  # noqa: RUF001
+    ],
+)
+def test_the_samples_per_problem_are_told_of_each_model_if_they_differ(tmp_path, problems, samples, size):
+    paths = [
+        write_evaluation(tmp_path / name, answer, weights=name, problems=problems, samples=count)
+        for name, answer, count in (("base", right, samples[0]), ("after", shorter, samples[1]))
+    ]
+    assert size in page_of(paths, tmp_path / "report.html").text
+    assert size in (tmp_path / "report.md").read_text()
+
+
 def test_a_base_that_solves_nothing_gives_no_verdict(tmp_path):
     paths = [
         write_evaluation(tmp_path / name, lambda i, j, n=tokens: (n + i, False), weights=name, problems=100)

@@ -79,7 +79,11 @@ def test_results_without_a_common_budget_are_refused(tmp_path):
         (lambda results: results["summary"]["1000"]["all"].pop("repeats"), "the summary lacks repeats"),
         (lambda results: results["summary"].update({"1000": []}), "the summary is not as"),
         (lambda results: results.update(problems=["x"]), "a problem is not as"),
-        (lambda results: results["problems"][3].update(samples=[]), "problem 'problem/3' has no answers"),
+        (
+            lambda results: results["problems"][3].update(samples=[]),
+            "problem 'problem/3' has no answers, and each has to have 2",
+        ),
+        (lambda results: results["problems"][3]["samples"].pop(), "'problem/3' has 1 answers, and each has to have 2"),
         (lambda results: results["problems"][3]["samples"][0].pop("grades"), "KeyError: 'grades'"),
     ],
 )

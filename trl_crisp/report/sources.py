@@ -84,6 +84,20 @@ class Compared:
         return self.all[0]
 
     @property
+    def size_in_words(self) -> str:
+        """How many problems and samples there are, for each evaluation if they differ."""
+        problems = len(self.base.problems)
+        samples = [one.results["samples"] for one in self.all]
+        text = f"{problems:,} problem{'s' * (problems != 1)} \N{MULTIPLICATION SIGN} "
+        if len(set(samples)) == 1:
+            return f"{text}{samples[0]} sample{'s' * (samples[0] != 1)}"
+        return (
+            text
+            + ", ".join(f"{count} ({one.name})" for one, count in zip(self.all, samples, strict=True))
+            + " samples"
+        )
+
+    @property
     def trained(self) -> list[Evaluated]:
         """Those that are neither the base nor the base told to be concise."""
         return [one for one in self.all if one.role == "trained"]
@@ -156,8 +170,12 @@ def _problems(results: dict[str, Any], path: Path) -> dict[str, ScoredProblem]:
         raise ValueError(
             f"{path}: a problem is not as `trl-crisp eval` writes it ({type(error).__name__}: {error}). Run the same command again."
         ) from error
-    if empty := [problem.id for problem in problems if not problem.samples]:
-        raise ValueError(f"{path}: problem {empty[0]!r} has no answers. Run the same `trl-crisp eval` command again.")
+    samples = results["samples"]
+    if other := [problem for problem in problems if len(problem.samples) != samples or not problem.samples]:
+        raise ValueError(
+            f"{path}: problem {other[0].id!r} has {len(other[0].samples) or 'no'} answers, and each has to have {samples}. Run the same "
+            "`trl-crisp eval` command again."
+        )
     return {problem.id: problem for problem in problems}
 
 
