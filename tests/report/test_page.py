@@ -1,5 +1,6 @@
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from tests.report.made_results import training_log, write_evaluation, write_run
 from trl_crisp.cli import main
 from trl_crisp.evaluation.results import load_results
+from trl_crisp.report import charts
 from trl_crisp.report.page import clip, embed, write_report, write_run_page
 from trl_crisp.report.rendering import markdown_cell
+from trl_crisp.report.sources import load_compared
 
 SMOLLM2 = Path(__file__).parents[2] / "benchmarks/results/smollm2"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 \u2029 \0 ]]> --> {{ 7*7 }} $x$"
@@ -220,6 +223,83 @@ def test_several_runs_are_compared_in_one_page(tmp_path):
     loss = next(image["aria-label"] for image in page.of("div", role="img") if image["aria-label"].startswith("Loss"))
     assert "run-a" in loss
     assert "run-b" in loss
+
+
+RUN_NAMES = [f"qwen3-8b-crisp-math500-seed{i}" for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def ten_runs(tmp_path_factory):
+    """A page of ten trained models and of their trainings, in directories that are named alike."""
+    root = tmp_path_factory.mktemp("ten")
+    size = {"problems": 210, "samples": 1, "budgets": (), "level": lambda i: None}
+    base = write_evaluation(root / "base", right, **size)
+    after = [write_evaluation(root / name / "eval", shorter, weights=name, **size) for name in RUN_NAMES]
+    runs = [write_run(root / name / "out", training_log(60)) for name in RUN_NAMES]
+    page = page_of([base, *after], root / "report.html", runs)
+    return page, (root / "report.html").read_text(encoding="utf-8")
+
+
+def svg_of(text, figure):
+    start = text.index(f'id="figure-{figure}"')
+    return text[start : text.index("</svg>", start)]
+
+
+def test_ten_runs_can_be_told_apart(ten_runs):
+    page, text = ten_runs
+    assert [one["name"] for one in page.data["results"][1:]] == [f"CRISP, {name}" for name in RUN_NAMES]
+    assert [one["name"] for one in page.data["runs"]] == RUN_NAMES
+    assert sorted(re.findall(r"key key-trained-(\d+)", text)) == [str(i) for i in range(10)]
+    for figure, start in (("accuracy-length", "CRISP"), ("lengths", "CRISP"), ("run-loss", "qwen3")):
+        drawing = svg_of(text, figure)
+        labels = re.findall(rf">({start}[^<]*seed\d)</text>", drawing)
+        assert len(set(labels)) == len(labels) == 10
+        assert max(map(len, labels)) <= 24
+        assert set(re.findall(r"--run-\d", drawing)) == {f"--run-{i}" for i in range(10)}
+
+
+def test_looks_of_ten_runs_differ(tmp_path):
+    paths = [write_evaluation(tmp_path / f"{i}", shorter, problems=3, weights=f"{i}") for i in range(24)]
+    compared = load_compared(paths)
+    looks = [charts._look(compared, one) for one in compared.all]
+    assert len({look["color"] for look in looks[:11]}) == len({look["marker"] for look in looks[:11]}) == 11
+    # More have a colour or a marker of their own
+    assert len({(look["color"], look["marker"]) for look in looks}) == 24
+
+
+def test_colours_of_runs_are_in_the_style_sheet(ten_runs):
+    style = ten_runs[1].split("<style>")[1].split("</style>")[0]
+    for i in range(10):
+        # Light, dark and print
+        values = re.findall(rf"--run-{i}: (#\w+);", style)
+        assert len(values) == 3
+        assert values[0] == values[2] != values[1]
+    assert len(set(re.findall(r"--run-\d: (#\w+);", style))) == 20
+
+
+def test_each_of_ten_runs_has_rows(ten_runs):
+    page, _ = ten_runs
+    of_run = Counter(attrs["data-run"] for attrs in page.of("tr") if "data-kinds" in attrs)
+    assert of_run == {f"CRISP, {name}": 200 for name in RUN_NAMES}
+    assert "100 more rows are in the numbers below" in page.text
+
+
+def test_runs_of_one_directory_name_are_named_by_what_differs_and_one_run_twice_is_refused(tmp_path, capsys):
+    runs = [write_run(tmp_path / name / "out", training_log()) for name in ("x1", "x2")]
+    page = page_of([], tmp_path / "report.html", runs)
+    assert [one["name"] for one in page.data["runs"]] == ["x1", "x2"]
+    assert [one["name"] for one in page.data["verdicts"]] == ["x1", "x2"]
+    (tmp_path / "link").symlink_to(runs[0])
+    given = ["--run", str(runs[0]), "--run", str(tmp_path / "link")]
+    assert main(["report", *given, "--output", str(tmp_path / "report.html")]) == 2
+    assert f"--run {runs[0]} and --run {tmp_path / 'link'} are one run" in capsys.readouterr().err
+
+
+def test_levels_of_one_beginning_have_labels_of_their_own(tmp_path):
+    paths = write_both(tmp_path, level=lambda i: f"a level with a very long name {i % 2}")
+    page_of(paths, tmp_path / "report.html")
+    drawing = svg_of((tmp_path / "report.html").read_text(encoding="utf-8"), "levels-0")
+    assert len(set(re.findall(r">([^<]*\(6\))</text>", drawing))) == 2
 
 
 def test_a_run_alone_is_shown(tmp_path):

@@ -3,11 +3,12 @@
 import base64
 import hashlib
 import html
+import itertools
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from trl_crisp import __version__
 from trl_crisp.evaluation.records import ScoredProblem
 from trl_crisp.report import charts
+from trl_crisp.report.names import differing_parts
 from trl_crisp.report.rendering import make_environment
 from trl_crisp.report.run_log import RunLog, load_run
 from trl_crisp.report.run_verdict import judge_run
@@ -71,7 +73,7 @@ def write_report(results: Sequence[Path], output: Path, runs: Sequence[Path] = (
             "there is nothing to show: give results of `trl-crisp eval`, the base first, or --run OUTPUT_DIR."
         )
     _require_libraries()
-    page = _make_page(load_compared(results) if results else None, [load_run(run) for run in runs])
+    page = _make_page(load_compared(results) if results else None, _load_runs(runs))
     output.parent.mkdir(parents=True, exist_ok=True)
     markdown = output.with_suffix(".md")
     markdown.write_text(_render("report.md.j2", page, is_html=False), encoding="utf-8", errors="replace")
@@ -107,6 +109,17 @@ def _measured_results(run: RunLog) -> list[Path]:
             step = run.best_step if run.best_step in steps and run.best_step else max(steps)
             return [directory / "step-0", directory / f"step-{step}"]
     return []
+
+
+def _load_runs(paths: Sequence[Path]) -> list[RunLog]:
+    """Read some runs; several are named by the parts of their paths that differ."""
+    folders = [path.parent if path.is_file() else path for path in paths]
+    for one, other in itertools.combinations(folders, 2):
+        if one.resolve() == other.resolve():
+            raise ValueError(f"--run {one} and --run {other} are one run: give it once.")
+    runs = [load_run(path) for path in paths]
+    names = differing_parts(folders) if len(runs) > 1 else [run.name for run in runs]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _require_libraries() -> None:
@@ -160,6 +173,7 @@ def _make_page(compared: Compared | None, runs: Sequence[RunLog]) -> dict[str, A
         "rows_left_out": 0,
         "notes": [],
         "kinds": KINDS,
+        "run_colours": charts.RUN_COLOURS,
     }
     if compared is not None:
         protocol = compared.base.results["protocol"]
@@ -283,9 +297,10 @@ def _choose_traces(compared: Compared) -> dict[str, Any]:
                 "after_name": one.name,
                 "anchor": f"trace-{run_number}-{pair.number}" if pair in full[one.name] else None,
             }
-            for pair in pairs_of[one.name]
+            for pair in pairs_of[one.name][: MOST_ROWS // len(others)]
         ]
-    return {"shown": shown, "rows": rows[:MOST_ROWS], "rows_left_out": max(0, len(rows) - MOST_ROWS), "notes": notes}
+    left_out = len(others) * len(compared.base.problems) - len(rows)
+    return {"shown": shown, "rows": rows, "rows_left_out": left_out, "notes": notes}
 
 
 def _number(pair: Pair) -> int:

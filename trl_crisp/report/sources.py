@@ -11,9 +11,12 @@ from typing import Any, Literal
 from trl_crisp.evaluation.comparison import check_comparable, compare, compare_problems, shared_budgets
 from trl_crisp.evaluation.records import Change, ScoredProblem, problem_from_dict
 from trl_crisp.evaluation.results import load_results
+from trl_crisp.report.names import differing_parts, distinct_labels
 
 Role = Literal["base", "concise", "trained"]
 
+# So long names of models fill a table's column. Ours
+_LONGEST_NAME = 60
 # The measures that a page shows
 _MEASURES = (
     "accuracy",
@@ -227,23 +230,27 @@ def _check_order(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
 
 def _names(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:
     (_, base), *others = loaded
+    short_names = _short_names([path for path, _ in others])
     told = [path for path, results in others if _is_told_base(base, results)]
     names = ["base"]
-    for path, results in others:
+    for (path, results), short_name in zip(others, short_names, strict=True):
         is_told = path in told
         name = "told to be concise" if is_told else "CRISP"
         if (is_told and len(told) > 1) or (not is_told and len(others) - len(told) > 1):
-            name = f"{name}, {_short_name(path)}"
+            name = f"{name}, {short_name}"
         elif not is_told and results["protocol"].get("instruction"):
             name = f"{name}, told to be concise"
-        while name in names:
-            name += "'"
         names.append(name)
     return names
 
 
-def _short_name(path: Path) -> str:
-    return path.absolute().parent.name if path.name == "results.json" else path.stem
+def _short_names(files: Sequence[Path]) -> list[str]:
+    if len(files) < 2:
+        return [""] * len(files)
+    places = [file.absolute().parent if file.name == "results.json" else file.with_suffix("") for file in files]
+    # A directory and a file beside it may have one name
+    are_distinct = len(set(places)) == len(files)
+    return distinct_labels(differing_parts(places if are_distinct else files), _LONGEST_NAME)
 
 
 def _compare_levels(
