@@ -10,6 +10,7 @@ from tests.report.made_results import training_log, write_evaluation, write_run
 from trl_crisp.cli import main
 from trl_crisp.evaluation.results import load_results
 from trl_crisp.report import charts
+from trl_crisp.report import page as page_module
 from trl_crisp.report.page import clip, embed, write_report, write_run_page
 from trl_crisp.report.rendering import markdown_cell
 from trl_crisp.report.sources import load_compared
@@ -293,6 +294,51 @@ def test_runs_of_one_directory_name_are_named_by_what_differs_and_one_run_twice_
     given = ["--run", str(runs[0]), "--run", str(tmp_path / "link")]
     assert main(["report", *given, "--output", str(tmp_path / "report.html")]) == 2
     assert f"--run {runs[0]} and --run {tmp_path / 'link'} are one run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "cautious"),
+    [
+        ("real1", "{root}/real1", ["a1"]),
+        ("link", "{root}/real1/checkpoint-10", ["a1"]),
+        ("real1/checkpoint-20", "{root}/link", ["a1"]),
+        # From a directory that is not today's
+        ("real1", "real1", ["a1"]),
+        ("link", "../runs/real1/checkpoint-10", ["a1"]),
+        # Moved or merged: it may be of the run that no other result is of
+        ("real1", "{root}/merged", ["a1"]),
+        ("real1", "{root}/real2", []),
+    ],
+)
+def test_an_unhealthy_run_is_held_against_its_model(tmp_path, monkeypatch, given, model, cautious):
+    root = tmp_path / "runs"
+    unhealthy = [{**entry, "health/status": 2.0} for entry in training_log() if "health/status" in entry]
+    write_run(root / "real1", unhealthy)
+    write_run(root / "real1" / "checkpoint-20", unhealthy)
+    healthy = write_run(root / "real2", training_log())
+    (root / "link").symlink_to(root / "real1")
+    monkeypatch.chdir(tmp_path)
+    base, *after = (
+        write_evaluation(
+            tmp_path / name,
+            lambda i, j, tokens=tokens: (tokens + i, i % 4 > 0),
+            weights=name,
+            problems=130,
+            samples=1,
+            protocol={"model": place},
+        )
+        for name, tokens, place in (
+            ("b", 800, "base"),
+            ("a1", 300, model.format(root=root)),
+            ("a2", 310, str(healthy)),
+        )
+    )
+    compared = load_compared([base, *after])
+    runs = page_module._load_runs([root / given, healthy])
+    judged = page_module.judge_results(compared, runs)
+    names = [one.name.removeprefix("CRISP, ") for one in judged if "signals" in " ".join(one.verdict.reasons)]
+    assert names == cautious
+    assert {one.verdict.level for one in judged} == ({"caution", "use"} if cautious else {"use"})
 
 
 def test_levels_of_one_beginning_have_labels_of_their_own(tmp_path):

@@ -222,14 +222,33 @@ def _measure(compared: Compared, one: Evaluated) -> Measured:
 
 
 def _unhealthy_run(one: Evaluated, compared: Compared, runs: Sequence[RunLog]) -> str | None:
-    """Return the name of the run that a result's model comes from, if its signals were unhealthy at its end."""
-    model = Path(str(one.results["protocol"].get("model"))).absolute()
-    for run in runs:
-        places = (model, one.path.absolute())
-        is_of_run = any(place.is_relative_to(run.directory.absolute()) for place in places)
-        if run.is_unhealthy and (is_of_run or (len(runs) == 1 and len(compared.trained) == 1)):
-            return run.name
-    return None
+    """
+    Return the name of a run that a result's model may come from, if its signals were unhealthy at its end.
+
+    These are the runs that have the model or the result in their directory. If there is none (the model was moved, merged or loaded from
+    the Hub), they are the runs that no other result is of.
+    """
+    of_run = [run for run in runs if _is_of(one, run)]
+    if not of_run and one.role == "trained":
+        of_run = [run for run in runs if not any(_is_of(other, run) for other in compared.trained)]
+    return next((run.name for run in of_run if run.is_unhealthy), None)
+
+
+def _is_of(one: Evaluated, run: RunLog) -> bool:
+    """Whether a result or its model is in a run's directory, or may be: a relative path was read from a directory that is not recorded."""
+    protocol, directory = one.results["protocol"], run.directory.resolve()
+    if one.path.resolve().is_relative_to(directory):
+        return True
+    if protocol.get("model_revision") is not None:
+        return False
+    model = Path(str(protocol.get("model")))
+    if model.resolve().is_relative_to(directory):
+        return True
+    names = () if model.is_absolute() else tuple(part for part in model.parts if part != "..")
+    endings = {
+        place.parts[-count:] for place in (directory, run.directory.absolute()) for count in range(1, len(names) + 1)
+    }
+    return any(names[:count] in endings for count in range(1, len(names) + 1))
 
 
 def _figures(compared: Compared, runs: Sequence[RunLog], share_names: Mapping[str, str]) -> list[charts.Figure]:
