@@ -493,6 +493,31 @@ def test_the_page_of_a_training_has_what_it_measured(tmp_path):
     assert Page((output / "report.html").read_text()).data["results"] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "is_drawn"),
+    [
+        ("sums", None, True),
+        ("gsm8k", None, False),
+        ("agreement", None, False),
+        ("sums", {}, True),
+        # Other problems, another set of the same name, or other settings
+        ("sums", {"problems": 6}, False),
+        ("sums", {"protocol": {"benchmark_revision": "sha256:1"}}, False),
+        ("sums", {"protocol": {"temperature": 1.0}}, False),
+    ],
+)
+def test_only_the_curve_of_the_same_benchmark_is_drawn_among_the_models(tmp_path, name, first, is_drawn):
+    entries = [
+        {"step": step, f"eval_{name}_accuracy": 0.9, f"eval_{name}_mean_tokens": 100.0 - step} for step in (0, 10, 20)
+    ]
+    run = write_run(tmp_path / "run", entries)
+    if first is not None:
+        write_evaluation(run / f"evaluation/{name}/step-0", right, **first)
+    page_of(write_both(tmp_path), tmp_path / "report.html", [run])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("during training" in svg_of(text, "accuracy-length")) == is_drawn
+
+
 def test_the_command_writes_the_page(tmp_path, capsys):
     base, after = map(str, write_both(tmp_path))
     run = str(write_run(tmp_path / "run", training_log()))

@@ -161,8 +161,12 @@ def _percents(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def accuracy_against_length(compared: Compared, run: RunLog | None = None) -> Figure:
-    """Draw each model's accuracy over its mean tokens, at all budgets, with the frontier of the full budget."""
+def accuracy_against_length(compared: Compared, during: Sequence[tuple[float, float]] = ()) -> Figure:
+    """
+    Draw each model's accuracy over its mean tokens, at all budgets, with the frontier of the full budget.
+
+    `during` has the mean tokens and the accuracy along a run, on the same problems.
+    """
     points = []
     for one in compared.all:
         for budget in compared.budgets_tokens:
@@ -180,17 +184,15 @@ def accuracy_against_length(compared: Compared, run: RunLog | None = None) -> Fi
             if len(own) > 1:
                 axes.scatter(*zip(*own[:-1], strict=True), color=look["color"], marker=look["marker"], s=10, alpha=0.7)
             axes.scatter(*own[-1], color=look["color"], marker=look["marker"], s=60, zorder=3, label=labels[one.name])
-        if run is not None:
-            during = _measured_during(run)
-            if len(during) > 1:
-                axes.plot(
-                    *zip(*during, strict=True),
-                    color=_MUTED,
-                    linestyle=":",
-                    marker=".",
-                    markersize=4,
-                    label="during training",
-                )
+        if len(during) > 1:
+            axes.plot(
+                *zip(*during, strict=True),
+                color=_MUTED,
+                linestyle=":",
+                marker=".",
+                markersize=4,
+                label="during training",
+            )
         if len(frontier) > 1:
             axes.step(
                 *zip(*frontier, strict=True), where="post", color=_INK, linestyle="--", linewidth=0.8, label="frontier"
@@ -218,17 +220,6 @@ def accuracy_against_length(compared: Compared, run: RunLog | None = None) -> Fi
         f"{words}.",
         plot,
     )
-
-
-def _measured_during(run: RunLog) -> list[tuple[float, float]]:
-    for name in run.measured_names:
-        accuracies = dict(run.series(f"{name}_accuracy"))
-        found = [
-            (length, accuracies[step]) for step, length in run.series(f"{name}_mean_tokens") if step in accuracies
-        ]
-        if found:
-            return found
-    return []
 
 
 def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -19,6 +19,7 @@ from trl_crisp.report import charts
 from trl_crisp.report.names import differing_parts
 from trl_crisp.report.rendering import make_environment
 from trl_crisp.report.run_log import RunLog, load_run
+from trl_crisp.report.run_results import measured_alike, measured_results
 from trl_crisp.report.run_verdict import judge_run
 from trl_crisp.report.sources import Compared, Evaluated, load_compared, load_texts
 from trl_crisp.report.traces import KINDS, MOST_IN_FULL, Pair, choose_pairs
@@ -94,21 +95,8 @@ def write_run_page(output_dir: Path) -> Path:
         FileNotFoundError, ValueError, ImportError: See [`write_report`].
     """
     run = load_run(output_dir)
-    path, _ = write_report(_measured_results(run), output_dir / "report.html", [output_dir])
+    path, _ = write_report(measured_results(run), output_dir / "report.html", [output_dir])
     return path
-
-
-def _measured_results(run: RunLog) -> list[Path]:
-    """Return the results of the base and of the run's result on a benchmark that it measured; none, if there are not both."""
-    for name in run.measured_names:
-        directory = run.directory / "evaluation" / name.removeprefix("eval_")
-        steps = [
-            step for step, _ in run.series(f"{name}_accuracy") if (directory / f"step-{step}/results.json").is_file()
-        ]
-        if 0 in steps and max(steps) > 0:
-            step = run.best_step if run.best_step in steps and run.best_step else max(steps)
-            return [directory / "step-0", directory / f"step-{step}"]
-    return []
 
 
 def _load_runs(paths: Sequence[Path]) -> list[RunLog]:
@@ -253,7 +241,7 @@ def _is_of(one: Evaluated, run: RunLog) -> bool:
 
 def _figures(compared: Compared, runs: Sequence[RunLog], share_names: Mapping[str, str]) -> list[charts.Figure]:
     figures: list[charts.Figure | None] = [
-        charts.accuracy_against_length(compared, runs[0] if len(runs) == 1 else None),
+        charts.accuracy_against_length(compared, measured_alike(runs[0], compared) if len(runs) == 1 else ()),
         charts.length_distributions(compared),
     ]
     several = len(compared.trained) > 1
