@@ -165,7 +165,9 @@ def _make_page(compared: Compared | None, runs: Sequence[RunLog]) -> dict[str, A
     }
     if compared is not None:
         protocol = compared.base.results["protocol"]
-        summary = compared.base.summary(compared.budget_tokens)
+        summaries = [one.summary(compared.budget_tokens) for one in compared.all]
+        # A share is shown if all have it
+        summary = min(summaries, key=lambda one: "anywhere_accuracy" in one)
         page["share_names"] = charts.share_names(summary, str(protocol.get("kind")))
         page["figures"] = _figures(compared, runs, page["share_names"])
         page.update(_choose_traces(compared))

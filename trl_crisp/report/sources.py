@@ -12,27 +12,12 @@ from trl_crisp.evaluation.comparison import check_comparable, compare, compare_p
 from trl_crisp.evaluation.records import Change, ScoredProblem, problem_from_dict
 from trl_crisp.evaluation.results import load_results
 from trl_crisp.report.names import differing_parts, distinct_labels
+from trl_crisp.report.result_shape import check_shape
 
 Role = Literal["base", "concise", "trained"]
 
 # So long names of models fill a table's column. Ours
 _LONGEST_NAME = 60
-# The measures that a page shows
-_MEASURES = (
-    "accuracy",
-    "answer_accuracy",
-    "boxed_accuracy",
-    "pass_at",
-    "mean_tokens",
-    "median_tokens",
-    "p90_tokens",
-    "mean_thinking_tokens",
-    "mean_answer_tokens",
-    "truncated",
-    "repeats",
-    "unparseable",
-    "epistemic_words_per_1000_tokens",
-)
 # As `dataclasses.asdict` writes a sample; a line that does not begin so is read as a whole
 _LINE_START = re.compile(rb'\{"problem": ("(?:[^"\\]|\\.)*"), "number": (\d+),')
 
@@ -115,11 +100,13 @@ def load_compared(paths: Sequence[Path]) -> Compared:
         ValueError: If a file is torn or of another kind, has no answers, or the results differ in more than the model and the
             instruction, or not even in these. The message names the difference.
     """
-    loaded = [(_file_of(path), _check_whole(load_results(path), _file_of(path))) for path in paths]
+    loaded = [(_file_of(path), load_results(path)) for path in paths]
+    for file, results in loaded:
+        check_shape(results, file)
     _check_order(loaded)
     _check_distinct(loaded)
     (base_path, base), *others = loaded
-    scored = [_problems(results, path) for path, results in loaded]
+    scored = [{problem["id"]: problem_from_dict(problem) for problem in results["problems"]} for _, results in loaded]
     for path, results in others:
         answers = {problem["id"]: problem["answer"] for problem in results["problems"]}
         try:
@@ -147,39 +134,6 @@ def load_compared(paths: Sequence[Path]) -> Compared:
 
 def _file_of(path: Path) -> Path:
     return path / "results.json" if path.is_dir() else path
-
-
-def _check_whole(results: dict[str, Any], path: Path) -> dict[str, Any]:
-    again = "Run the same `trl-crisp eval` command again: it keeps the finished answers."
-    if missing := [key for key in ("protocol", "samples", "summary", "problems") if key not in results]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}, so it is not as `trl-crisp eval` wrote it. {again}")
-    if not results["problems"] or not results["summary"]:
-        raise ValueError(f"{path} has no answers, so there is nothing to show. {again}")
-    try:
-        missing = [key for groups in results["summary"].values() for key in _MEASURES if key not in groups["all"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: the summary is not as `trl-crisp eval` writes it ({type(error).__name__}: {error}). {again}"
-        ) from error
-    if missing:
-        raise ValueError(f"{path}: the summary lacks {', '.join(dict.fromkeys(missing))}. {again}")
-    return results
-
-
-def _problems(results: dict[str, Any], path: Path) -> dict[str, ScoredProblem]:
-    try:
-        problems = [problem_from_dict(problem) for problem in results["problems"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: a problem is not as `trl-crisp eval` writes it ({type(error).__name__}: {error}). Run the same command again."
-        ) from error
-    samples = results["samples"]
-    if other := [problem for problem in problems if len(problem.samples) != samples or not problem.samples]:
-        raise ValueError(
-            f"{path}: problem {other[0].id!r} has {len(other[0].samples) or 'no'} answers, and each has to have {samples}. Run the same "
-            "`trl-crisp eval` command again."
-        )
-    return {problem.id: problem for problem in problems}
 
 
 def _check_distinct(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
