@@ -12,7 +12,7 @@ from trl_crisp.evaluation.results import load_results
 from trl_crisp.report import charts
 from trl_crisp.report import page as page_module
 from trl_crisp.report.page import clip, embed, write_report, write_run_page
-from trl_crisp.report.rendering import markdown_cell
+from trl_crisp.report.rendering import markdown_cell, short
 from trl_crisp.report.sources import load_compared
 
 SMOLLM2 = Path(__file__).parents[2] / "benchmarks/results/smollm2"
@@ -283,6 +283,20 @@ def test_each_of_ten_runs_has_rows(ten_runs):
     of_run = Counter(attrs["data-run"] for attrs in page.of("tr") if "data-kinds" in attrs)
     assert of_run == {f"CRISP, {name}": 200 for name in RUN_NAMES}
     assert "100 more rows are in the numbers below" in page.text
+
+
+def test_reasons_are_told_whole_and_names_are_cut(tmp_path):
+    reasons = [f"reason {i}: " + "a signal that has to be told to its end " * 4 for i in range(12)]
+    run = write_run(tmp_path / "run", [{**entry, "health/status": 2.0} for entry in training_log()[:1]])
+    event = {"step": 1, "status": "unhealthy", "reasons": [*reasons, "the last"]}
+    (run / "health_events.jsonl").write_text(json.dumps(event) + "\n")
+    page = page_of([], tmp_path / "report.html", [run])
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for reason in [*reasons, "the last"]:
+        told = " ".join(reason.split())
+        # In the verdict and in the table of events
+        assert [" ".join(text.split()).count(told) for text in (page.text, markdown)] == [2, 2]
+    assert short("n" * 400) == "n" * 299 + "…"
 
 
 def test_runs_of_one_directory_name_are_named_by_what_differs_and_one_run_twice_is_refused(tmp_path, capsys):

@@ -231,7 +231,8 @@ def _is_of(one: Evaluated, run: RunLog) -> bool:
         return True
     if protocol.get("model_revision") is not None:
         return False
-    model = Path(str(protocol.get("model")))
+    # The name may be any text, and no path has a NUL
+    model = Path(str(protocol.get("model")).replace("\0", ""))
     if model.resolve().is_relative_to(directory):
         return True
     names = () if model.is_absolute() else tuple(part for part in model.parts if part != "..")
