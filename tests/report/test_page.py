@@ -1,3 +1,4 @@
+import html
 import json
 import re
 from collections import Counter
@@ -186,6 +187,73 @@ def test_clip_keeps_the_start_and_the_end():
     assert re.fullmatch(r"a+\n\n\[… 900 of 1,000 .*\]\n\n[ab]+b", clip("a" * 980 + "b" * 20, 100))
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['"' * 9_000 + "a" * 300_000, "a" * 300_000 + '"' * 9_000, "解" * 50_000, "\ud800" * 50_000, "&" * 9, "é" * 10],
+)
+@pytest.mark.parametrize("most_bytes", [60, 20_000])
+def test_a_clipped_text_takes_what_it_may(text, most_bytes):
+    clipped = clip(text, most_bytes)
+    size = len(html.escape(re.sub(r"\n\n\[… .* …\]\n\n", "", clipped)).encode("utf-8", "replace"))
+    whole = len(html.escape(text).encode("utf-8", "replace"))
+    # A character that does not fit, at both ends of the gap
+    assert min(whole, most_bytes - 12) <= size <= most_bytes
+    assert (clipped == text) == (whole <= most_bytes)
+
+
+def write_large(root, **changed):
+    size = {"problems": 500, "samples": 8, "budgets": (), "level": lambda i: None}
+    return [
+        write_evaluation(root / f"{n}", right if n == 0 else shorter, weights=f"{n}", **{**size, **changed})
+        for n in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "log_steps", "runs"),
+    [
+        # Texts of which the shown part is larger than the rest of them
+        ({"samples": 1, "problems": 70, "text": lambda i, j: '"' * 9_000 + "a" * 300_000}, 0, 0),
+        # Long names that grow when they are escaped
+        ({"samples": 1, "names": lambda i: f"{i}" + '"' * 290, "level": lambda i: "'" * 290}, 0, 0),
+        ({"samples": 1, "problems": 60, "names": lambda i: f"{i}" + "解" * 20_000}, 0, 0),
+        # Long logs
+        ({"samples": 1, "problems": 3}, 4_000, 6),
+    ],
+)
+def test_a_page_stays_below_5_mb(tmp_path, changed, log_steps, runs):
+    paths = write_large(tmp_path, **changed)
+    log = training_log(log_steps) if runs else []
+    logs = [write_run(tmp_path / f"run{n}", log) for n in range(runs)]
+    page = page_of(paths, tmp_path / "report.html", logs)
+    assert 100_000 < (tmp_path / "report.html").stat().st_size < 5_000_000
+    for run in page.data["runs"]:
+        assert run["log_history"][-1]["step"] == log_steps
+        assert [entry["step"] for entry in run["log_history"] if "eval_agreement" in entry] == [0, 10, 20]
+
+
+def test_a_page_that_leaves_things_out_says_so(tmp_path, monkeypatch):
+    small = {"samples": 1, "budgets": (), "level": lambda i: None}
+    paths = write_both(tmp_path, text=lambda i, j: "text " * 100, **small)
+    run = write_run(tmp_path / "run", training_log())
+    whole = page_of(paths, tmp_path / "report.html", [run])
+    size = (tmp_path / "report.html").stat().st_size
+    assert "To keep this page below" not in whole.text
+    monkeypatch.setattr(page_module, "MOST_BYTES", size - 1)
+    half = page_of(paths, tmp_path / "report.html", [run])
+    assert "it has 50% of the texts, rows and log entries that it would show." in half.text
+    assert len(half.data["runs"][0]["log_history"]) == 13
+    assert half.data["results"][0]["problems"] == whole.data["results"][0]["problems"]
+    monkeypatch.setattr(page_module, "MOST_BYTES", 1)
+    least = page_of(paths, tmp_path / "report.html", [run])
+    assert (
+        "it has 0% of the texts, rows and log entries that it would show, and no numbers of each problem" in least.text
+    )
+    assert "12 more rows are not in this table" in least.text
+    assert least.data["results"][0]["problems"] is None
+    assert least.data["verdicts"] == whole.data["verdicts"]
+
+
 def test_problems_before_and_after(tmp_path):
     paths = write_both(tmp_path, text=lambda i, j: f"text {i}.{j}")
     page = page_of(paths, tmp_path / "report.html")
@@ -282,7 +350,7 @@ def test_each_of_ten_runs_has_rows(ten_runs):
     page, _ = ten_runs
     of_run = Counter(attrs["data-run"] for attrs in page.of("tr") if "data-kinds" in attrs)
     assert of_run == {f"CRISP, {name}": 200 for name in RUN_NAMES}
-    assert "100 more rows are in the numbers below" in page.text
+    assert "100 more rows are not in this table" in page.text
 
 
 def test_reasons_are_told_whole_and_names_are_cut(tmp_path):

@@ -1,6 +1,7 @@
 """The page of a run or of several: results in, one file out, as HTML that needs no network, and as Markdown."""
 
 import base64
+import bisect
 import hashlib
 import html
 import itertools
@@ -21,16 +22,22 @@ from trl_crisp.report.rendering import make_environment
 from trl_crisp.report.run_log import RunLog, load_run
 from trl_crisp.report.run_results import measured_alike, measured_results
 from trl_crisp.report.run_verdict import judge_run
-from trl_crisp.report.sources import Compared, Evaluated, load_compared, load_texts
+from trl_crisp.report.sources import Compared, Evaluated, Texts, load_compared, load_texts
 from trl_crisp.report.traces import KINDS, MOST_IN_FULL, Pair, choose_pairs
 from trl_crisp.report.verdict import Measured, Verdict, judge
 
-# Ours: all texts together, as the page has them, so that a page of 500 problems stays below 5 MB
+# Ours: a page opens fast and can be sent
+MOST_BYTES = 5_000_000
+# Ours: all texts together, as the page has them
 TEXT_BYTES = 2_500_000
+# A page that is too large gets this share of the texts, of the rows and of the log entries, then the next one
+_SHARES = (1.0, 0.5, 0.25, 0.1, 0.0)
 # Of a text that is too long the end is shown too, because it has the answer
 _HEAD_SHARE = 2 / 3
-# Ours: so many rows stay quick to filter; the embedded JSON has all problems
+# Ours: so many rows stay quick to filter
 MOST_ROWS = 2_000
+# Below this share the embedded JSON has no numbers of each problem
+_SMALLEST_WITH_PROBLEMS = 0.25
 # The logged names that the embedded JSON keeps
 _KEPT_LOGS = (
     "step",
@@ -74,14 +81,40 @@ def write_report(results: Sequence[Path], output: Path, runs: Sequence[Path] = (
             "there is nothing to show: give results of `trl-crisp eval`, the base first, or --run OUTPUT_DIR."
         )
     _require_libraries()
-    page = _make_page(load_compared(results) if results else None, _load_runs(runs))
+    compared, logs = load_compared(results) if results else None, _load_runs(runs)
+    page = _make_page(compared, logs)
     output.parent.mkdir(parents=True, exist_ok=True)
     markdown = output.with_suffix(".md")
     markdown.write_text(_render("report.md.j2", page, is_html=False), encoding="utf-8", errors="replace")
     if output.suffix == ".md":
         return [markdown]
-    output.write_text(_render("report.html.j2", page, is_html=True), encoding="utf-8", errors="replace")
+    output.write_bytes(_render_small(page, compared, logs))
     return [output, markdown]
+
+
+def _render_small(page: Mapping[str, Any], compared: Compared | None, runs: Sequence[RunLog]) -> bytes:
+    """Return the HTML, with as many texts, rows and log entries as fit into a page that is not too large."""
+    loaded = None if compared is None else _load_traces(compared)
+    encoded = b""
+    for share in _SHARES:
+        traces = {} if compared is None or loaded is None else _show_traces(compared, loaded, share)
+        data = embed(_data(compared, runs, page["judged"], share))
+        text = _render(
+            "report.html.j2",
+            {
+                **page,
+                **traces,
+                "data": data,
+                "share": share,
+                "most_bytes": MOST_BYTES,
+                "data_has_problems": share >= _SMALLEST_WITH_PROBLEMS,
+            },
+            is_html=True,
+        )
+        encoded = text.encode("utf-8", "replace")
+        if len(encoded) < MOST_BYTES:
+            break
+    return encoded
 
 
 def write_run_page(output_dir: Path) -> Path:
@@ -170,8 +203,6 @@ def _make_page(compared: Compared | None, runs: Sequence[RunLog]) -> dict[str, A
         summary = min(summaries, key=lambda one: "anywhere_accuracy" in one)
         page["share_names"] = charts.share_names(summary, str(protocol.get("kind")))
         page["figures"] = _figures(compared, runs, page["share_names"])
-        page.update(_choose_traces(compared))
-    page["data"] = embed(_data(compared, runs, judged))
     return page
 
 
@@ -270,47 +301,66 @@ def _figures(compared: Compared, runs: Sequence[RunLog], share_names: Mapping[st
     return [figure for figure in figures if figure is not None]
 
 
-def _choose_traces(compared: Compared) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Loaded:
+    """The pairs of each model by its name: all of them, and those in full, with their texts."""
+
+    pairs: dict[str, list[Pair]]
+    full: dict[str, list[Pair]]
+    base_texts: Texts
+    texts: dict[str, Texts]
+
+    @property
+    def notes(self) -> list[str]:
+        """Why texts are missing."""
+        return list(dict.fromkeys(one.note for one in (self.base_texts, *self.texts.values()) if one.note is not None))
+
+
+def _load_traces(compared: Compared) -> _Loaded | None:
     others = compared.trained or compared.all[1:]
     if not others:
-        return {}
+        return None
+    most = max(1, MOST_IN_FULL // len(others))
+    pairs = {
+        one.name: choose_pairs(compared.base.problems, one.problems, compared.budget_tokens, most) for one in others
+    }
+    full = {name: sorted((p for p in found if p.number is not None), key=_number) for name, found in pairs.items()}
+    base_texts = load_texts(compared.base, {(p.id, p.before.shown_sample) for found in full.values() for p in found})
+    texts = {one.name: load_texts(one, {(p.id, p.after.shown_sample) for p in full[one.name]}) for one in others}
+    if not any(one.by_sample for one in (base_texts, *texts.values())):
+        full = {name: [] for name in full}
+    return _Loaded(pairs, full, base_texts, texts)
+
+
+def _show_traces(compared: Compared, loaded: _Loaded, share: float) -> dict[str, Any]:
+    """Return what the page shows of the problems, with a share of the bytes of texts and of the rows."""
     shown: list[_Shown] = []
     rows: list[dict[str, Any]] = []
-    pairs_of = {
-        one.name: choose_pairs(
-            compared.base.problems, one.problems, compared.budget_tokens, max(1, MOST_IN_FULL // len(others))
-        )
-        for one in others
-    }
-    full = {name: sorted((p for p in pairs if p.number is not None), key=_number) for name, pairs in pairs_of.items()}
-    base_texts = load_texts(compared.base, {(p.id, p.before.shown_sample) for pairs in full.values() for p in pairs})
-    texts_of = {one.name: load_texts(one, {(p.id, p.after.shown_sample) for p in full[one.name]}) for one in others}
-    loaded = (base_texts, *texts_of.values())
-    notes = list(dict.fromkeys(one.note for one in loaded if one.note is not None))
-    if not any(one.by_sample for one in loaded):
-        full = {name: [] for name in full}
-    most_bytes = TEXT_BYTES // max(1, 3 * sum(map(len, full.values())))
-    for run_number, one in enumerate(others):
-        for pair in full[one.name]:
+    full = loaded.full if share else {name: [] for name in loaded.full}
+    most_bytes = int(share * TEXT_BYTES) // max(1, 3 * sum(map(len, full.values())))
+    most_rows = int(share * MOST_ROWS) // len(loaded.pairs)
+    for run_number, (name, pairs) in enumerate(loaded.pairs.items()):
+        for pair in full[name]:
             problem = compared.base.problems[pair.id]
             sides = (
-                base_texts.by_sample.get((pair.id, pair.before.shown_sample)),
-                texts_of[one.name].by_sample.get((pair.id, pair.after.shown_sample)),
+                loaded.base_texts.by_sample.get((pair.id, pair.before.shown_sample)),
+                loaded.texts[name].by_sample.get((pair.id, pair.after.shown_sample)),
             )
             before, after = (None if text is None else clip(text, most_bytes) for text in sides)
             prompt = None if problem.prompt is None else clip(_prompt_text(problem.prompt), most_bytes)
             anchor = f"trace-{run_number}-{pair.number}"
-            shown.append(_Shown(pair, anchor, one.name, prompt, _answer_text(problem), before, after))
+            shown.append(_Shown(pair, anchor, name, prompt, _answer_text(problem), before, after))
+        in_full = {pair.id for pair in full[name]}
         rows += [
             {
                 "pair": pair,
-                "after_name": one.name,
-                "anchor": f"trace-{run_number}-{pair.number}" if pair in full[one.name] else None,
+                "after_name": name,
+                "anchor": f"trace-{run_number}-{pair.number}" if pair.id in in_full else None,
             }
-            for pair in pairs_of[one.name][: MOST_ROWS // len(others)]
+            for pair in pairs[:most_rows]
         ]
-    left_out = len(others) * len(compared.base.problems) - len(rows)
-    return {"shown": shown, "rows": rows, "rows_left_out": left_out, "notes": notes}
+    left_out = sum(map(len, loaded.pairs.values())) - len(rows)
+    return {"shown": shown, "rows": rows, "rows_left_out": left_out, "notes": loaded.notes}
 
 
 def _number(pair: Pair) -> int:
@@ -330,17 +380,34 @@ def _answer_text(problem: ScoredProblem) -> str:
 
 def clip(text: str, most_bytes: int) -> str:
     """Return a text that takes at most about `most_bytes` in a page; of a longer one the start and the end, with a note between."""
-    size = len(html.escape(text).encode("utf-8", "replace"))
-    if size <= most_bytes:
+    if _embedded_bytes(text) <= most_bytes:
         return text
-    kept = int(len(text) * most_bytes / size)
-    head = int(kept * _HEAD_SHARE)
-    tail = kept - head
-    return f"{text[:head]}\n\n[… {len(text) - kept:,} of {len(text):,} characters are left out; samples.jsonl has them …]\n\n{text[-tail:]}"
+    most_of_head = int(most_bytes * _HEAD_SHARE)
+    head = _fitting(text[:most_of_head], most_of_head)
+    # The end is the start of the text read backwards
+    most_of_tail = most_bytes - most_of_head
+    tail = _fitting(text[: -most_of_tail - 1 : -1], most_of_tail)[::-1]
+    left_out = len(text) - len(head) - len(tail)
+    return f"{head}\n\n[… {left_out:,} of {len(text):,} characters are left out; samples.jsonl has them …]\n\n{tail}"
 
 
-def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Judged]) -> dict[str, Any]:
-    """Return the numbers of the page. Summaries and comparisons are as results.json has them."""
+def _fitting(text: str, most_bytes: int) -> str:
+    """Return the longest start of a text that takes at most `most_bytes` in a page."""
+    sizes = range(len(text) + 1)
+    return text[: bisect.bisect_right(sizes, most_bytes, key=lambda size: _embedded_bytes(text[:size])) - 1]
+
+
+def _embedded_bytes(text: str) -> int:
+    return len(html.escape(text).encode("utf-8", "replace"))
+
+
+def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Judged], share: float) -> dict[str, Any]:
+    """
+    Return the numbers of the page. Summaries and comparisons are as results.json has them.
+
+    `share` is the share of the log entries. The numbers of each problem and of each level are there or, in the smallest pages, `None`.
+    """
+    has_problems = share >= _SMALLEST_WITH_PROBLEMS
     data: dict[str, Any] = {
         "schema": "trl-crisp report",
         "schema_version": 1,
@@ -358,7 +425,7 @@ def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Ju
                 "events": run.events,
                 "log_history": [
                     {key: value for key, value in entry.items() if key in _KEPT_LOGS or key.startswith("eval_")}
-                    for entry in run.log_history
+                    for entry in _thin(run.log_history, share)
                 ],
             }
             for run in runs
@@ -378,7 +445,9 @@ def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Ju
                 "samples": one.results["samples"],
                 "summary": one.results["summary"],
                 "comparison": {} if one.comparison is None else {str(compared.budget_tokens): one.comparison},
-                "comparison_by_level": {level: asdict(change) for level, change in one.levels.items()},
+                "comparison_by_level": {level: asdict(change) for level, change in one.levels.items()}
+                if has_problems
+                else None,
                 # By columns, which are much smaller: [problems] and [problems, samples]
                 "problems": {
                     "id": [problem.id for problem in problems],
@@ -388,10 +457,22 @@ def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Ju
                         [int(sample.at_budget[compared.budget_tokens].grade.correct) for sample in problem.samples]
                         for problem in problems
                     ],
-                },
+                }
+                if has_problems
+                else None,
             }
         )
     return data
+
+
+def _thin(log_history: Sequence[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """Return a share of a log's entries at equal distances, and in any case what was measured and the last entry."""
+    every = len(log_history) if not share else round(1 / share)
+    return [
+        entry
+        for number, entry in enumerate(reversed(log_history))
+        if number % every == 0 or any(key.startswith("eval_") for key in entry)
+    ][::-1]
 
 
 def embed(value: Any) -> str:
