@@ -254,6 +254,24 @@ def test_a_page_that_leaves_things_out_says_so(tmp_path, monkeypatch):
     assert least.data["verdicts"] == whole.data["verdicts"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_in_any_script_are_drawn_without_warnings(tmp_path):
+    levels = ["日本語", "العربية", "हिन्दी", "😀"]
+    # The names of runs and of models are directories
+    base, *after = (
+        write_evaluation(tmp_path / name, answer, weights=name, level=lambda i: levels[i % 4])
+        for name, answer in (("base", right), ("数学", shorter), ("ไทย", shorter))
+    )
+    runs = [write_run(tmp_path / f"{name}-run", training_log()) for name in ("数学", "ไทย")]
+    page_of([base, *after], tmp_path / "report.html", runs)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for level in levels:
+        assert f">{level} (3)</text>" in svg_of(text, "levels-0")
+    for name in ("数学", "ไทย"):
+        assert f">CRISP, {name}</text>" in svg_of(text, "accuracy-length")
+        assert f">{name}-run</text>" in svg_of(text, "run-loss")
+
+
 def test_problems_before_and_after(tmp_path):
     paths = write_both(tmp_path, text=lambda i, j: f"text {i}.{j}")
     page = page_of(paths, tmp_path / "report.html")
