@@ -12,7 +12,8 @@ from trl_crisp.cli import main
 from trl_crisp.evaluation.results import load_results
 from trl_crisp.report import charts
 from trl_crisp.report import page as page_module
-from trl_crisp.report.page import clip, embed, write_report, write_run_page
+from trl_crisp.report.embedding import clip, embed
+from trl_crisp.report.page import write_report, write_run_page
 from trl_crisp.report.rendering import markdown_cell, short
 from trl_crisp.report.sources import load_compared
 

@@ -1,12 +1,8 @@
 """The page of a run or of several: results in, one file out, as HTML that needs no network, and as Markdown."""
 
 import base64
-import bisect
 import hashlib
-import html
 import itertools
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +13,7 @@ from typing import Any
 from trl_crisp import __version__
 from trl_crisp.evaluation.records import ScoredProblem
 from trl_crisp.report import charts
+from trl_crisp.report.embedding import clip, embed
 from trl_crisp.report.names import differing_parts
 from trl_crisp.report.rendering import make_environment
 from trl_crisp.report.run_log import RunLog, load_run
@@ -32,8 +29,6 @@ MOST_BYTES = 5_000_000
 TEXT_BYTES = 2_500_000
 # A page that is too large gets this share of the texts, of the rows and of the log entries, then the next one
 _SHARES = (1.0, 0.5, 0.25, 0.1, 0.0)
-# Of a text that is too long the end is shown too, because it has the answer
-_HEAD_SHARE = 2 / 3
 # Ours: so many rows stay quick to filter
 MOST_ROWS = 2_000
 # Below this share the embedded JSON has no numbers of each problem
@@ -378,29 +373,6 @@ def _answer_text(problem: ScoredProblem) -> str:
     return clip(problem.answer if isinstance(problem.answer, str) else " or ".join(problem.answer), 2_000)
 
 
-def clip(text: str, most_bytes: int) -> str:
-    """Return a text that takes at most about `most_bytes` in a page; of a longer one the start and the end, with a note between."""
-    if _embedded_bytes(text) <= most_bytes:
-        return text
-    most_of_head = int(most_bytes * _HEAD_SHARE)
-    head = _fitting(text[:most_of_head], most_of_head)
-    # The end is the start of the text read backwards
-    most_of_tail = most_bytes - most_of_head
-    tail = _fitting(text[: -most_of_tail - 1 : -1], most_of_tail)[::-1]
-    left_out = len(text) - len(head) - len(tail)
-    return f"{head}\n\n[… {left_out:,} of {len(text):,} characters are left out; samples.jsonl has them …]\n\n{tail}"
-
-
-def _fitting(text: str, most_bytes: int) -> str:
-    """Return the longest start of a text that takes at most `most_bytes` in a page."""
-    sizes = range(len(text) + 1)
-    return text[: bisect.bisect_right(sizes, most_bytes, key=lambda size: _embedded_bytes(text[:size])) - 1]
-
-
-def _embedded_bytes(text: str) -> int:
-    return len(html.escape(text).encode("utf-8", "replace"))
-
-
 def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Judged], share: float) -> dict[str, Any]:
     """
     Return the numbers of the page. Summaries and comparisons are as results.json has them.
@@ -473,22 +445,6 @@ def _thin(log_history: Sequence[dict[str, Any]], share: float) -> list[dict[str,
         for number, entry in enumerate(reversed(log_history))
         if number % every == 0 or any(key.startswith("eval_") for key in entry)
     ][::-1]
-
-
-def embed(value: Any) -> str:
-    """Return a value as JSON that is inert inside a `<script>` element: ASCII, without `<`, `>` and `&`. NaN becomes null."""
-    text = json.dumps(_without_nonfinite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nonfinite(item) for item in value]
-    return value
 
 
 def _render(template: str, page: Mapping[str, Any], is_html: bool) -> str:
