@@ -129,10 +129,11 @@ def test_a_measurement_that_shows_nothing_says_what_to_measure():
         "2 problems are few: measure at least 64.",
         "A loss of up to 84.2 points of accuracy is not excluded. Measure more problems.",
     )
-    nothing = measured(accuracy=ZERO, base_level=0.0)
+    nothing = measured(accuracy=ZERO, base_level=0.0, cut_shares=(1.0, 0.0))
     assert judge(nothing, unhealthy_run="run").reasons == (
         "Accuracy of the base is 0.0%, so it has nothing to lose, and nothing shows that right answers are kept. Measure problems that the base "
         "solves.",
+        "Many answers were cut at the budget: 100% before, 0% after. Lengths and accuracy then speak of the cap; raise --max-new-tokens.",
         "The signals of the training run were unhealthy at its end.",
     )
     assert judge(measured(accuracy=ZERO, problems=None)).reasons == (

@@ -129,7 +129,11 @@ def judge(measured: Measured | None, margin: float = MARGIN, unhealthy_run: str 
             f"{_capital(measured.subject)} of the base is {percent(measured.base_level)}, so it has nothing to lose, and nothing shows that "
             "right answers are kept. Measure problems that the base solves."
         )
-        return Verdict("no verdict", "No verdict: the base solves next to nothing", (reason, *unhealthy))
+        return Verdict(
+            "no verdict",
+            "No verdict: the base solves next to nothing",
+            (reason, *_doubts_of_reading(measured), *unhealthy),
+        )
     doubts = [*_doubts(measured, margin), *unhealthy]
     if doubts:
         return Verdict("caution", f"Use with caution: {numbers}", tuple(doubts))
@@ -213,6 +217,12 @@ def _doubts(measured: Measured, margin: float) -> list[str]:
     for name, change in (measured.groups or {}).items():
         if change is not None and change["high"] < -margin - _ROUNDING:
             reasons.append(f"Accuracy fell on {name}: {interval_in_points(change)}.")
+    return [*reasons, *_doubts_of_reading(measured)]
+
+
+def _doubts_of_reading(measured: Measured) -> list[str]:
+    """Return why accuracy and lengths may not be those of the models: unread answers and cut ones."""
+    reasons = []
     if measured.unread is not None and measured.unread["estimate"] > UNREAD_RISE and measured.unread["low"] > 0:
         reasons.append(f"More answers could not be read than before: {interval_in_points(measured.unread)}.")
     if measured.cut_shares is not None and max(measured.cut_shares) > MUCH_CUT:
