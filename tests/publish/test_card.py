@@ -279,7 +279,10 @@ def facts(results=(), **more) -> CardFacts:
 def test_the_results_stand_with_verdict_table_and_protocol(tmp_path):
     result = load_card_results(evaluations(tmp_path))
     text = make_card(facts([result])).text
-    assert "### sums\n\n**49% fewer tokens [48%, 49%], accuracy kept: 0.0 points [0.0, 0.0]**" in text
+    assert (
+        "### sums\n\n**Use with caution: 49% fewer tokens [48%, 49%], accuracy unclear: 0.0 points [0.0, 0.0]**"
+        in text
+    )
     rows_ = [line.split(" | ") for line in text.splitlines() if line.startswith(("| base", "| after"))]
     assert [row[:2] for row in rows_] == [
         ["| base", "206"],

@@ -129,7 +129,7 @@ def test_answers_do_not_run(open_page):
 def test_figures_are_drawn_within_their_cards(open_page):
     page = open_page()
     figures = page.locator("figure")
-    assert figures.count() == 12
+    assert figures.count() == 13
     for i in range(figures.count()):
         card, drawing = figures.nth(i).bounding_box(), figures.nth(i).locator("svg").bounding_box()
         assert drawing["width"] > 300

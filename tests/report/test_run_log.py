@@ -89,6 +89,40 @@ def test_a_torn_log_is_refused_in_words(tmp_path, text, message):
         load_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"global_step": "abc"}, "global_step is 'abc', not a step"),
+        ({"global_step": 1.5}, "global_step is 1.5, not a step"),
+        ({"max_steps": [1]}, r"max_steps is \[1\], not a step"),
+        ({"best_global_step": "x", "best_model_checkpoint": "x"}, "best_global_step is 'x', not a step"),
+        ({"best_model_checkpoint": 5}, "best_model_checkpoint is 5, not a path"),
+        ({"log_history": [{"step": None, "loss": 1.0}]}, r"log_history\[0\] has the step None"),
+        ({"log_history": [{"loss": 1.0}]}, r"log_history\[0\] has the step None"),
+        ({"log_history": [{"step": float("nan")}]}, r"log_history\[0\] has the step nan"),
+        ({"log_history": [{"step": 1}, {"step": "2"}]}, r"log_history\[1\] has the step '2'"),
+        ({"log_history": [{"step": 1, "teacher/refreshes": None}]}, r"has teacher/refreshes None"),
+        ({"log_history": [{"step": 1, "teacher/postponed": "x"}]}, r"has teacher/postponed 'x'"),
+        ({"log_history": [{"step": 1, "health/status": float("inf")}]}, r"has health/status inf"),
+        ({"log_history": [5]}, "log_history is not a list of entries"),
+    ],
+)
+def test_a_log_with_values_of_another_type_is_refused_with_the_files_name(tmp_path, changed, message):
+    write_run(tmp_path, [{"step": 1, "loss": 0.1}])
+    file = tmp_path / "trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(ValueError, match=f"^{file} is torn or no log of a run .*{message}"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("absent", ["global_step", "max_steps", "best_global_step", "best_model_checkpoint"])
+def test_a_log_without_a_value_is_read(tmp_path, absent):
+    write_run(tmp_path, [{"step": 1, "loss": 0.1, "note": "text"}])
+    file = tmp_path / "trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), absent: None}))
+    assert load_run(tmp_path).series("loss") == [(1, 0.1)]
+
+
 def test_a_directory_without_a_log_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no training has logged there"):
         load_run(tmp_path)

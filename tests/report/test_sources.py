@@ -64,9 +64,31 @@ def test_results_of_different_problems_or_protocols_are_refused(tmp_path, change
 
 def test_results_without_a_common_budget_are_refused(tmp_path):
     paths = [write(tmp_path, "base"), write(tmp_path, "after")]
-    edit(paths[1], lambda results: results.update(summary={"7": results["summary"]["1000"]}))
+
+    def grade_at_7(results):
+        results["summary"] = {"7": results["summary"]["1000"]}
+        for problem in results["problems"]:
+            for sample in problem["samples"]:
+                sample["grades"] = {"7": sample["grades"]["1000"]}
+
+    edit(paths[1], grade_at_7)
     with pytest.raises(ValueError, match="no budget in common"):
         load_compared(paths)
+
+
+WHOLE = ("protocol", "first_prompt", "samples", "summary", "problems")
+
+
+def set_at(place, value):
+    """Return a function that sets a value in results, at a place such as `problems.3.id`."""
+
+    def change(results):
+        *outer, last = [int(key) if key.isdecimal() and len(key) == 1 else key for key in place.split(".")]
+        for key in outer:
+            results = results[key]
+        results[last] = value
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -74,20 +96,58 @@ def test_results_without_a_common_budget_are_refused(tmp_path):
     [
         (lambda results: results.update(schema="other"), "its schema is 'other'"),
         (lambda results: results.update(schema_version=9), "has schema version 9"),
-        (lambda results: results.pop("summary"), "lacks summary"),
-        (lambda results: results.update(problems=[]), "has no answers"),
-        (lambda results: results["summary"]["1000"]["all"].pop("repeats"), "the summary lacks repeats"),
-        (lambda results: results["summary"].update({"1000": []}), "the summary is not as"),
-        (lambda results: results.update(problems=["x"]), "a problem is not as"),
-        (lambda results: results["problems"][3].update(samples=[]), "problem 'problem/3' has no answers"),
-        (lambda results: results["problems"][3]["samples"][0].pop("grades"), "KeyError: 'grades'"),
+        *((lambda results, key=key: results.pop(key), f"it lacks {key}") for key in WHOLE),
+        *((set_at(key, None), f"{key} is None, not a") for key in (*WHOLE, "comparison")),
+        *((set_at(key, [1]), rf"{key} is \[1\], not a") for key in (*WHOLE, "comparison") if key != "problems"),
+        (set_at("problems", {"a": 1}), "problems is {'a': 1}, not a list"),
+        (set_at("problems", []), "it has no answers"),
+        (set_at("summary", {}), "it has no answers"),
+        (set_at("samples", 0), "samples is 0, not a positive count"),
+        (set_at("comparison", {"1000": {}}), "comparison.1000 lacks reduction"),
+        (
+            set_at("comparison", {"1000": {"reduction": {"estimate": "1"}}}),
+            "comparison.1000.reduction.estimate is '1'",
+        ),
+        *(
+            (lambda results, key=key: results["protocol"].pop(key), f"protocol lacks {key}")
+            for key in ("model", "benchmark")
+        ),
+        (set_at("protocol.instruction", 3), "protocol.instruction is 3, not a text"),
+        (lambda results: results["summary"]["1000"]["all"].pop("repeats"), "summary.1000.all lacks repeats"),
+        (set_at("summary.1000", []), r"summary.1000 is \[\], not a mapping"),
+        (set_at("summary.abc", {}), "summary has the key 'abc', not a number"),
+        (set_at("summary.1000.all.mean_tokens", None), "summary.1000.all.mean_tokens is None, not a finite number"),
+        (set_at("summary.1000.all.mean_tokens", float("nan")), "summary.1000.all.mean_tokens is nan"),
+        (set_at("summary.1000.all.accuracy", True), "summary.1000.all.accuracy is True"),
+        (set_at("summary.1000.all.pass_at", None), "summary.1000.all.pass_at is None, not a mapping"),
+        (set_at("problems.3", "x"), r"problems\[3\] is 'x', not a mapping"),
+        (set_at("problems.3.id", 5), r"problems\[3\].id is 5, not a text"),
+        (set_at("problems.3.id", None), r"problems\[3\].id is None, not a text"),
+        (set_at("problems.3.id", "problem/2"), "problem 'problem/2' is there twice"),
+        (set_at("problems.3.level", 3), r"problems\[3\].level is 3, not a text"),
+        (set_at("problems.3.answer", None), r"problems\[3\].answer is None, not a text or a list of texts"),
+        (set_at("problems.3.answer", [1, 2]), r"problems\[3\].answer is \[1, 2\], not a text or a list of texts"),
+        (set_at("problems.3.prompt", {"a": 1}), r"problems\[3\].prompt is {'a': 1}, not a text or a list of messages"),
+        (set_at("problems.3.samples", []), "problem 'problem/3' has no answers, and each has to have 2"),
+        (lambda results: results["problems"][3]["samples"].pop(), "'problem/3' has 1 answers, and each has to have 2"),
+        (set_at("problems.3.samples.0.tokens", None), r"problems\[3\].samples\[0\].tokens is None, not a count"),
+        (set_at("problems.3.samples.0.tokens", "5"), r"problems\[3\].samples\[0\].tokens is '5', not a count"),
+        (set_at("problems.3.samples.0.tokens", -5), r"problems\[3\].samples\[0\].tokens is -5, not a count"),
+        (lambda results: results["problems"][3]["samples"][0].pop("grades"), r"\[0\] lacks grades"),
+        (
+            lambda results: results["problems"][3]["samples"][0]["grades"].pop("250"),
+            "an answer to problem 'problem/3' was not graded at 250 tokens",
+        ),
+        (set_at("problems.3.samples.0.grades.1000.correct", "yes"), "grades.1000.correct is 'yes', not true or false"),
+        (set_at("problems.3.samples.0.grades.1000.status", 1), "grades.1000.status is 1, not a text"),
     ],
 )
 def test_a_file_that_is_not_whole_is_refused_in_words(tmp_path, change, message):
-    path = write(tmp_path, "base")
-    edit(path, change)
-    with pytest.raises(ValueError, match=message):
-        load_compared([path])
+    base, other = write(tmp_path, "base"), write(tmp_path, "other")
+    edit(other, change)
+    for paths in ([other], [base, other], [other, base]):
+        with pytest.raises(ValueError, match=f"^{other}/results.json .*{message}"):
+            load_compared(paths)
 
 
 def test_a_torn_file_is_refused(tmp_path):
@@ -109,6 +169,50 @@ def test_a_wrong_order_that_is_known_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"was itself compared with .*base.results.json, its baseline"):
         load_compared([after, base])
     assert len(load_compared([base, concise, after]).all) == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        ("base", "base", "one file"),
+        ("after", "after", "one file"),
+        # Another seed of the same model, and the base once more after a trained model
+        ("base", "again", "results of the same weights with the same prompt"),
+        ("after", "after-again", "results of the same weights with the same prompt"),
+        ("concise", "concise-again", "results of the same weights with the same prompt"),
+    ],
+)
+def test_one_model_with_one_prompt_twice_is_refused(tmp_path, first, second, reason):
+    told = {"weights": "base", "instruction": "Be concise."}
+    settings = {
+        "base": {},
+        "again": {"weights": "base"},
+        "concise": told,
+        "concise-again": told,
+        "after": {},
+        "after-again": {"weights": "after"},
+    }
+    paths = {name: write(tmp_path, name, shorter, **changed) for name, changed in settings.items()}
+    given = [paths["base"], paths["concise"], paths["after"], paths[second]]
+    message = f"{first}/results.json and .*{second}/results.json are {reason}"
+    with pytest.raises(ValueError, match=message):
+        load_compared(given)
+    with pytest.raises(ValueError, match=message):
+        load_compared([paths[first], paths[second]])
+
+
+def test_two_runs_at_one_step_are_two_models_and_one_run_twice_is_refused(tmp_path):
+    def write_step(name, answer, step):
+        protocol = {"model": f"M at step {step}", "step": step, "weights_sha256": None}
+        return write(tmp_path, name, answer, protocol=protocol)
+
+    base = write_step("base", right, 0)
+    first, other = write_step("first", shorter, 10), write_step("other", lambda i, j: (40 + i, True), 10)
+    assert [one.role for one in load_compared([base, first, other]).all] == ["base", "trained", "trained"]
+    copy = write_step("copy", shorter, 10)
+    for paths in ([base, write_step("base-again", right, 0)], [base, first, copy]):
+        with pytest.raises(ValueError, match="are results of the same weights with the same prompt"):
+            load_compared(paths)
 
 
 def texts_of(path, wanted):

@@ -11,6 +11,7 @@ def interval(estimate, low, high):
 
 SHORTER = interval(0.40, 0.35, 0.45)
 KEPT = interval(0.0, -0.01, 0.01)
+ZERO = interval(0.0, 0.0, 0.0)
 
 
 def measured(**changed):
@@ -75,6 +76,28 @@ def measured(**changed):
         ({"groups": {"level 5": interval(-0.10, -0.16, -0.031)}}, "caution", None),
         ({"groups": {"level 5": interval(-0.10, -0.20, -0.03), "level 1": None}}, "use", None),
         ({"reduction": None, "accuracy": None, "problems": 1}, "no verdict", None),
+        # The base solves nothing, or no more than it may lose
+        ({"base_level": 0.0, "accuracy": ZERO}, "no verdict", "No verdict: the base solves next to nothing"),
+        ({"base_level": 0.03, "accuracy": interval(-0.01, -0.025, 0.0), "problems": 500}, "no verdict", None),
+        ({"base_level": 0.031, "accuracy": interval(-0.01, -0.025, 0.0), "problems": 500}, "use", None),
+        ({"base_level": 0.0, "accuracy": interval(0.3, 0.2, 0.4)}, "use", None),
+        ({"base_level": 0.0, "accuracy": ZERO, "reduction": interval(-0.3, -0.4, -0.2)}, "do not use", None),
+        # Two problems, and too few
+        (
+            {"reduction": interval(0.67, 0.67, 0.67), "accuracy": ZERO, "problems": 2, "base_level": 1.0},
+            "caution",
+            "Use with caution: 67% fewer tokens [67%, 67%], accuracy unclear: 0.0 points [0.0, 0.0]",
+        ),
+        ({"problems": 63}, "caution", None),
+        ({"problems": 64}, "use", None),
+        # No width: 0.97^121 is above 2.5%, and 0.97^122 below it
+        ({"accuracy": ZERO, "problems": 121}, "caution", None),
+        (
+            {"accuracy": ZERO, "problems": 122},
+            "use",
+            "40% fewer tokens [35%, 45%], accuracy kept: 0.0 points [0.0, 0.0]",
+        ),
+        ({"accuracy": ZERO, "problems": None}, "caution", None),
     ],
 )
 def test_the_level_and_the_headline_of_a_measurement(changed, level, headline):
@@ -98,6 +121,29 @@ def test_each_reason_is_told():
         "Most answers end in repetition: 80%, before 0%.",
         "The signals of the training run were unhealthy at its end.",
     )
+
+
+def test_a_measurement_that_shows_nothing_says_what_to_measure():
+    two = measured(accuracy=ZERO, problems=2)
+    assert judge(two).reasons == (
+        "2 problems are few: measure at least 64.",
+        "A loss of up to 84.2 points of accuracy is not excluded. Measure more problems.",
+    )
+    nothing = measured(accuracy=ZERO, base_level=0.0, cut_shares=(1.0, 0.0))
+    assert judge(nothing, unhealthy_run="run").reasons == (
+        "Accuracy of the base is 0.0%, so it has nothing to lose, and nothing shows that right answers are kept. Measure problems that the base "
+        "solves.",
+        "Many answers were cut at the budget: 100% before, 0% after. Lengths and accuracy then speak of the cap; raise --max-new-tokens.",
+        "The signals of the training run were unhealthy at its end.",
+    )
+    assert judge(measured(accuracy=ZERO, problems=None)).reasons == (
+        "Accuracy changed on no problem, and an interval without width shows nothing.",
+    )
+
+
+def test_a_run_of_which_the_base_agreed_with_nothing_has_no_verdict():
+    base = {"step": 0, "eval_agreement": 0.02, "eval_agreement_mean_tokens": 100.0}
+    assert judge_run(run_of([base, measurement(10, 0.0, 0.01)])).level == "no verdict"
 
 
 def test_a_run_that_ended_unhealthy_calls_for_caution():

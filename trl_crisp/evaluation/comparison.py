@@ -56,11 +56,15 @@ def compare(base: dict[str, Any], other: dict[str, Any], budget_tokens: int) -> 
         its name and `_change`; `by_pass_rate`.
 
     Raises:
-        ValueError: See [`check_comparable`] and [`compare_problems`].
+        ValueError: If all answers of the baseline are empty. See also [`check_comparable`] and [`compare_problems`].
     """
     check_comparable(base, other["protocol"], {problem["id"]: problem["answer"] for problem in other["problems"]})
     before = [problem_from_dict(problem) for problem in base["problems"]]
     after = [problem_from_dict(problem) for problem in other["problems"]]
+    if not any(sample.tokens for problem in before for sample in problem.samples):
+        raise ValueError(
+            "the answers in the baseline all have length 0, so a reduction is not defined: check how they were sampled."
+        )
     return comparison_to_dict(compare_problems(before, after, budget_tokens))
 
 
@@ -191,7 +195,7 @@ def _change(problems: Sequence[tuple[_Array, _Array]], flags: Sequence[str]) -> 
     differences = [paired_bootstrap_difference(*rows) for rows in zip(before_MP[1:], after_MP[1:], strict=True)]
     return Change(
         problems=len(problems),
-        reduction=paired_bootstrap_reduction(before_MP[0], after_MP[0]),
+        reduction=paired_bootstrap_reduction(before_MP[0], after_MP[0]) if before_MP[0].any() else None,
         changes=dict(zip(names, differences, strict=True)),
         unread_before=float(before_MP[-1].mean()),
         unread_after=float(after_MP[-1].mean()),

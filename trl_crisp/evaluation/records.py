@@ -114,7 +114,7 @@ class Change:
 
     Attributes:
         problems: How many there are. With fewer than two, all other values are `None`.
-        reduction: 1 - mean tokens / the baseline's mean tokens.
+        reduction: 1 - mean tokens / the baseline's mean tokens. `None` also if all of the baseline's answers are empty.
         changes: The differences of the shares, by the share's name: `accuracy`, `answer_accuracy`, `boxed_accuracy`, of texts
             `anywhere_accuracy`, and `unread`.
         unread_before, unread_after: The shares of answers in which no answer was found, or that could not be graded.

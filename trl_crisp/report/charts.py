@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from trl_crisp.evaluation.records import Change
 from trl_crisp.report import formats
+from trl_crisp.report.names import distinct_labels
 from trl_crisp.report.run_log import RunLog
 from trl_crisp.report.sources import Compared, Evaluated
 
@@ -24,14 +26,23 @@ _VARIABLES = {
     "#070707": "--run-1",
     "#080808": "--run-2",
     "#090909": "--run-3",
-    "#0a0a0a": "--watch",
-    "#0b0b0b": "--bad",
+    "#0a0a0a": "--run-4",
+    "#0b0b0b": "--run-5",
+    "#0c0c0c": "--run-6",
+    "#0d0d0d": "--run-7",
+    "#0e0e0e": "--run-8",
+    "#0f0f0f": "--run-9",
+    "#101010": "--watch",
+    "#111111": "--bad",
 }
 _COLOURS = {variable: colour for colour, variable in _VARIABLES.items()}
 _INK, _MUTED, _GRID = (_COLOURS[name] for name in ("--ink", "--muted", "--grid"))
 _BASE, _CONCISE, _WATCH, _BAD = (_COLOURS[name] for name in ("--base", "--concise", "--watch", "--bad"))
-_RUNS = [_COLOURS[f"--run-{i}"] for i in range(4)]
-_RUN_MARKERS = ("o", "^", "v", "P")
+# How many runs have a colour of their own, in the figures and in the page's style sheet
+RUN_COLOURS = 10
+_RUNS = [_COLOURS[f"--run-{i}"] for i in range(RUN_COLOURS)]
+# One more than colours, so that also later runs differ in one of the two
+_RUN_MARKERS = ("o", "^", "v", "P", "X", "<", ">", "*", "p", "h", "8")
 _STATUS_COLOURS = {"healthy": _RUNS[0], "watch": _WATCH, "unhealthy": _BAD}
 # Inches; matplotlib writes points, so that a figure of 5 inches is 360 CSS pixels wide, as a phone is
 _WIDTH = 5.0
@@ -58,6 +69,8 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
 }
 _LONGEST_LABEL = 24
+# More groups of problems than this would fill pages of a figure (MMLU has 57 subjects). Ours
+MOST_GROUPS = 16
 # With this ratio between the longest and the shortest answers, a linear axis would show one bar. Ours
 _LOG_RATIO = 30
 
@@ -87,7 +100,11 @@ def _draw(name: str, title: str, text: str, numbers: str, plot: Callable[[Any], 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # The reader's browser draws the text, with fonts of its own
+        warnings.filterwarnings(
+            "ignore", r"Glyph \d+ .* missing from|Matplotlib currently does not support", UserWarning
+        )
         figure = Canvas(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -114,10 +131,14 @@ def _inline(svg: str, name: str) -> str:
     )
 
 
-def _label(text: str) -> str:
-    """Return a name as a figure can show it: one line, without control characters, not too long."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return plain if len(plain) <= _LONGEST_LABEL else plain[: _LONGEST_LABEL - 1] + "…"
+def _labels(texts: Sequence[str]) -> dict[str, str]:
+    """Return names as a figure can show them: one line, without control characters, not too long, and distinct."""
+    unique = list(dict.fromkeys(texts))
+    return dict(zip(unique, distinct_labels(unique, _LONGEST_LABEL), strict=True))
+
+
+def _model_labels(compared: Compared) -> dict[str, str]:
+    return _labels([one.name for one in compared.all])
 
 
 def _look(compared: Compared, one: Evaluated) -> dict[str, Any]:
@@ -125,8 +146,11 @@ def _look(compared: Compared, one: Evaluated) -> dict[str, Any]:
         return {"color": _BASE, "marker": "s"}
     if one.role == "concise":
         return {"color": _CONCISE, "marker": "D"}
-    place = compared.trained.index(one) % len(_RUNS)
-    return {"color": _RUNS[place], "marker": _RUN_MARKERS[place]}
+    return _run_look([other.name for other in compared.trained].index(one.name))
+
+
+def _run_look(place: int) -> dict[str, Any]:
+    return {"color": _RUNS[place % len(_RUNS)], "marker": _RUN_MARKERS[place % len(_RUN_MARKERS)]}
 
 
 def _thousands(axis: Any) -> None:
@@ -142,8 +166,12 @@ def _percents(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def accuracy_against_length(compared: Compared, run: RunLog | None = None) -> Figure:
-    """Draw each model's accuracy over its mean tokens, at all budgets, with the frontier of the full budget."""
+def accuracy_against_length(compared: Compared, during: Sequence[tuple[float, float]] = ()) -> Figure:
+    """
+    Draw each model's accuracy over its mean tokens, at all budgets, with the frontier of the full budget.
+
+    `during` has the mean tokens and the accuracy along a run, on the same problems.
+    """
     points = []
     for one in compared.all:
         for budget in compared.budgets_tokens:
@@ -151,6 +179,7 @@ def accuracy_against_length(compared: Compared, run: RunLog | None = None) -> Fi
             points.append((one, budget, summary["mean_tokens"], summary["accuracy"]))
     full = [(length, accuracy) for _, budget, length, accuracy in points if budget == compared.budget_tokens]
     frontier = _frontier(full)
+    labels = _model_labels(compared)
 
     def plot(axes: Any) -> None:
         for one in compared.all:
@@ -159,18 +188,16 @@ def accuracy_against_length(compared: Compared, run: RunLog | None = None) -> Fi
             axes.plot(*zip(*own, strict=True), color=look["color"], linewidth=0.9, alpha=0.6)
             if len(own) > 1:
                 axes.scatter(*zip(*own[:-1], strict=True), color=look["color"], marker=look["marker"], s=10, alpha=0.7)
-            axes.scatter(*own[-1], color=look["color"], marker=look["marker"], s=60, zorder=3, label=_label(one.name))
-        if run is not None:
-            during = _measured_during(run)
-            if len(during) > 1:
-                axes.plot(
-                    *zip(*during, strict=True),
-                    color=_MUTED,
-                    linestyle=":",
-                    marker=".",
-                    markersize=4,
-                    label="during training",
-                )
+            axes.scatter(*own[-1], color=look["color"], marker=look["marker"], s=60, zorder=3, label=labels[one.name])
+        if len(during) > 1:
+            axes.plot(
+                *zip(*during, strict=True),
+                color=_MUTED,
+                linestyle=":",
+                marker=".",
+                markersize=4,
+                label="during training",
+            )
         if len(frontier) > 1:
             axes.step(
                 *zip(*frontier, strict=True), where="post", color=_INK, linestyle="--", linewidth=0.8, label="frontier"
@@ -200,17 +227,6 @@ def accuracy_against_length(compared: Compared, run: RunLog | None = None) -> Fi
     )
 
 
-def _measured_during(run: RunLog) -> list[tuple[float, float]]:
-    for name in run.measured_names:
-        accuracies = dict(run.series(f"{name}_accuracy"))
-        found = [
-            (length, accuracies[step]) for step, length in run.series(f"{name}_mean_tokens") if step in accuracies
-        ]
-        if found:
-            return found
-    return []
-
-
 def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the points that no other beats in both length and accuracy, from short to long."""
     found: list[tuple[float, float]] = []
@@ -236,6 +252,7 @@ def length_distributions(compared: Compared) -> Figure:
     every = np.maximum(np.concatenate(list(lengths.values())), 1)
     is_log = every.max() / max(float(np.quantile(every, 0.02)), 1.0) > _LOG_RATIO
     low, high = every.min(), max(every.max(), every.min() + 1)
+    labels = _model_labels(compared)
     bins = np.geomspace(low, high, 33) if is_log else np.linspace(0, high, 33)
 
     def plot(axes: Any) -> None:
@@ -245,7 +262,7 @@ def length_distributions(compared: Compared) -> Figure:
             colour = _look(compared, one)["color"]
             axes.hist(values, bins, weights=weights, histtype="stepfilled", color=colour, alpha=0.16)
             axes.hist(
-                values, bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=_label(one.name)
+                values, bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=labels[one.name]
             )
             axes.axvline(values.mean(), color=colour, linewidth=1.2, linestyle="--")
         if is_log:
@@ -274,7 +291,7 @@ def changes_by_group(
     name: str, title: str, groups: Mapping[str, Mapping[str, Any] | Change], explanation: str
 ) -> Figure | None:
     """
-    Draw the change of tokens and of accuracy in groups of problems, with intervals.
+    Draw the change of tokens and of accuracy in the largest groups of problems, with intervals.
 
     Args:
         name, title: The figure's.
@@ -284,17 +301,22 @@ def changes_by_group(
     Returns:
         `None` if no group has an interval.
     """
-    rows = []
+    rows: list[tuple[str, int, Mapping[str, Any] | None, Mapping[str, Any]]] = []
     for label, change in groups.items():
         if isinstance(change, Change):
-            tokens, accuracy, count = change.reduction, change.changes["accuracy"], change.problems
-            if tokens is None or accuracy is None:
-                continue
-            rows.append((label, count, vars(tokens), vars(accuracy)))
-        elif change["reduction"] is not None:
-            rows.append((label, change["problems"], change["reduction"], change["accuracy_change"]))
+            tokens, accuracy = (
+                None if one is None else vars(one) for one in (change.reduction, change.changes["accuracy"])
+            )
+        else:
+            tokens, accuracy = change["reduction"], change["accuracy_change"]
+        if accuracy is not None:
+            rows.append((label, _size(change), tokens, accuracy))
     if not rows:
         return None
+    largest = sorted(range(len(rows)), key=lambda i: -rows[i][1])[:MOST_GROUPS]
+    not_drawn = sum(_size(change) > 0 for change in groups.values()) - len(largest)
+    rows = [rows[i] for i in sorted(largest)]
+    labels = _labels([label for label, _, _, _ in rows])
 
     def plot(axes: Any) -> None:
         places = np.arange(len(rows))[::-1]
@@ -303,13 +325,15 @@ def changes_by_group(
                 (0.14, tokens, -100, _RUNS[0], "o"),
                 (-0.14, accuracy, 100, _MUTED, "s"),
             ):
+                if interval is None:
+                    continue
                 ends = [sign * interval["low"], sign * interval["high"]]
                 axes.plot(ends, [place + offset] * 2, color=colour, linewidth=2.2, alpha=0.55)
                 axes.plot(sign * interval["estimate"], place + offset, color=colour, marker=marker, markersize=5)
         axes.plot([], [], color=_RUNS[0], marker="o", label="tokens, %")
         axes.plot([], [], color=_MUTED, marker="s", label="accuracy, points")
         axes.axvline(0, color=_INK, linewidth=0.9)
-        axes.set_yticks(places, [f"{_label(label)} ({count})" for label, count, _, _ in rows])
+        axes.set_yticks(places, [f"{labels[label]} ({count})" for label, count, _, _ in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("change from the base")
         axes.grid(axis="y", visible=False)
@@ -320,12 +344,23 @@ def changes_by_group(
         for label, _, tokens, accuracy in rows
     )
     height = 1.1 + 0.38 * len(rows)
-    return _draw(name, title, f"{explanation} 95% intervals over problems.", f"{words}.", plot, height)
+    text = f"{explanation} 95% intervals over problems."
+    if not_drawn:
+        text += (
+            f" {not_drawn} smaller group{'s are' if not_drawn > 1 else ' is'} not drawn. The verdict takes all into account, and the Markdown "
+            "file and the embedded numbers have all."
+        )
+    return _draw(name, title, text, f"{words}.", plot, height)
+
+
+def _size(change: Mapping[str, Any] | Change) -> int:
+    return change.problems if isinstance(change, Change) else int(change["problems"])
 
 
 def answer_formats(compared: Compared, names: Mapping[str, str]) -> Figure:
     """Draw the shares of right answers by each way of reading them."""
     summaries = [(one, one.summary(compared.budget_tokens)) for one in compared.all]
+    labels = _model_labels(compared)
 
     def plot(axes: Any) -> None:
         width = 0.8 / len(summaries)
@@ -336,7 +371,7 @@ def answer_formats(compared: Compared, names: Mapping[str, str]) -> Figure:
                 [summary[key] for key in names],
                 width * 0.92,
                 color=_look(compared, one)["color"],
-                label=_label(one.name),
+                label=labels[one.name],
             )
             if len(summaries) <= 4:
                 axes.bar_label(bars, [f"{100 * summary[key]:.0f}" for key in names], fontsize=8, padding=1)
@@ -364,11 +399,12 @@ def accuracy_at_budgets(compared: Compared) -> Figure | None:
     """Draw accuracy over the budget; `None` if there is one budget only."""
     if len(compared.budgets_tokens) < 2:
         return None
+    labels = _model_labels(compared)
 
     def plot(axes: Any) -> None:
         for one in compared.all:
             shares = [one.summary(budget)["accuracy"] for budget in compared.budgets_tokens]
-            axes.plot(compared.budgets_tokens, shares, **_look(compared, one), markersize=5, label=_label(one.name))
+            axes.plot(compared.budgets_tokens, shares, **_look(compared, one), markersize=5, label=labels[one.name])
         axes.set_xscale("log")
         axes.set_xticks(compared.budgets_tokens)
         axes.set_xlabel("budget, tokens (log scale)")
@@ -493,25 +529,28 @@ def _curves(panel: _Panel, runs: Sequence[RunLog]) -> Figure | None:
     lines = [line for line in lines if line[-1]]
     if not lines:
         return None
+    names = _labels([run.name if len(runs) > 1 else label for run, _, _, label, _ in lines])
 
     def plot(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
         for run, i, j, label, points in lines:
-            colour = _RUNS[i % len(_RUNS)] if len(runs) > 1 else (_RUNS[0], _BASE, _CONCISE, _INK)[j % 4]
-            name = _label(run.name) if len(runs) > 1 else _label(label)
-            marker = _RUN_MARKERS[(i if len(runs) > 1 else j) % 4] if len(points) < 40 else None
+            look = _run_look(i if len(runs) > 1 else j)
+            if len(runs) == 1:
+                look["color"] = (_RUNS[0], _BASE, _CONCISE, _INK, *_RUNS[1:])[j % (len(_RUNS) + 3)]
+            if len(points) >= 40:
+                # A few markers along a line tell it from others and do not hide it
+                look |= {"marker": None} if len(runs) == 1 else {"markevery": len(points) // 8}
             axes.plot(
                 *zip(*points, strict=True),
-                color=colour,
+                **look,
                 linestyle=_LINES[j % 4],
-                marker=marker,
                 markersize=3,
-                label=name,
+                label=names[run.name if len(runs) > 1 else label],
             )
             intervals = _interval_series(run, series[j][0]) if panel.has_intervals else []
             if intervals:
-                axes.fill_between(*zip(*intervals, strict=True), color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(*zip(*intervals, strict=True), color=look["color"], alpha=0.15, linewidth=0)
         if len(runs) == 1:
             _mark(axes, runs[0])
         axes.set_xlabel("optimizer step")
@@ -526,7 +565,7 @@ def _curves(panel: _Panel, runs: Sequence[RunLog]) -> Figure | None:
             _percents(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if len(lines) > 1 or panel.name.startswith("measured"):
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=3)
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=3 if len(runs) == 1 else 2)
 
     about = "The band is the 95% interval of the change from the base." if panel.has_intervals else ""
     write = formats.percent if panel.is_share else _plain

@@ -138,11 +138,12 @@ def make_table(title: str, headers: list[str], rows: list[list[str]]) -> Any:
 
 
 def _changes(values: dict[str, Any], columns: Iterable[str]) -> list[str]:
-    if values["reduction"] is None:
-        return ["", *("" for _ in columns)]
     tokens = values["reduction"]
     shares = [values[column] for column in columns]
     return [
-        f"{-tokens['estimate']:+.0%} [{-tokens['high']:+.0%}, {-tokens['low']:+.0%}]",
-        *(f"{100 * one['estimate']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]" for one in shares),
+        "" if tokens is None else f"{-tokens['estimate']:+.0%} [{-tokens['high']:+.0%}, {-tokens['low']:+.0%}]",
+        *(
+            "" if one is None else f"{100 * one['estimate']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
+            for one in shares
+        ),
     ]

@@ -2,12 +2,10 @@
 
 import base64
 import hashlib
-import html
-import json
-import math
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,26 @@ from typing import Any
 from trl_crisp import __version__
 from trl_crisp.evaluation.records import ScoredProblem
 from trl_crisp.report import charts
+from trl_crisp.report.embedding import clip, embed
+from trl_crisp.report.names import differing_parts
 from trl_crisp.report.rendering import make_environment
 from trl_crisp.report.run_log import RunLog, load_run
+from trl_crisp.report.run_results import measured_alike, measured_results
 from trl_crisp.report.run_verdict import judge_run
-from trl_crisp.report.sources import Compared, Evaluated, load_compared, load_texts
+from trl_crisp.report.sources import Compared, Evaluated, Texts, load_compared, load_texts
 from trl_crisp.report.traces import KINDS, MOST_IN_FULL, Pair, choose_pairs
 from trl_crisp.report.verdict import Measured, Verdict, judge
 
-# Ours: all texts together, as the page has them, so that a page of 500 problems stays below 5 MB
+# Ours: a page opens fast and can be sent
+MOST_BYTES = 5_000_000
+# Ours: all texts together, as the page has them
 TEXT_BYTES = 2_500_000
-# Of a text that is too long the end is shown too, because it has the answer
-_HEAD_SHARE = 2 / 3
-# Ours: so many rows stay quick to filter; the embedded JSON has all problems
+# A page that is too large gets this share of the texts, of the rows and of the log entries, then the next one
+_SHARES = (1.0, 0.5, 0.25, 0.1, 0.0)
+# Ours: so many rows stay quick to filter
 MOST_ROWS = 2_000
+# Below this share the embedded JSON has no numbers of each problem
+_SMALLEST_WITH_PROBLEMS = 0.25
 # The logged names that the embedded JSON keeps
 _KEPT_LOGS = (
     "step",
@@ -71,14 +76,40 @@ def write_report(results: Sequence[Path], output: Path, runs: Sequence[Path] = (
             "there is nothing to show: give results of `trl-crisp eval`, the base first, or --run OUTPUT_DIR."
         )
     _require_libraries()
-    page = _make_page(load_compared(results) if results else None, [load_run(run) for run in runs])
+    compared, logs = load_compared(results) if results else None, _load_runs(runs)
+    page = _make_page(compared, logs)
     output.parent.mkdir(parents=True, exist_ok=True)
     markdown = output.with_suffix(".md")
     markdown.write_text(_render("report.md.j2", page, is_html=False), encoding="utf-8", errors="replace")
     if output.suffix == ".md":
         return [markdown]
-    output.write_text(_render("report.html.j2", page, is_html=True), encoding="utf-8", errors="replace")
+    output.write_bytes(_render_small(page, compared, logs))
     return [output, markdown]
+
+
+def _render_small(page: Mapping[str, Any], compared: Compared | None, runs: Sequence[RunLog]) -> bytes:
+    """Return the HTML, with as many texts, rows and log entries as fit into a page that is not too large."""
+    loaded = None if compared is None else _load_traces(compared)
+    encoded = b""
+    for share in _SHARES:
+        traces = {} if compared is None or loaded is None else _show_traces(compared, loaded, share)
+        data = embed(_data(compared, runs, page["judged"], share))
+        text = _render(
+            "report.html.j2",
+            {
+                **page,
+                **traces,
+                "data": data,
+                "share": share,
+                "most_bytes": MOST_BYTES,
+                "data_has_problems": share >= _SMALLEST_WITH_PROBLEMS,
+            },
+            is_html=True,
+        )
+        encoded = text.encode("utf-8", "replace")
+        if len(encoded) < MOST_BYTES:
+            break
+    return encoded
 
 
 def write_run_page(output_dir: Path) -> Path:
@@ -92,21 +123,19 @@ def write_run_page(output_dir: Path) -> Path:
         FileNotFoundError, ValueError, ImportError: See [`write_report`].
     """
     run = load_run(output_dir)
-    path, _ = write_report(_measured_results(run), output_dir / "report.html", [output_dir])
+    path, _ = write_report(measured_results(run), output_dir / "report.html", [output_dir])
     return path
 
 
-def _measured_results(run: RunLog) -> list[Path]:
-    """Return the results of the base and of the run's result on a benchmark that it measured; none, if there are not both."""
-    for name in run.measured_names:
-        directory = run.directory / "evaluation" / name.removeprefix("eval_")
-        steps = [
-            step for step, _ in run.series(f"{name}_accuracy") if (directory / f"step-{step}/results.json").is_file()
-        ]
-        if 0 in steps and max(steps) > 0:
-            step = run.best_step if run.best_step in steps and run.best_step else max(steps)
-            return [directory / "step-0", directory / f"step-{step}"]
-    return []
+def _load_runs(paths: Sequence[Path]) -> list[RunLog]:
+    """Read some runs; several are named by the parts of their paths that differ."""
+    folders = [path.parent if path.is_file() else path for path in paths]
+    for one, other in itertools.combinations(folders, 2):
+        if one.resolve() == other.resolve():
+            raise ValueError(f"--run {one} and --run {other} are one run: give it once.")
+    runs = [load_run(path) for path in paths]
+    names = differing_parts(folders) if len(runs) > 1 else [run.name for run in runs]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _require_libraries() -> None:
@@ -160,14 +189,15 @@ def _make_page(compared: Compared | None, runs: Sequence[RunLog]) -> dict[str, A
         "rows_left_out": 0,
         "notes": [],
         "kinds": KINDS,
+        "run_colours": charts.RUN_COLOURS,
     }
     if compared is not None:
         protocol = compared.base.results["protocol"]
-        summary = compared.base.summary(compared.budget_tokens)
+        summaries = [one.summary(compared.budget_tokens) for one in compared.all]
+        # A share is shown if all have it
+        summary = min(summaries, key=lambda one: "anywhere_accuracy" in one)
         page["share_names"] = charts.share_names(summary, str(protocol.get("kind")))
         page["figures"] = _figures(compared, runs, page["share_names"])
-        page.update(_choose_traces(compared))
-    page["data"] = embed(_data(compared, runs, judged))
     return page
 
 
@@ -202,24 +232,45 @@ def _measure(compared: Compared, one: Evaluated) -> Measured:
         cut_shares=(before["truncated"], after["truncated"]),
         repeats_shares=(before["repeats"], after["repeats"]),
         groups=groups,
+        base_level=before["accuracy"],
         problems=comparison["problems"],
     )
 
 
 def _unhealthy_run(one: Evaluated, compared: Compared, runs: Sequence[RunLog]) -> str | None:
-    """Return the name of the run that a result's model comes from, if its signals were unhealthy at its end."""
-    model = Path(str(one.results["protocol"].get("model"))).absolute()
-    for run in runs:
-        places = (model, one.path.absolute())
-        is_of_run = any(place.is_relative_to(run.directory.absolute()) for place in places)
-        if run.is_unhealthy and (is_of_run or (len(runs) == 1 and len(compared.trained) == 1)):
-            return run.name
-    return None
+    """
+    Return the name of a run that a result's model may come from, if its signals were unhealthy at its end.
+
+    These are the runs that have the model or the result in their directory. If there is none (the model was moved, merged or loaded from
+    the Hub), they are the runs that no other result is of.
+    """
+    of_run = [run for run in runs if _is_of(one, run)]
+    if not of_run and one.role == "trained":
+        of_run = [run for run in runs if not any(_is_of(other, run) for other in compared.trained)]
+    return next((run.name for run in of_run if run.is_unhealthy), None)
+
+
+def _is_of(one: Evaluated, run: RunLog) -> bool:
+    """Whether a result or its model is in a run's directory, or may be: a relative path was read from a directory that is not recorded."""
+    protocol, directory = one.results["protocol"], run.directory.resolve()
+    if one.path.resolve().is_relative_to(directory):
+        return True
+    if protocol.get("model_revision") is not None:
+        return False
+    # The name may be any text, and no path has a NUL
+    model = Path(str(protocol.get("model")).replace("\0", ""))
+    if model.resolve().is_relative_to(directory):
+        return True
+    names = () if model.is_absolute() else tuple(part for part in model.parts if part != "..")
+    endings = {
+        place.parts[-count:] for place in (directory, run.directory.absolute()) for count in range(1, len(names) + 1)
+    }
+    return any(names[:count] in endings for count in range(1, len(names) + 1))
 
 
 def _figures(compared: Compared, runs: Sequence[RunLog], share_names: Mapping[str, str]) -> list[charts.Figure]:
     figures: list[charts.Figure | None] = [
-        charts.accuracy_against_length(compared, runs[0] if len(runs) == 1 else None),
+        charts.accuracy_against_length(compared, measured_alike(runs[0], compared) if len(runs) == 1 else ()),
         charts.length_distributions(compared),
     ]
     several = len(compared.trained) > 1
@@ -245,46 +296,66 @@ def _figures(compared: Compared, runs: Sequence[RunLog], share_names: Mapping[st
     return [figure for figure in figures if figure is not None]
 
 
-def _choose_traces(compared: Compared) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Loaded:
+    """The pairs of each model by its name: all of them, and those in full, with their texts."""
+
+    pairs: dict[str, list[Pair]]
+    full: dict[str, list[Pair]]
+    base_texts: Texts
+    texts: dict[str, Texts]
+
+    @property
+    def notes(self) -> list[str]:
+        """Why texts are missing."""
+        return list(dict.fromkeys(one.note for one in (self.base_texts, *self.texts.values()) if one.note is not None))
+
+
+def _load_traces(compared: Compared) -> _Loaded | None:
     others = compared.trained or compared.all[1:]
     if not others:
-        return {}
+        return None
+    most = max(1, MOST_IN_FULL // len(others))
+    pairs = {
+        one.name: choose_pairs(compared.base.problems, one.problems, compared.budget_tokens, most) for one in others
+    }
+    full = {name: sorted((p for p in found if p.number is not None), key=_number) for name, found in pairs.items()}
+    base_texts = load_texts(compared.base, {(p.id, p.before.shown_sample) for found in full.values() for p in found})
+    texts = {one.name: load_texts(one, {(p.id, p.after.shown_sample) for p in full[one.name]}) for one in others}
+    if not any(one.by_sample for one in (base_texts, *texts.values())):
+        full = {name: [] for name in full}
+    return _Loaded(pairs, full, base_texts, texts)
+
+
+def _show_traces(compared: Compared, loaded: _Loaded, share: float) -> dict[str, Any]:
+    """Return what the page shows of the problems, with a share of the bytes of texts and of the rows."""
     shown: list[_Shown] = []
     rows: list[dict[str, Any]] = []
-    pairs_of = {
-        one.name: choose_pairs(
-            compared.base.problems, one.problems, compared.budget_tokens, max(1, MOST_IN_FULL // len(others))
-        )
-        for one in others
-    }
-    full = {name: sorted((p for p in pairs if p.number is not None), key=_number) for name, pairs in pairs_of.items()}
-    base_texts = load_texts(compared.base, {(p.id, p.before.shown_sample) for pairs in full.values() for p in pairs})
-    texts_of = {one.name: load_texts(one, {(p.id, p.after.shown_sample) for p in full[one.name]}) for one in others}
-    loaded = (base_texts, *texts_of.values())
-    notes = list(dict.fromkeys(one.note for one in loaded if one.note is not None))
-    if not any(one.by_sample for one in loaded):
-        full = {name: [] for name in full}
-    most_bytes = TEXT_BYTES // max(1, 3 * sum(map(len, full.values())))
-    for run_number, one in enumerate(others):
-        for pair in full[one.name]:
+    full = loaded.full if share else {name: [] for name in loaded.full}
+    most_bytes = int(share * TEXT_BYTES) // max(1, 3 * sum(map(len, full.values())))
+    most_rows = int(share * MOST_ROWS) // len(loaded.pairs)
+    for run_number, (name, pairs) in enumerate(loaded.pairs.items()):
+        for pair in full[name]:
             problem = compared.base.problems[pair.id]
             sides = (
-                base_texts.by_sample.get((pair.id, pair.before.shown_sample)),
-                texts_of[one.name].by_sample.get((pair.id, pair.after.shown_sample)),
+                loaded.base_texts.by_sample.get((pair.id, pair.before.shown_sample)),
+                loaded.texts[name].by_sample.get((pair.id, pair.after.shown_sample)),
             )
             before, after = (None if text is None else clip(text, most_bytes) for text in sides)
             prompt = None if problem.prompt is None else clip(_prompt_text(problem.prompt), most_bytes)
             anchor = f"trace-{run_number}-{pair.number}"
-            shown.append(_Shown(pair, anchor, one.name, prompt, _answer_text(problem), before, after))
+            shown.append(_Shown(pair, anchor, name, prompt, _answer_text(problem), before, after))
+        in_full = {pair.id for pair in full[name]}
         rows += [
             {
                 "pair": pair,
-                "after_name": one.name,
-                "anchor": f"trace-{run_number}-{pair.number}" if pair in full[one.name] else None,
+                "after_name": name,
+                "anchor": f"trace-{run_number}-{pair.number}" if pair.id in in_full else None,
             }
-            for pair in pairs_of[one.name]
+            for pair in pairs[:most_rows]
         ]
-    return {"shown": shown, "rows": rows[:MOST_ROWS], "rows_left_out": max(0, len(rows) - MOST_ROWS), "notes": notes}
+    left_out = sum(map(len, loaded.pairs.values())) - len(rows)
+    return {"shown": shown, "rows": rows, "rows_left_out": left_out, "notes": loaded.notes}
 
 
 def _number(pair: Pair) -> int:
@@ -302,19 +373,13 @@ def _answer_text(problem: ScoredProblem) -> str:
     return clip(problem.answer if isinstance(problem.answer, str) else " or ".join(problem.answer), 2_000)
 
 
-def clip(text: str, most_bytes: int) -> str:
-    """Return a text that takes at most about `most_bytes` in a page; of a longer one the start and the end, with a note between."""
-    size = len(html.escape(text).encode("utf-8", "replace"))
-    if size <= most_bytes:
-        return text
-    kept = int(len(text) * most_bytes / size)
-    head = int(kept * _HEAD_SHARE)
-    tail = kept - head
-    return f"{text[:head]}\n\n[… {len(text) - kept:,} of {len(text):,} characters are left out; samples.jsonl has them …]\n\n{text[-tail:]}"
+def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Judged], share: float) -> dict[str, Any]:
+    """
+    Return the numbers of the page. Summaries and comparisons are as results.json has them.
 
-
-def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Judged]) -> dict[str, Any]:
-    """Return the numbers of the page. Summaries and comparisons are as results.json has them."""
+    `share` is the share of the log entries. The numbers of each problem and of each level are there or, in the smallest pages, `None`.
+    """
+    has_problems = share >= _SMALLEST_WITH_PROBLEMS
     data: dict[str, Any] = {
         "schema": "trl-crisp report",
         "schema_version": 1,
@@ -332,7 +397,7 @@ def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Ju
                 "events": run.events,
                 "log_history": [
                     {key: value for key, value in entry.items() if key in _KEPT_LOGS or key.startswith("eval_")}
-                    for entry in run.log_history
+                    for entry in _thin(run.log_history, share)
                 ],
             }
             for run in runs
@@ -352,7 +417,9 @@ def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Ju
                 "samples": one.results["samples"],
                 "summary": one.results["summary"],
                 "comparison": {} if one.comparison is None else {str(compared.budget_tokens): one.comparison},
-                "comparison_by_level": {level: asdict(change) for level, change in one.levels.items()},
+                "comparison_by_level": {level: asdict(change) for level, change in one.levels.items()}
+                if has_problems
+                else None,
                 # By columns, which are much smaller: [problems] and [problems, samples]
                 "problems": {
                     "id": [problem.id for problem in problems],
@@ -362,26 +429,22 @@ def _data(compared: Compared | None, runs: Sequence[RunLog], judged: Sequence[Ju
                         [int(sample.at_budget[compared.budget_tokens].grade.correct) for sample in problem.samples]
                         for problem in problems
                     ],
-                },
+                }
+                if has_problems
+                else None,
             }
         )
     return data
 
 
-def embed(value: Any) -> str:
-    """Return a value as JSON that is inert inside a `<script>` element: ASCII, without `<`, `>` and `&`. NaN becomes null."""
-    text = json.dumps(_without_nonfinite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nonfinite(item) for item in value]
-    return value
+def _thin(log_history: Sequence[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """Return a share of a log's entries at equal distances, and in any case what was measured and the last entry."""
+    every = len(log_history) if not share else round(1 / share)
+    return [
+        entry
+        for number, entry in enumerate(reversed(log_history))
+        if number % every == 0 or any(key.startswith("eval_") for key in entry)
+    ][::-1]
 
 
 def _render(template: str, page: Mapping[str, Any], is_html: bool) -> str:

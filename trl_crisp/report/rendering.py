@@ -45,14 +45,14 @@ def make_environment(is_html: bool, **filters: Any) -> "Environment":
 
 
 def short(text: Any) -> str:
-    """Return a name as one line that is not too long."""
+    """Return a name as one line that is not too long. A sentence is never cut: its end may be what matters."""
     line = " ".join(str(text).split())
     return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 1]}…"
 
 
 def markdown_cell(text: Any) -> str:
     """Return a text as a cell of a Markdown table: one line, in which nothing is markup."""
-    line = html.escape(short(text), quote=False)
+    line = html.escape(" ".join(str(text).split()), quote=False)
     line = re.sub(r"[\\`*|#]", r"\\\g<0>", line)
     # Inside of a word an underscore is no markup, and brackets alone are no link
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line).replace("](", "]\\(")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_crisp.report.figures import refresh_steps
+from trl_crisp.report.figures import REFRESHES_KEY, refresh_steps
 
 STATE_FILE = "trainer_state.json"
 EVENTS_FILE = "health_events.jsonl"
@@ -123,9 +123,8 @@ def load_run(directory: Path) -> RunLog:
     path = _state_path(directory)
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+        _check_state(state)
         log_history = state["log_history"]
-        if not isinstance(log_history, list) or not all(isinstance(entry, dict) for entry in log_history):
-            raise ValueError("log_history is not a list of entries")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is torn or no log of a run ({type(error).__name__}: {error}). Give the trainer_state.json of a checkpoint's directory "
@@ -151,6 +150,33 @@ def load_run(directory: Path) -> RunLog:
         run_id=run_ids[0],
         is_checkpoint=is_in_checkpoint and Path(os.path.abspath(directory)) != root,
     )
+
+
+def _check_state(state: Any) -> None:
+    """Check the types of what is read from a trainer_state.json. Other values of a log may be anything; only numbers are drawn."""
+    if not isinstance(state, dict) or not isinstance(state["log_history"], list):
+        raise ValueError("log_history is not a list of entries")
+    whole = "global_step", "max_steps", "best_global_step"
+    faults = [f"{key} is {state[key]!r}, not a step" for key in whole if not _is_step(state.get(key) or 0)]
+    checkpoint = state.get("best_model_checkpoint")
+    if not isinstance(checkpoint, str | None):
+        faults.append(f"best_model_checkpoint is {checkpoint!r}, not a path")
+    for number, entry in enumerate(state["log_history"]):
+        if not isinstance(entry, dict):
+            raise ValueError("log_history is not a list of entries")
+        if not _is_step(entry.get("step")):
+            faults.append(f"log_history[{number}] has the step {entry.get('step')!r}")
+        faults += [
+            f"log_history[{number}] has {key} {entry[key]!r}"
+            for key in (REFRESHES_KEY, POSTPONED_KEY, STATUS_KEY)
+            if key in entry and not (isinstance(entry[key], int | float) and math.isfinite(entry[key]))
+        ]
+    if faults:
+        raise ValueError(faults[0])
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and float(value).is_integer()
 
 
 def _state_path(directory: Path) -> Path:

@@ -59,6 +59,7 @@ def _measured(run: RunLog, name: str, key: str, subject: str, step: int) -> Meas
         reduction=None if reduction is None else {"estimate": reduction, "low": None, "high": None},
         accuracy=None if None in ends.values() else accuracy,
         subject=subject,
+        base_level=run.at(0, key),
         cut_shares=None if cut[0] is None or cut[1] is None else (cut[0], cut[1]),
     )
 

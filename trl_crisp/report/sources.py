@@ -1,5 +1,6 @@
 """The results of a page: which is the base, which are compared with it, and the texts of their answers."""
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -10,27 +11,13 @@ from typing import Any, Literal
 from trl_crisp.evaluation.comparison import check_comparable, compare, compare_problems, shared_budgets
 from trl_crisp.evaluation.records import Change, ScoredProblem, problem_from_dict
 from trl_crisp.evaluation.results import load_results
+from trl_crisp.report.names import differing_parts, distinct_labels
+from trl_crisp.report.result_shape import check_shape
 
 Role = Literal["base", "concise", "trained"]
 
-# More groups of problems than this would fill pages of a figure (MMLU has 57 subjects). Ours
-MOST_LEVELS = 16
-# The measures that a page shows
-_MEASURES = (
-    "accuracy",
-    "answer_accuracy",
-    "boxed_accuracy",
-    "pass_at",
-    "mean_tokens",
-    "median_tokens",
-    "p90_tokens",
-    "mean_thinking_tokens",
-    "mean_answer_tokens",
-    "truncated",
-    "repeats",
-    "unparseable",
-    "epistemic_words_per_1000_tokens",
-)
+# So long names of models fill a table's column. Ours
+_LONGEST_NAME = 60
 # As `dataclasses.asdict` writes a sample; a line that does not begin so is read as a whole
 _LINE_START = re.compile(rb'\{"problem": ("(?:[^"\\]|\\.)*"), "number": (\d+),')
 
@@ -85,6 +72,20 @@ class Compared:
         return self.all[0]
 
     @property
+    def size_in_words(self) -> str:
+        """How many problems and samples there are, for each evaluation if they differ."""
+        problems = len(self.base.problems)
+        samples = [one.results["samples"] for one in self.all]
+        text = f"{problems:,} problem{'s' * (problems != 1)} \N{MULTIPLICATION SIGN} "
+        if len(set(samples)) == 1:
+            return f"{text}{samples[0]} sample{'s' * (samples[0] != 1)}"
+        return (
+            text
+            + ", ".join(f"{count} ({one.name})" for one, count in zip(self.all, samples, strict=True))
+            + " samples"
+        )
+
+    @property
     def trained(self) -> list[Evaluated]:
         """Those that are neither the base nor the base told to be concise."""
         return [one for one in self.all if one.role == "trained"]
@@ -97,12 +98,15 @@ def load_compared(paths: Sequence[Path]) -> Compared:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a file is torn or of another kind, has no answers, or the results differ in more than the model and the
-            instruction. The message names the difference.
+            instruction, or not even in these. The message names the difference.
     """
-    loaded = [(_file_of(path), _check_whole(load_results(path), _file_of(path))) for path in paths]
+    loaded = [(_file_of(path), load_results(path)) for path in paths]
+    for file, results in loaded:
+        check_shape(results, file)
     _check_order(loaded)
+    _check_distinct(loaded)
     (base_path, base), *others = loaded
-    scored = [_problems(results, path) for path, results in loaded]
+    scored = [{problem["id"]: problem_from_dict(problem) for problem in results["problems"]} for _, results in loaded]
     for path, results in others:
         answers = {problem["id"]: problem["answer"] for problem in results["problems"]}
         try:
@@ -132,39 +136,27 @@ def _file_of(path: Path) -> Path:
     return path / "results.json" if path.is_dir() else path
 
 
-def _check_whole(results: dict[str, Any], path: Path) -> dict[str, Any]:
-    again = "Run the same `trl-crisp eval` command again: it keeps the finished answers."
-    if missing := [key for key in ("protocol", "samples", "summary", "problems") if key not in results]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}, so it is not as `trl-crisp eval` wrote it. {again}")
-    if not results["problems"] or not results["summary"]:
-        raise ValueError(f"{path} has no answers, so there is nothing to show. {again}")
-    try:
-        missing = [key for groups in results["summary"].values() for key in _MEASURES if key not in groups["all"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: the summary is not as `trl-crisp eval` writes it ({type(error).__name__}: {error}). {again}"
-        ) from error
-    if missing:
-        raise ValueError(f"{path}: the summary lacks {', '.join(dict.fromkeys(missing))}. {again}")
-    return results
-
-
-def _problems(results: dict[str, Any], path: Path) -> dict[str, ScoredProblem]:
-    try:
-        problems = [problem_from_dict(problem) for problem in results["problems"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: a problem is not as `trl-crisp eval` writes it ({type(error).__name__}: {error}). Run the same command again."
-        ) from error
-    if empty := [problem.id for problem in problems if not problem.samples]:
-        raise ValueError(f"{path}: problem {empty[0]!r} has no answers. Run the same `trl-crisp eval` command again.")
-    return {problem.id: problem for problem in problems}
+def _check_distinct(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Refuse two results of one model with one prompt: what one of them would be called, such as trained, would be wrong."""
+    for (first_path, first), (path, other) in itertools.combinations(loaded, 2):
+        is_same_file = first_path.resolve() == path.resolve()
+        said, told = (results["protocol"].get("instruction") or "" for results in (first, other))
+        is_same_model = _weights(first) == _weights(other)
+        if first["protocol"].get("step"):
+            # Two runs from one base have the same name at the same step, and their weights are not known
+            is_same_model = is_same_model and first["problems"] == other["problems"]
+        if is_same_file or (is_same_model and said == told):
+            raise ValueError(
+                f"{first_path} and {path} are {'one file' if is_same_file else 'results of the same weights with the same prompt'}, so there is "
+                "no change to show between them: give the base once, and each model once. More --samples show the noise of sampling."
+            )
 
 
 def _weights(results: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells the weights of a result from others."""
     protocol = results["protocol"]
-    weights = (protocol.get("model_revision"), protocol.get("weights_sha256"), protocol.get("step"))
-    return weights if any(one is not None for one in weights) else (protocol.get("model"),)
+    weights = (protocol.get("model_revision"), protocol.get("weights_sha256"))
+    return weights if any(one is not None for one in weights) else (protocol.get("model"), protocol.get("step"))
 
 
 def _is_told_base(base: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -192,23 +184,27 @@ def _check_order(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
 
 def _names(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:
     (_, base), *others = loaded
+    short_names = _short_names([path for path, _ in others])
     told = [path for path, results in others if _is_told_base(base, results)]
     names = ["base"]
-    for path, results in others:
+    for (path, results), short_name in zip(others, short_names, strict=True):
         is_told = path in told
         name = "told to be concise" if is_told else "CRISP"
         if (is_told and len(told) > 1) or (not is_told and len(others) - len(told) > 1):
-            name = f"{name}, {_short_name(path)}"
+            name = f"{name}, {short_name}"
         elif not is_told and results["protocol"].get("instruction"):
             name = f"{name}, told to be concise"
-        while name in names:
-            name += "'"
         names.append(name)
     return names
 
 
-def _short_name(path: Path) -> str:
-    return path.absolute().parent.name if path.name == "results.json" else path.stem
+def _short_names(files: Sequence[Path]) -> list[str]:
+    if len(files) < 2:
+        return [""] * len(files)
+    places = [file.absolute().parent if file.name == "results.json" else file.with_suffix("") for file in files]
+    # A directory and a file beside it may have one name
+    are_distinct = len(set(places)) == len(files)
+    return distinct_labels(differing_parts(places if are_distinct else files), _LONGEST_NAME)
 
 
 def _compare_levels(
@@ -218,12 +214,11 @@ def _compare_levels(
     for problem in before.values():
         if problem.level is not None:
             by_level.setdefault(problem.level, []).append(problem.id)
-    largest = sorted(by_level, key=lambda level: -len(by_level[level]))[:MOST_LEVELS]
     return {
         level: compare_problems(
             [before[name] for name in by_level[level]], [after[name] for name in by_level[level]], budget_tokens
         ).all
-        for level in sorted(largest)
+        for level in sorted(by_level)
     }
 
 

@@ -5,6 +5,8 @@ The first level that applies is the verdict. Each reason that holds is told.
 No verdict
     - There is no baseline, or fewer than two problems, so there is no interval.
     - More than half of the answers could not be read, before or after.
+    - The base is right in at most the margin of its answers, and accuracy did not rise: such a base has nothing to lose, so nothing shows
+      that right answers are kept. What is under "do not use" comes before this rule, except for accuracy.
 
 Do not use
     - Accuracy is below the base by more than the margin, and its 95% interval is below zero.
@@ -13,9 +15,12 @@ Do not use
 
 Caution
     - Accuracy fell by at most the margin, and its interval is below zero.
-    - The interval of accuracy reaches below the margin, so a larger loss is not excluded.
+    - Fewer than 64 problems were measured.
+    - The interval of accuracy reaches below the margin, so a larger loss is not excluded. If accuracy changed on no problem, the bootstrap's
+      interval has no width and shows nothing. Then a loss is excluded from the share s on at which n problems without any loss have a chance
+      of 2.5%: (1 - s)^n = 0.025. With a margin of 3 points this takes 122 problems.
     - The interval of the reduction reaches zero, so a saving is not shown.
-    - A group of problems lost more than the margin, with its whole interval.
+    - A group of problems, of any size, lost more than the margin, with its whole interval.
     - Unread answers rose by more than 5 points, and the interval is above zero.
     - More than 10% of the answers were cut at the budget, before or after: lengths and accuracy then speak of the cap.
     - The run's signals were unhealthy at its end.
@@ -23,7 +28,10 @@ Caution
 Use
     - None of these.
 
-The margin is 3 points: that of `monitor_margin`. The rules of unread, cut and repeating answers are those of `trl-crisp eval`, of
+"Use" so takes 64 problems, a saving, and a loss beyond the margin that the measurement excludes.
+
+The margin is 3 points: that of `monitor_margin`. The 64 problems are those that a comparison without an interval asks for; below them the
+bootstrap's interval is too narrow. The rules of unread, cut and repeating answers are those of `trl-crisp eval`, of
 measuring during training, and of the health signals. The 5 points of unread answers are ours.
 """
 
@@ -40,6 +48,9 @@ MOST = 0.5
 REPEATS_RISE = 0.25
 UNREAD_RISE = 0.05
 MUCH_CUT = 0.1
+FEWEST_PROBLEMS = 64
+# Outside of each end of a 95% interval
+_TAIL = 0.025
 # Rounding of the shares must not turn a drop of exactly the margin into a larger one
 _ROUNDING = 1e-9
 
@@ -56,6 +67,7 @@ class Measured:
         unread: The change of the share of unread answers.
         unread_shares, cut_shares, repeats_shares: Before and after; `None` if they were not measured.
         groups: The change of accuracy in groups of problems, by a name such as "problems of level 5".
+        base_level: The base's accuracy; `None` if unknown.
         problems: How many there are; `None` if unknown.
     """
 
@@ -67,6 +79,7 @@ class Measured:
     cut_shares: tuple[float, float] | None = None
     repeats_shares: tuple[float, float] | None = None
     groups: Mapping[str, Mapping[str, Any] | None] | None = None
+    base_level: float | None = None
     problems: int | None = None
 
 
@@ -99,7 +112,7 @@ def judge(measured: Measured | None, margin: float = MARGIN, unhealthy_run: str 
         return Verdict(
             "no verdict",
             f"No verdict: a comparison{count} has no interval",
-            ("Measure at least 64 problems.", *unhealthy),
+            (f"Measure at least {FEWEST_PROBLEMS} problems.", *unhealthy),
         )
     numbers = f"{_tokens_in_words(reduction)}, {_accuracy_in_words(measured, margin)}"
     if measured.unread_shares is not None and max(measured.unread_shares) > MOST:
@@ -111,6 +124,16 @@ def judge(measured: Measured | None, margin: float = MARGIN, unhealthy_run: str 
         return Verdict("no verdict", "No verdict: most answers could not be read", (reason, *unhealthy))
     if bad := _reasons_against(measured, margin):
         return Verdict("do not use", f"Do not use this checkpoint: {numbers}", (*bad, *unhealthy))
+    if measured.base_level is not None and measured.base_level <= margin + _ROUNDING and accuracy["low"] <= 0:
+        reason = (
+            f"{_capital(measured.subject)} of the base is {percent(measured.base_level)}, so it has nothing to lose, and nothing shows that "
+            "right answers are kept. Measure problems that the base solves."
+        )
+        return Verdict(
+            "no verdict",
+            "No verdict: the base solves next to nothing",
+            (reason, *_doubts_of_reading(measured), *unhealthy),
+        )
     doubts = [*_doubts(measured, margin), *unhealthy]
     if doubts:
         return Verdict("caution", f"Use with caution: {numbers}", tuple(doubts))
@@ -135,8 +158,17 @@ def _accuracy_in_words(measured: Measured, margin: float) -> str:
     elif change["high"] < 0:
         word = "fell"
     else:
-        word = "kept" if change["low"] >= -margin - _ROUNDING else "unclear"
+        word = "kept" if _largest_loss(measured) <= margin + _ROUNDING else "unclear"
     return f"{measured.subject} {word}: {interval_in_points(change)}"
+
+
+def _largest_loss(measured: Measured) -> float:
+    """Return the largest loss of accuracy that the measurement does not exclude."""
+    change = measured.accuracy
+    assert change is not None
+    if change["low"] == change["high"] == 0:
+        return 1.0 if measured.problems is None else 1 - _TAIL ** (1 / measured.problems)
+    return float(-change["low"])
 
 
 def _reasons_against(measured: Measured, margin: float) -> list[str]:
@@ -166,16 +198,31 @@ def _doubts(measured: Measured, margin: float) -> list[str]:
     reasons = []
     if accuracy["high"] < 0:
         reasons.append(f"{_capital(measured.subject)} fell, by no more than the margin of {100 * margin:g} points.")
-    if accuracy["low"] < -margin - _ROUNDING:
-        reasons.append(
-            f"A loss of up to {points(-accuracy['low'])[1:]} of {measured.subject} is not excluded. Measure more problems or samples."
-        )
+    if measured.problems is not None and measured.problems < FEWEST_PROBLEMS:
+        reasons.append(f"{measured.problems} problems are few: measure at least {FEWEST_PROBLEMS}.")
+    if (loss := _largest_loss(measured)) > margin + _ROUNDING:
+        unchanged = accuracy["low"] == accuracy["high"] == 0
+        if unchanged and measured.problems is None:
+            reasons.append(
+                f"{_capital(measured.subject)} changed on no problem, and an interval without width shows nothing."
+            )
+        else:
+            more = "problems" if unchanged else "problems or samples"
+            reasons.append(
+                f"A loss of up to {points(loss)[1:]} of {measured.subject} is not excluded. Measure more {more}."
+            )
     low = reduction["estimate"] if reduction.get("low") is None else reduction["low"]
     if low <= 0:
         reasons.append(f"A saving is not shown: tokens {_tokens_text(reduction)}.")
     for name, change in (measured.groups or {}).items():
         if change is not None and change["high"] < -margin - _ROUNDING:
             reasons.append(f"Accuracy fell on {name}: {interval_in_points(change)}.")
+    return [*reasons, *_doubts_of_reading(measured)]
+
+
+def _doubts_of_reading(measured: Measured) -> list[str]:
+    """Return why accuracy and lengths may not be those of the models: unread answers and cut ones."""
+    reasons = []
     if measured.unread is not None and measured.unread["estimate"] > UNREAD_RISE and measured.unread["low"] > 0:
         reasons.append(f"More answers could not be read than before: {interval_in_points(measured.unread)}.")
     if measured.cut_shares is not None and max(measured.cut_shares) > MUCH_CUT:
