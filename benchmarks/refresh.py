@@ -25,7 +25,7 @@ RESULT = REPOSITORY / "benchmarks" / "results" / "refresh.json"
 LAUNCH_CONFIG = REPOSITORY / "examples" / "accelerate" / "zero2-cpu.yaml"
 # Rollouts of a step, of all processes together
 ROLLOUTS = 4
-COMPLETION_TOKENS = 256
+COMPLETION_TOKENS = 128
 LORA_R = 32
 
 
