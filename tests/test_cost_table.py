@@ -94,8 +94,12 @@ def test_the_numbers_of_a_lora_config_are_computed_anew(size):
 
 
 def test_the_readmes_recipe_is_that_of_the_config():
-    """Seconds of a step of Qwen3-8B with LoRA, to five."""
+    """Qwen3-8B with LoRA: GiB, and seconds of a step to five."""
     words = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    memory = estimate_memory(
+        config_of("8B"), prompt_tokens=1024, completion_tokens=2048, lora_r=32, dtype=torch.bfloat16
+    )
+    assert f"Computed, not measured: an update takes {memory.update_gib:.0f} GiB, vLLM {0.45 * 80:.0f} GiB" in words
     found = re.search(r"a step at least (\d+) seconds on an H100, (\d+) on an A100", words)
     for stated, gpu in zip(found.groups(), (H100, A100), strict=True):
         time = estimate_step_time(config_of("8B"), prompt_tokens=1024, completion_tokens=2048, lora=True, gpu=gpu)
