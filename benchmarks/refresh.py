@@ -2,7 +2,7 @@
 Measures the seconds of a teacher's refresh against those of a step's training half (teacher, student, backward, optimizer), on CPUs.
 
 Every step refreshes the teacher, so that both are measured in the same step, by `profile_steps`. Rollouts are made up. In full
-fine-tuning a refresh copies the model, with LoRA the adapter; under ZeRO-3 each process copies its part of each weight.
+fine-tuning a refresh copies the model, with LoRA the adapter; under ZeRO-3 it gathers each weight of both models.
 """
 
 import argparse
