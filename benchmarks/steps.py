@@ -447,7 +447,7 @@ def run_cases(cases: dict[str, Case], rounds: int, output: Path | None, record: 
     """Measure cases, and write the record after each one. Cases in it that are not measured again stay."""
     for case_name, case in cases.items():
         entry: dict[str, Any] = {
-            "size": {**case._asdict(), "model": _name_of(case.model)},
+            "size": {**case._asdict(), "model": name_of(case.model)},
             "protocol": protocol(rounds),
         }
         if case.device == "cuda" and not torch.cuda.is_available():
@@ -463,7 +463,8 @@ def run_cases(cases: dict[str, Case], rounds: int, output: Path | None, record: 
             output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _name_of(model: str | dict[str, int]) -> str | dict[str, int]:
+def name_of(model: str | dict[str, int]) -> str | dict[str, int]:
+    """Return how a JSON names a model."""
     if isinstance(model, dict):
         return model
     source = Path(model) / "source.json"

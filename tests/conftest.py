@@ -1,10 +1,18 @@
 """What holds for every test."""
 
+import gc
 import signal
 
 import pytest
 
 from trl_crisp.run.interruption import SIGNALS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_garbage_collection():
+    """Each end of a training collects garbage. This leaves out what the imports made, which takes 0.4 s to look through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

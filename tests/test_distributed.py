@@ -15,7 +15,7 @@ from tests.distributed.runs import RECORDED_RUNS, ZERO_RUN, ZERO_RUNS, Outcome, 
 
 REPOSITORY = Path(__file__).parent.parent
 ACCELERATE_CONFIG = Path(__file__).parent / "distributed" / "zero.yaml"
-# Of one launch; generous, because DeepSpeed compiles its communication kernel on the first one (about 2 minutes)
+# Of one launch, of which the longer takes about a minute
 TIMEOUT_S = 600
 
 
@@ -175,10 +175,14 @@ def test_split_into_micro_batches_changes_nothing(one_process, normalization, lo
     ("setting", "name", "resumed_name", "refreshes"),
     [
         ("ddp", "saved", "resumed", 1),
-        # Inside the second epoch, whose order of rows is another
-        ("ddp", "saved-later", "resumed-later", 2),
         ("zero2", "full", "resumed", 1),
         ("zero3", "full", "resumed", 1),
+        # Inside the second epoch, whose order of rows is another
+        ("ddp", "full-later", "full-resumed-later", 2),
+        ("ddp", "lora-later", "lora-resumed-later", 2),
+        ("zero2", "full-later", "full-resumed-later", 2),
+        ("zero2", "lora-later", "lora-resumed-later", 2),
+        ("zero3", "full-later", "full-resumed-later", 2),
     ],
 )
 def test_resumed_run_is_the_uninterrupted_one(request, setting, name, resumed_name, refreshes):

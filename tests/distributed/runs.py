@@ -341,7 +341,8 @@ ZERO_RUN = Run(
 # Saved after the refresh and before the last step
 SAVING_RUN = replace(ZERO_RUN, save_steps=2)
 # Four rollouts a step make two steps of an epoch: saved inside the second
-LATER_EPOCH_RUN = replace(ZERO_RUN, accumulation=1, steps=4, save_steps=3)
+_LATER_EPOCH_RUN = replace(ZERO_RUN, accumulation=1, steps=4, save_steps=3)
+LATER_EPOCH_RUNS = {"full": _LATER_EPOCH_RUN, "lora": replace(_LATER_EPOCH_RUN, lora=True)}
 
 
 def alone(run: Run) -> Run:

@@ -37,8 +37,8 @@ class RunMemory:
         checkpoints_gib: The hidden states that gradient checkpointing keeps, one tensor before each layer.
         layer_gib: The tensors of one layer, which the backward pass computes again, and their gradients.
         autocast_gib: The copies of the trained weights in the dtype of the computation, which autocast keeps during the forward pass.
-        loss_gib: The divergence: a chunk of both models' logits, their hidden states, the gradients, and the heads in the dtype of the
-            computation.
+        loss_gib: The divergence: both models' hidden states, the gradients, and the heads in the dtype of the computation.
+        logits_gib: A chunk of both models' logits, which the divergence makes and drops before the backward pass.
     """
 
     parameters: int
@@ -53,17 +53,20 @@ class RunMemory:
     layer_gib: float
     autocast_gib: float
     loss_gib: float
+    logits_gib: float
 
     @property
     def update_gib(self) -> float:
         """
         The peak of an update, GiB: all parts but the rollouts' cache. vLLM's share comes on top of it, if vLLM samples the rollouts.
 
-        The copies of autocast and the tensors of one layer exist one after the other, so the larger one counts. CUDA's own memory (about
-        1 GiB) and fragmentation are not in it.
+        The copies of autocast and the logits are there before the backward pass, and the tensors of one layer in it, so the larger ones
+        count. CUDA's own memory (about 1 GiB) and fragmentation are not in it.
         """
         both_gib = self.weights_gib + self.teacher_gib + self.optimizer_gib + self.gradients_gib
-        return both_gib + self.checkpoints_gib + self.loss_gib + max(self.layer_gib, self.autocast_gib)
+        return (
+            both_gib + self.checkpoints_gib + self.loss_gib + max(self.layer_gib, self.autocast_gib + self.logits_gib)
+        )
 
     @property
     def peak_gib(self) -> float:
@@ -110,8 +113,8 @@ def estimate_memory(
       rotary embedding, values, the attention's two outputs, the MLP's four tensors and its output. The attention matrix is not kept (SDPA).
       A Llama layer keeps 1% more than this on a CPU, a Qwen3 layer, which also has norms of queries and keys, 15% more.
     - autocast: t c for full fine-tuning of weights of another dtype. Only weights that are trained are kept (torch's autocast cache).
-    - loss ([`~trl_crisp.loss.kernel`]): a chunk's logits of both models in float32, and the gradient in c bytes if c is below 4; B C H
-      (3 b + 4), for the student's hidden states of the completions and of the tokens in the loss, the teacher's, and the gradient, and
+    - logits: of a chunk ([`~trl_crisp.loss.kernel`]) both models' in float32, and the gradient in c bytes if c is below 4.
+    - loss: B C H (3 b + 4), for the student's hidden states of the completions and of the tokens in the loss, the teacher's, and the gradient, and
       2 B C H c for copies in another dtype of the computation. For a head of V words: V H c for each model's, if the dtype of the
       computation is another, and with full fine-tuning 4 V H for its gradient, which exists beside that of the micro-batches before.
 
@@ -180,7 +183,7 @@ def estimate_memory(
     chunk_tokens = min(loss_tokens, max(1, GPU_CHUNK_LOGITS // vocab_size))
     logit_bytes = 2 * _FLOAT32_BYTES + (compute_bytes if compute_bytes < _FLOAT32_BYTES else 0)
     token_bytes = 3 * weight_bytes + _FLOAT32_BYTES + (2 * compute_bytes if dtype != compute_dtype else 0)
-    loss_bytes = chunk_tokens * vocab_size * logit_bytes + loss_tokens * hidden * token_bytes + head_bytes
+    loss_bytes = loss_tokens * hidden * token_bytes + head_bytes
     return RunMemory(
         parameters=parameters,
         trained_parameters=trained,
@@ -194,6 +197,7 @@ def estimate_memory(
         layer_gib=2 * batch_tokens * _layer_bytes(text, weight_bytes, compute_bytes) / GIB_BYTES,
         autocast_gib=autocast_bytes / GIB_BYTES,
         loss_gib=loss_bytes / GIB_BYTES,
+        logits_gib=chunk_tokens * vocab_size * logit_bytes / GIB_BYTES,
     )
 
 

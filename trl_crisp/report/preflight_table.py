@@ -13,6 +13,7 @@ _PARTS = {
     "layer_gib": "a layer",
     "autocast_gib": "autocast",
     "loss_gib": "loss",
+    "logits_gib": "logits",
     "rollout_cache_gib": "rollouts' cache",
     "update_gib": "update",
     "peak_gib": "peak",

@@ -13,8 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_crisp.run.flops import MatrixWeights, count_matrix_weights, measure_limit, step_flops, synchronize
 
-PARTS = ("rollout", "weight_sync", "teacher", "student_forward", "backward", "optimizer")
-_TRAINING_PARTS = ("teacher", "student_forward", "backward", "optimizer")
+PARTS = ("rollout", "weight_sync", "teacher_refresh", "teacher", "student_forward", "backward", "optimizer")
+# The training half of a step
+TRAINING_PARTS = ("teacher", "student_forward", "backward", "optimizer")
 
 
 class PartTimes:
@@ -69,7 +70,8 @@ class StepProfile(TrainerCallback):
     which costs some speed.
 
     - `profile/rollout_s`: sampling the rollouts and padding them.
-    - `profile/weight_sync_s`: sending the weights to vLLM, and to the teacher if a refresh is due.
+    - `profile/weight_sync_s`: sending the weights to vLLM.
+    - `profile/teacher_refresh_s`: sending the weights to the teacher; 0 if no refresh is due.
     - `profile/teacher_s`, `profile/student_forward_s`: the passes; the student's includes the divergence.
     - `profile/backward_s`: with recomputation, and under DeepSpeed with the optimizer's step.
     - `profile/optimizer_s`: clipping, the check of the gradient, the step.
@@ -103,7 +105,7 @@ class StepProfile(TrainerCallback):
         self._time(trainer, "_generate_and_score_completions", "rollout")
         if trainer.use_vllm:
             self._time(trainer.vllm_generation, "sync_weights", "weight_sync")
-        self._time(trainer.teacher, "refresh", "weight_sync")
+        self._time(trainer.teacher, "refresh", "teacher_refresh")
         self._time(trainer, "compute_loss", "student_forward", before=self._count_tokens)
         self._time(trainer.accelerator, "backward", "backward")
         self._time_teacher(trainer.teacher)
@@ -190,7 +192,7 @@ class StepProfile(TrainerCallback):
                 has_frozen_weights=self._has_adapter,
                 recomputes=bool(args.gradient_checkpointing),
             )
-            at_the_limit = self._limit_flops * sum(seconds[part] for part in _TRAINING_PARTS)
+            at_the_limit = self._limit_flops * sum(seconds[part] for part in TRAINING_PARTS)
             values["limit_share"] = flops.needed / at_the_limit
             values["recomputed_limit_share"] = flops.recomputed / at_the_limit
         for name, value in values.items():
