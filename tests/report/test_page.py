@@ -374,7 +374,7 @@ def test_each_of_ten_runs_has_rows(ten_runs):
 
 def test_reasons_are_told_whole_and_names_are_cut(tmp_path):
     reasons = [f"reason {i}: " + "a signal that has to be told to its end " * 4 for i in range(12)]
-    run = write_run(tmp_path / "run", [{**entry, "health/status": 2.0} for entry in training_log()[:1]])
+    run = write_run(tmp_path / "run", [{**entry, "health/status": 2.0} for entry in training_log()[:1]], global_step=1)
     event = {"step": 1, "status": "unhealthy", "reasons": [*reasons, "the last"]}
     (run / "health_events.jsonl").write_text(json.dumps(event) + "\n")
     page = page_of([], tmp_path / "report.html", [run])
