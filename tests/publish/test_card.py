@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from tests.helpers import config, make_trainer, rows
 from tests.report.made_results import training_log, write_evaluation, write_run
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp import INSTRUCTIONS, CRISPConfig, CRISPTrainer
+from trl_crisp.publish.run_card import _adapter_of
 from trl_crisp.report.card import CardFacts, code_fence, make_card
 from trl_crisp.report.card_metadata import leaderboard_entry
 from trl_crisp.report.card_results import load_card_results
@@ -496,3 +497,21 @@ def test_a_checkpoint_without_a_record_has_that_of_its_run_with_its_own_step(tmp
     assert read_record(tmp_path / "42")["step"] == 4
     assert read_record(tmp_path / "other") is None
     assert json.loads((tmp_path / "crisp_training.json").read_text())["schema"] == "trl-crisp training"
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        (["v_proj", "q_proj"], "q_proj, v_proj"),
+        (
+            [f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("up", "down")],
+            "down_proj, up_proj (4 modules)",
+        ),
+    ],
+)
+def test_the_adapter_is_told_in_a_few_words(modules, words):
+    model = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=modules, use_dora=True))
+    told = _adapter_of(model)
+    assert told["target_modules"] == words
+    assert told["use_dora"] is True
+    assert "use_rslora" not in told

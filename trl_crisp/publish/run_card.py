@@ -170,13 +170,22 @@ def _adapter_of(model: Any) -> dict[str, Any] | None:
     if not is_peft_model(model):
         return None
     config: Any = model.peft_config[model.active_adapters[0]]
-    modules = config.target_modules
+    variants = {name: True for name in ("use_dora", "use_rslora") if getattr(config, name, False)}
     return {
         "type": str(getattr(config.peft_type, "value", config.peft_type)),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
-        "target_modules": modules if isinstance(modules, str | None) else ", ".join(sorted(modules)),
+        "target_modules": _modules_in_words(config.target_modules),
+        **variants,
     }
+
+
+def _modules_in_words(modules: Any) -> str | None:
+    if isinstance(modules, str | None):
+        return modules
+    # PEFT may write out "all-linear" as the full name of each layer's module
+    kinds = sorted({name.rpartition(".")[2] for name in modules})
+    return ", ".join(kinds) if len(kinds) == len(modules) else f"{', '.join(kinds)} ({len(modules)} modules)"
 
 
 def _dataset_of(name: str | None) -> dict[str, str | None]:
