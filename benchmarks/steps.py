@@ -17,7 +17,8 @@ Contestants:
 
 All get the same prompts and the same completions, which are made up, because sampling is the same code in all three. Each contestant
 trains in a process of its own. The processes take turns, one step at a time, and another one comes first in each round. On a GPU, which
-cannot hold all three, each trains alone, one after the other.
+cannot hold all three, each trains alone, one after the other. On a CPU the memory is that of two more steps of each, alone, in a process
+whose allocator gives freed memory back at once: otherwise the peak also counts what it keeps, which differs by a GiB between runs.
 
 The output is a table, and a JSON with the protocol and every measurement, in which cases that were not measured again stay.
 """
@@ -50,6 +51,8 @@ from benchmarks.environment import (
 RESULT = RESULTS / "steps.json"
 CONTESTANTS = ("crisp", "sdft", "distillation")
 PARTS = ("loss_forward", "backward", "optimizer")
+# glibc keeps freed blocks below this size, which it raises up to 32 MiB as a process frees larger ones. Set, it stays
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 # Begins the lines that a child sends
 MARK = "@@"
 
@@ -301,10 +304,10 @@ def train_in_turns(name: str, case: Case, model: str, steps: int) -> None:
 class Contestant:
     """A process that trains, one step at a time. Leaving the context ends it."""
 
-    def __init__(self, name: str, case: Case, model: str, steps: int) -> None:
+    def __init__(self, name: str, case: Case, model: str, steps: int, env: dict[str, str] | None = None) -> None:
         self.name = name
         command = [sys.executable, "-m", "benchmarks.steps", "--child", name, json.dumps(case), model, str(steps)]
-        env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        more = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(torch.get_num_threads()), **(env or {})}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
         self._process = subprocess.Popen(
             command,
@@ -312,7 +315,7 @@ class Contestant:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=env,
+            env={**os.environ, **more},
             cwd=REPOSITORY,
         )
 
@@ -377,14 +380,33 @@ def measure(case: Case, rounds: int, contestants: tuple[str, ...] = CONTESTANTS)
     return steps
 
 
-def summarise(steps: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return quantiles of each contestant, and the ratios of `crisp` to the others. The warm-up is left out."""
+def measure_memory(case: Case, contestants: tuple[str, ...] = CONTESTANTS) -> dict[str, list[dict[str, Any]]]:
+    """Return a warm-up and one step of each contestant, alone in a process whose allocator gives freed memory back."""
+    with tempfile.TemporaryDirectory() as directory:
+        model = save_model(case, Path(directory))
+        found = {}
+        for name in contestants:
+            with Contestant(name, case, model, 2, GIVES_BACK) as one:
+                found[name] = [one.step() for _ in range(2)]
+        return found
+
+
+def summarise(
+    steps: dict[str, list[dict[str, Any]]], memory_steps: dict[str, list[dict[str, Any]]] | None = None
+) -> dict[str, Any]:
+    """
+    Return quantiles of each contestant, and the ratios of `crisp` to the others. The warm-up is left out.
+
+    Args:
+        steps: From [`measure`].
+        memory_steps: From [`measure_memory`]; if `None`, the memory is that of `steps`.
+    """
     table: dict[str, Any] = {}
     for name, all_steps in steps.items():
         seconds = [one["seconds"] for one in all_steps[1:]]
         halves = {"": [sum(s[part] for part in PARTS) for s in seconds]}
         halves["_cpu"] = [sum(s[f"{part}_cpu"] for part in PARTS) for s in seconds]
-        memory = [one["memory"] for one in all_steps[1:]]
+        memory = [one["memory"] for one in (memory_steps or steps)[name][1:]]
         peaks = [m["peak_rss_mib"] if m["peak_gpu_mib"] is None else m["peak_gpu_mib"] for m in memory]
         table[name] = {
             "training_half_s": quantiles(halves[""]),
@@ -437,7 +459,8 @@ def protocol(rounds: int) -> dict[str, Any]:
         "measured_steps": rounds,
         "warm_up_steps": 1,
         "order": "one step at a time in turns (CPU), or one contestant after the other (GPU), each in a process of its own",
-        "peak_mib": "the most that the process held during measured steps (VmHWM); on a GPU what torch allocated there",
+        "peak_mib": "the most that a process held during a step (VmHWM), alone and with memory_environment; on a GPU what torch allocated",
+        "memory_environment": GIVES_BACK,
         "what_differs": DIFFERENCES,
         **environment(),
     }
@@ -454,7 +477,8 @@ def run_cases(cases: dict[str, Case], rounds: int, output: Path | None, record: 
             entry["skipped"] = "no GPU"
         else:
             entry["steps"] = measure(case, rounds)
-            entry["table"] = summarise(entry["steps"])
+            entry["memory_steps"] = measure_memory(case) if case.device == "cpu" else None
+            entry["table"] = summarise(entry["steps"], entry["memory_steps"])
         record["cases"][case_name] = entry
         print(table_of({case_name: entry}), flush=True)
         if output is not None:

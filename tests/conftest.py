@@ -13,6 +13,9 @@ def _quick_garbage_collection():
     """Each end of a training collects garbage. This leaves out what the imports made, which takes 0.4 s to look through."""
     gc.collect()
     gc.freeze()
+    yield
+    # Triton tells at the process's end of all that is frozen
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

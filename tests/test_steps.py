@@ -81,8 +81,8 @@ class Fake:
 
     turns: list[str] = []  # noqa: RUF012
 
-    def __init__(self, name, case, model, count):
-        self.name = name
+    def __init__(self, name, case, model, count, env=None):
+        self.name, self.env = name, env
 
     def __enter__(self):
         return self
@@ -91,7 +91,7 @@ class Fake:
         pass
 
     def step(self):
-        self.turns.append(self.name)
+        self.turns.append(f"{self.name}, gives back" if self.env else self.name)
         return step_of(1, 1, loss=1.1 if self.name == "sdft" else 1.0)
 
 
@@ -103,6 +103,15 @@ def test_turns_begin_with_another_one_each_and_other_losses_are_an_error(monkeyp
     assert {name: len(one) for name, one in found.items()} == {"crisp": 2, "distillation": 2}
     with pytest.raises(RuntimeError, match=r"its loss is 1\.1, ours 1\.0"):
         steps.measure(TINY, 1, ("crisp", "sdft"))
+
+
+def test_memory_is_measured_alone_with_an_allocator_that_gives_back(monkeypatch):
+    monkeypatch.setattr(steps, "Contestant", Fake)
+    monkeypatch.setattr(Fake, "turns", [])
+    found = steps.measure_memory(TINY, ("crisp", "sdft"))
+    assert Fake.turns == [f"{name}, gives back" for name in ("crisp", "crisp", "sdft", "sdft")]
+    timed = {name: [step_of(99, 9999)] * 3 for name in found}
+    assert steps.summarise(timed, found)["crisp"]["peak_mib"] == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -122,7 +131,7 @@ def test_the_committed_steps_are_whole():
         if "skipped" in case:
             assert steps.CASES[name].device == "cuda"
         else:
-            assert case["table"] == steps.summarise(case["steps"])
+            assert case["table"] == steps.summarise(case["steps"], case["memory_steps"])
             assert not case["protocol"]["uncommitted_changes_in_package"]
             memory = [step["memory"] for steps_of_one in case["steps"].values() for step in steps_of_one]
             assert all(one["peak_rss_mib"] > one["imports_mib"] > 0 for one in memory)

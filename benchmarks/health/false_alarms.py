@@ -2,7 +2,7 @@
 False alarms of the guard and of the stop at the sweet spot: healthy runs of the lab, with the rule that we recommend.
 
 A frozen teacher on the form whose checks are waste: answers become half as long, and accuracy stays. Each run is watched as a user's is
-(`attach_health`), measures agreement 15 times, and may stop by itself. A run that stops, or that the guard calls lost, is a false alarm.
+(`attach_health`), measures agreement 16 times, and may stop by itself. A run that stops, or that the guard calls lost, is a false alarm.
 """
 
 import argparse
@@ -48,6 +48,7 @@ CONFIG: dict[str, Any] = {
 }
 # Test problems per difficulty, before and after
 TEST_PROBLEMS = 100
+MARKS = ("<!-- false-alarms -->", "<!-- /false-alarms -->")
 MEASURED = ("", "_change", "_change_low", "_change_high", "_mean_tokens")
 
 
@@ -63,7 +64,12 @@ def main() -> None:
         "--work_dir", type=Path, default=Path("outputs/false-alarms"), help="where each run's JSON goes"
     )
     parser.add_argument("--json", type=Path, default=RESULT, help=f"all runs together (default: {RESULT})")
+    parser.add_argument("--readme", type=Path, help="only write what was found into this file, between its marks")
     args = parser.parse_args()
+    if args.readme is not None:
+        results = json.loads(args.json.read_text(encoding="utf-8"))
+        args.readme.write_text(with_findings(args.readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+        return
     runs = []
     for seed in SEEDS:
         path = args.work_dir / f"seed{seed}.json"
@@ -139,6 +145,36 @@ def run(seed: int) -> dict[str, Any]:
         "events": [json.loads(line) for line in events],
         "cpu_s": round(time.process_time() - start, 1),
     }
+
+
+def findings(results: dict[str, Any]) -> str:
+    """Return what was found, as a table in Markdown."""
+    runs, margin = results["runs"], results["protocol"]["config"]["monitor_margin"]
+    changes = [one["agreement_change"] for run in runs for one in run["measurements"] if one["step"]]
+    accuracy, tokens = (
+        [_mean([run["test"][place][name] for run in runs]) for place in ("before", "after")]
+        for name in ("accuracy", "mean_tokens")
+    )
+    return "\n".join(
+        [
+            "| healthy runs | stopped by the stop | by the guard | measurements | below -3 points | lowest change | accuracy before, after | tokens before, after |",
+            "|---|---|---|---|---|---|---|---|",
+            f"| {len(runs)} | {sum(run['reason_of_the_stop'] is not None for run in runs)} | "
+            f"{sum(run['stopped_by_the_guard_at_step'] is not None for run in runs)} | {len(changes)} | "
+            f"{sum(change < -margin for change in changes)} | {100 * min(changes):+.1f} points | "
+            f"{accuracy[0]:.1%}, {accuracy[1]:.1%} | {tokens[0]:.1f}, {tokens[1]:.1f} |",
+        ]
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def with_findings(text: str, results: dict[str, Any]) -> str:
+    """Return a README with what was found between its marks."""
+    start, end = (text.index(mark) for mark in MARKS)
+    return f"{text[: start + len(MARKS[0])]}\n{findings(results)}\n{text[end:]}"
 
 
 if __name__ == "__main__":
