@@ -1,5 +1,6 @@
 """All numbers of the health experiment, from the JSONs of its runs."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
     return {
         "runs": {name: [run["seed"] for run in results] for name, results in runs.items()},
         "cpu_hours": sum(run["cpu_seconds"] for run in everything) / 3600,
+        "monitor_time": _monitor_time(everything),
         "bases": {
             name: {
                 "accuracy": sum(run["measurements"][0]["held_out"]["all"]["accuracy"] for run in group) / len(group),
@@ -102,6 +104,18 @@ def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
             for name, results in runs.items()
         },
         "stop_rules": {f"{margin:g}": stops(full, margin) for margin in MARGINS},
+    }
+
+
+def _monitor_time(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the median share of a run's wall time that asking the monitor prompts takes, the base's answers included, by `monitor_steps`."""
+    shares: dict[int, list[float]] = {}
+    for run in runs:
+        asked_s = sum(one["agreement_runtime"] for one in run["measurements"])
+        shares.setdefault(run["protocol"]["config"]["monitor_steps"], []).append(asked_s / run["wall_seconds"])
+    return {
+        str(steps): {"runs": len(found), "median_share": statistics.median(found)}
+        for steps, found in sorted(shares.items())
     }
 
 

@@ -20,6 +20,7 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
         "gate-rules": _gate_rules(summary),
         "stop": _stop(summary),
         "stop-rules": _stop_rules(summary),
+        "monitor-time": _monitor_time(summary),
         "time": f"{sum(map(len, summary['runs'].values()))} runs, {summary['cpu_hours']:.1f} CPU hours.",
     }
 
@@ -313,5 +314,16 @@ def _stop_rules(summary: dict[str, Any]) -> str:
             )
             for margin, rules in summary["stop_rules"].items()
             for rule, one in rules.items()
+        ],
+    )
+
+
+def _monitor_time(summary: dict[str, Any]) -> str:
+    columns = ("measured every ... steps", "runs", "share of the run's time, median %")
+    return markdown(
+        columns,
+        [
+            (steps, str(one["runs"]), f"{100 * one['median_share']:.0f}")
+            for steps, one in summary["monitor_time"].items()
         ],
     )
