@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config
 
+from benchmarks.marked import put_between_marks
 from benchmarks.step_time import estimate_step_time
 from trl_crisp.models.memory import RunMemory, estimate_memory
 
@@ -97,21 +98,6 @@ def time_table() -> str:
     return "\n".join(lines + [time_row(size) for size in SHAPES]) + "\n"
 
 
-def markers(name: str) -> tuple[str, str]:
-    """Return what a table is between."""
-    return f"<!-- {name}:computed -->", f"<!-- /{name}:computed -->"
-
-
-def replaced(text: str, name: str, table: str) -> str:
-    """Return a text with a table between its markers."""
-    opening, closing = markers(name)
-    before, _, rest = text.partition(opening)
-    _, found, after = rest.partition(closing)
-    if not found:
-        raise ValueError(f"the text has no {opening} with a {closing} behind it. Add them where the table belongs.")
-    return f"{before}{opening}\n{table}{closing}{after}"
-
-
 def main() -> None:
     """Compute, print and write."""
     parser = argparse.ArgumentParser(
@@ -123,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     text = args.readme.read_text(encoding="utf-8")
     for name, table in (("memory", memory_table()), ("time", time_table())):
-        text = replaced(text, name, table)
+        text = put_between_marks(text, f"{name}:computed", table)
         print(table)
     args.readme.write_text(text, encoding="utf-8")
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.marked import put_between_marks
 from trl_crisp.evaluation.evaluating import evaluate
 from trl_crisp.evaluation.metrics import paired_bootstrap_difference, paired_bootstrap_reduction
 from trl_crisp.evaluation.settings import EvaluationSettings
@@ -235,13 +236,9 @@ def ranks(values: Sequence[float]) -> list[float]:
     ]
 
 
-MARKS = ("<!-- preflight -->", "<!-- /preflight -->")
-
-
 def with_table(text: str, results: dict[str, Any]) -> str:
     """Return a README with the table between its marks."""
-    start, end = (text.index(mark) for mark in MARKS)
-    return f"{text[: start + len(MARKS[0])]}\n{table(results)}\n{text[end:]}"
+    return put_between_marks(text, "preflight", table(results))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.marked import put_between_marks
 from benchmarks.preflight import CONFIG, FACTS, cities, first_country, write_rows
 from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.health.attach import attach_health
@@ -131,13 +132,9 @@ def message(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-MARKS = ("<!-- smollm2-health -->", "<!-- /smollm2-health -->")
-
-
 def with_table(text: str, results: dict[str, Any]) -> str:
     """Return a README with the table between its marks."""
-    start, end = (text.index(mark) for mark in MARKS)
-    return f"{text[: start + len(MARKS[0])]}\n{table(results)}\n{text[end:]}"
+    return put_between_marks(text, "smollm2-health", table(results))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks import cost_table
-from benchmarks.cost_table import PROMPT_TOKENS, SHAPES, TRAININGS, config_of, markers, memory_row, replaced, time_row
+from benchmarks.cost_table import PROMPT_TOKENS, SHAPES, TRAININGS, config_of, memory_row, time_row
 from benchmarks.environment import REPOSITORY
+from benchmarks.marked import put_between_marks
 from benchmarks.step_time import A100, H100, SHARE_OF_PEAK, estimate_step_time
 from trl_crisp.models.memory import estimate_memory
 
@@ -15,8 +16,7 @@ README = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
 def shown(name: str) -> list[str]:
-    opening, closing = markers(name)
-    return README.split(opening)[1].split(closing)[0].strip().splitlines()
+    return README.split(f"<!-- {name}:computed -->")[1].split(f"<!-- /{name}:computed -->")[0].strip().splitlines()
 
 
 # As the model cards print them
@@ -46,11 +46,10 @@ def test_the_tables_have_these_rows_only(monkeypatch):
 
 
 def test_a_table_replaces_the_one_between_its_markers():
-    opening, closing = markers("time")
-    text = f"before {opening}\nold\n{closing} after"
-    assert replaced(text, "time", "new\n") == f"before {opening}\nnew\n{closing} after"
-    with pytest.raises(ValueError, match="memory:computed"):
-        replaced(text, "memory", "new\n")
+    text = "before <!-- time -->\nold\n<!-- /time --> after"
+    assert put_between_marks(text, "time", "new\n") == "before <!-- time -->\nnew\n<!-- /time --> after"
+    with pytest.raises(ValueError, match="the text has no <!-- memory --> with a <!-- /memory --> behind it"):
+        put_between_marks(text, "memory", "new\n")
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

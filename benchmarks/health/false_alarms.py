@@ -23,6 +23,7 @@ from benchmarks.lab.protocol import FIXTURES, sha256_of
 from benchmarks.lab.run import evaluate, training_rows
 from benchmarks.lab.settings import COMMON
 from benchmarks.lab.task import lab_tokenizer
+from benchmarks.marked import put_between_marks
 from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.health.attach import attach_health
 from trl_crisp.run.files import write_json
@@ -48,7 +49,6 @@ CONFIG: dict[str, Any] = {
 }
 # Test problems per difficulty, before and after
 TEST_PROBLEMS = 100
-MARKS = ("<!-- false-alarms -->", "<!-- /false-alarms -->")
 MEASURED = ("", "_change", "_change_low", "_change_high", "_mean_tokens")
 
 
@@ -173,8 +173,7 @@ def _mean(values: list[float]) -> float:
 
 def with_findings(text: str, results: dict[str, Any]) -> str:
     """Return a README with what was found between its marks."""
-    start, end = (text.index(mark) for mark in MARKS)
-    return f"{text[: start + len(MARKS[0])]}\n{findings(results)}\n{text[end:]}"
+    return put_between_marks(text, "false-alarms", findings(results))
 
 
 if __name__ == "__main__":

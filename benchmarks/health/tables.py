@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.lab.table import markdown, mean_interval
+from benchmarks.marked import is_marked, put_between_marks
 
 
 def tables(summary: dict[str, Any]) -> dict[str, str]:
@@ -28,10 +29,8 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
 def with_tables(text: str, summary: dict[str, Any]) -> str:
     """Return a text with the tables between their markers, `<!-- health:NAME -->` and `<!-- /health:NAME -->`; others have none."""
     for name, table in tables(summary).items():
-        opening, closing = f"<!-- health:{name} -->", f"<!-- /health:{name} -->"
-        before, mark, rest = text.partition(opening)
-        if mark:
-            text = f"{before}{opening}\n{table}\n{closing}{rest.partition(closing)[2]}"
+        if is_marked(text, f"health:{name}"):
+            text = put_between_marks(text, f"health:{name}", table)
     return text
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.lab.protocol import CURVE_PROBLEMS, check_protocol
 from benchmarks.lab.settings import SETTINGS
 from benchmarks.lab.task import DIFFICULTIES, MAX_SOLUTION_TOKENS
+from benchmarks.marked import put_between_marks
 from trl_crisp.report.figures import refresh_steps
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom, for intervals over a handful of seeds
@@ -164,11 +165,7 @@ def tables(runs: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
 def with_tables(text: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     """Return a text with the tables between their markers, `<!-- lab:NAME -->` and `<!-- /lab:NAME -->`."""
     for name, table in tables(runs).items():
-        opening, closing = f"<!-- lab:{name} -->", f"<!-- /lab:{name} -->"
-        before, _, rest = text.partition(opening)
-        _, mark, after = rest.partition(closing)
-        assert mark, f"the text has no {opening} ... {closing}"
-        text = f"{before}{opening}\n{table}\n{closing}{after}"
+        text = put_between_marks(text, f"lab:{name}", table)
     return text
 
 
