@@ -56,3 +56,7 @@ def test_the_committed_runs_are_of_this_protocol_and_in_the_readme():
         assert run["test"]["after"]["accuracy"] >= run["test"]["before"]["accuracy"] - 0.03
     text = Path("benchmarks/README.md").read_text(encoding="utf-8")
     assert false_alarms.with_findings(text, results) == text
+    examples = " ".join(Path("examples/README.md").read_text(encoding="utf-8").split())
+    count = sum(one["step"] > 0 for run in results["runs"] for one in run["measurements"])
+    assert f"Of {len(results['runs'])} healthy runs in the lab, with this rule and {count} measurements" in examples
+    assert not any(run["reason_of_the_stop"] or run["stopped_by_the_guard_at_step"] for run in results["runs"])
