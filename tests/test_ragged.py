@@ -51,3 +51,14 @@ def test_the_committed_result_meets_its_target():
     assert result["table"] == summarise(result["measurements"])
     assert result["table"]["sorted"]["mean_computed_to_real_tokens"] <= 1.05
     assert result["table"]["ratio_sorted_to_trl"]["training_half_s"] <= 0.5
+
+
+def test_the_committed_numbers_are_in_the_readme():
+    table = json.loads(RESULT.read_text(encoding="utf-8"))["table"]
+    text = (RESULT.parents[2] / "README.md").read_text(encoding="utf-8")
+    theirs, mine = table["trl"], table["sorted"]
+    tokens = [one["mean_computed_to_real_tokens"] for one in (theirs, mine)]
+    assert f"| tokens computed per real token, mean | {tokens[0]:.2f} | {tokens[1]:.2f} | |" in text
+    for name, key in (("seconds of the training half", "training_half_s"), ("CPU seconds of the step", "step_cpu_s")):
+        before, after = theirs[key]["p50"], mine[key]["p50"]
+        assert f"| {name}, median | {before:.1f} | {after:.1f} | {after / before:.3f} |" in text
