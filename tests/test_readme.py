@@ -12,7 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from benchmarks import memory, steps
+from benchmarks import memory, speed, steps
 from benchmarks.health.answers import RIGHT
 from benchmarks.health.figure import PANELS, SEED
 from benchmarks.health.measured import codes_of
@@ -362,10 +362,11 @@ def test_points_of_resuming_are_those_of_the_committed_run():
     assert f"{shares['full']:.0%} of the checkpoint with full fine-tuning and {shares['lora']:.0%} with LoRA" in text
 
 
-@pytest.mark.parametrize("name", ["steps", "growth"])
-def test_the_tables_of_steps_are_those_of_the_committed_runs(name):
+@pytest.mark.parametrize("name", ["loss", "steps", "growth"])
+def test_the_tables_of_speed_are_those_of_the_committed_runs(name):
     record = result(f"speed/{name}.json")
-    expected = steps.table_of(record["cases"]) if name == "steps" else memory.table_of(record)
+    module = {"loss": speed, "steps": steps}.get(name)
+    expected = memory.table_of(record) if module is None else module.table_of(record["cases"])
     opening, closing = f"<!-- {name}:table -->\n", f"\n<!-- /{name}:table -->"
     assert BENCHMARKS.split(opening)[1].split(closing)[0] == expected
 
