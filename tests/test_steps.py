@@ -125,8 +125,7 @@ def test_cases_for_a_gpu_are_skipped_with_a_word(monkeypatch, capsys, tmp_path):
 
 def test_the_committed_steps_are_whole():
     record = json.loads(steps.RESULT.read_text(encoding="utf-8"))
-    # Not measured yet: prompts of different lengths
-    assert set(record["cases"]) == set(steps.CASES) - {"smollm2-ragged_prompts"}
+    assert set(record["cases"]) == set(steps.CASES)
     for name, case in record["cases"].items():
         if "skipped" in case:
             assert steps.CASES[name].device == "cuda"
