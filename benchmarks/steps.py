@@ -18,7 +18,7 @@ Contestants:
 All get the same prompts and the same completions, which are made up, because sampling is the same code in all three. Each contestant
 trains in a process of its own. The processes take turns, one step at a time, and another one comes first in each round. On a GPU, which
 cannot hold all three, each trains alone, one after the other. On a CPU the memory is that of two more steps of each, alone, in a process
-whose allocator gives freed memory back at once: otherwise the peak also counts what it keeps, which differs by a GiB between runs.
+whose allocator gives freed memory back at once: otherwise the peak also counts what it keeps.
 
 The output is a table, and a JSON with the protocol and every measurement, in which cases that were not measured again stay.
 """

@@ -1,5 +1,6 @@
 """The tables of computed memory and time in benchmarks/README.md, and the numbers of the LoRA configs, are what the formulas give."""
 
+import math
 import re
 
 import pytest
@@ -103,3 +104,24 @@ def test_the_readmes_recipe_is_that_of_the_config():
     for stated, gpu in zip(found.groups(), (H100, A100), strict=True):
         time = estimate_step_time(config_of("8B"), prompt_tokens=1024, completion_tokens=2048, lora=True, gpu=gpu)
         assert int(stated) == 5 * round(time.step_s / 5)
+
+
+@pytest.mark.parametrize(("size", "share"), [("4B", 0.3), ("8B", 0.45)])
+def test_the_monitors_minutes_in_a_lora_config_are_computed_anew(size, share):
+    """Answers of 5,000 tokens, as many at once as vLLM's share of 80 GiB has room for halfway through them."""
+    path = REPOSITORY / "examples" / "configs" / f"qwen3-{size.lower()}-lora-1gpu.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert f"vllm_gpu_memory_utilization: {share}" in text
+    config = config_of(size)
+    weights = estimate_memory(
+        config, prompt_tokens=1, completion_tokens=1, lora_r=32, dtype=torch.bfloat16
+    ).weights_gib
+    token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    at_once = int((80 * share - weights) * 2**30 / (token_bytes * (PROMPT_TOKENS + 2500)))
+    wave = estimate_step_time(config, prompt_tokens=PROMPT_TOKENS, completion_tokens=5000, lora=True, rollouts=at_once)
+    # 128 prompts: 16 answers of the base, then 5 at each measurement
+    minutes = [math.floor(128 * answers / at_once * wave.sampling_s / 60) for answers in (16, 5)]
+    words = " ".join(text.replace("\n#", "\n").split())
+    assert (
+        f"at least {minutes[0]} minutes before the first step and {minutes[1]} at each measurement (computed" in words
+    )

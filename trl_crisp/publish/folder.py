@@ -122,12 +122,8 @@ def make_folder(
     record = read_record(directory)
     notes: list[str] = []
     run = _load_log(directory, notes)
-    if (
-        run is not None
-        and record is not None
-        and None not in (ids := {run.run_id, record.get("run_id")})
-        and len(ids) > 1
-    ):
+    own_id = (record or {}).get("run_id")
+    if run is not None and own_id is not None and run.run_id not in (None, own_id):
         notes.append(f"The log in {directory} is that of another run than the model's, so it is left out.")
         run = None
     measured = load_own_results(results, directory, record, run, repo)
