@@ -57,7 +57,7 @@ def made_up_run(seed: int = 0, prompts: int = 128, later: int = 3, right: float 
             "base": "full",
             "more_base_samples": 0,
             "held_out": {"problems_a_difficulty": 50},
-            "config": {"teacher_sync_steps": 10, "max_steps": 10 * later},
+            "config": {"teacher_sync_steps": 10, "max_steps": 10 * later, "monitor_samples": MONITOR_SAMPLES},
         },
         "difficulties": "3" * prompts,
         "measurements": [measurement(0, right, MONITOR_SAMPLES)]
@@ -329,7 +329,7 @@ def test_the_committed_runs_are_of_the_plan_and_agree_with_the_monitor():
             # How often is measured changes nothing in the run
             same = {**SETTINGS[name].config, "seed": result["seed"], "monitor_steps": config["monitor_steps"]}
             assert config == same
-            base, points = points_of(result)
+            base, points = points_of(result, config["monitor_samples"])
             assert base.level.mean() == pytest.approx(result["measurements"][0]["agreement"], abs=1e-5)
             changes = [one["agreement_change"] for one in result["measurements"][1:]]
             assert [float(point.change.mean()) for point in points] == pytest.approx(changes, abs=1e-5)

@@ -21,7 +21,7 @@ from benchmarks.environment import environment
 from benchmarks.health.answers import answer_of
 from benchmarks.lab.protocol import FIXTURES, sha256_of
 from benchmarks.lab.run import evaluate, training_rows
-from benchmarks.lab.settings import COMMON
+from benchmarks.lab.settings import COMMON, ON_A_CPU
 from benchmarks.lab.task import lab_tokenizer
 from benchmarks.marked import put_between_marks
 from trl_crisp import CRISPConfig, CRISPTrainer
@@ -103,12 +103,7 @@ def run(seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output_dir:
         args = CRISPConfig(
             output_dir,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
+            **ON_A_CPU,
             **CONFIG,
             seed=seed,
         )

@@ -20,12 +20,12 @@ from benchmarks.health.settings import (
     HELD_OUT_PROBLEMS,
     MONITOR_MAX_NEW_TOKENS,
     MONITOR_PROMPTS,
-    MONITOR_SAMPLES,
     SETTINGS,
     Setting,
 )
 from benchmarks.lab.protocol import FINAL_PROBLEMS, FIXTURES, sha256_of
 from benchmarks.lab.run import evaluate, training_rows
+from benchmarks.lab.settings import ON_A_CPU
 from benchmarks.lab.task import MAX_SOLUTION_TOKENS, lab_tokenizer
 from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.health.monitor import AgreementMonitor
@@ -58,7 +58,9 @@ class RecordingMonitor(AgreementMonitor):
         super().__init__(trainer, answer_of)
         # One batch for all answers is twice as fast as the engine's choice
         self.settings = replace(
-            self.settings, max_new_tokens=MONITOR_MAX_NEW_TOKENS, batch_size=MONITOR_PROMPTS * MONITOR_SAMPLES
+            self.settings,
+            max_new_tokens=MONITOR_MAX_NEW_TOKENS,
+            batch_size=MONITOR_PROMPTS * trainer.args.monitor_samples,
         )
         self.more_base_samples = more_base_samples
         self.measurements: list[dict[str, Any]] = []
@@ -161,13 +163,8 @@ def run(name: str, setting: Setting, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output_dir:
         args = CRISPConfig(
             output_dir,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            logging_steps=1,
+            **ON_A_CPU,
             save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             **setting.config,
             seed=seed,
         )

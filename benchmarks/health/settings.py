@@ -13,6 +13,8 @@ MONITOR_MARGIN = 0.03
 # The rollouts are cut at 160 tokens, as in the lab, which cuts 40% of the base's answers. The monitor's are never cut before the end of
 # a complete answer, as those of the lab's evaluation
 MONITOR_MAX_NEW_TOKENS = 352
+# A run with as many answers per prompt shows what more than five would bring
+MANY_SAMPLES = 8
 # More answers of the base to the prompts of seed 0, for the power calculation
 MORE_BASE_SAMPLES = 11
 # Held-out test problems per difficulty, at each measurement. The first run had 50
@@ -31,6 +33,7 @@ class Setting:
         steps: Optimizer steps.
         monitor_steps: Steps between two measurements.
         base: `"full"`, the lab's own, or the aim of a base that was stopped early, in percent.
+        samples: K, the answers to each monitor prompt.
         more_base_samples: Further answers of the base to each monitor prompt, with seed 0. The run does not use them.
     """
 
@@ -40,6 +43,7 @@ class Setting:
     steps: int
     monitor_steps: int = 10
     base: str = "full"
+    samples: int = MONITOR_SAMPLES
     more_base_samples: int = 0
 
     @property
@@ -52,7 +56,7 @@ class Setting:
             "teacher_sync_steps": self.sync_steps,
             **teacher,
             "monitor_prompts": MONITOR_PROMPTS,
-            "monitor_samples": MONITOR_SAMPLES,
+            "monitor_samples": self.samples,
             "monitor_steps": self.monitor_steps,
             "monitor_margin": MONITOR_MARGIN,
             "teacher_refresh_gate": "agreement" if self.arm == "gated" else None,
@@ -67,10 +71,14 @@ def _settings() -> dict[str, Setting]:
         found[f"{form}-m20-gated"] = Setting(form, "gated", 20, 150, monitor_steps=20)
         for arm in ("ungated", "gated"):
             found[f"{form}-m10-{arm}"] = Setting(form, arm, 10, 100)
+            found[f"{form}-m5-{arm}"] = Setting(form, arm, 5, 60, monitor_steps=5)
+        found[f"{form}-m50-ungated"] = Setting(form, "ungated", 50, 150)
+        found[f"{form}-m50-gated"] = Setting(form, "gated", 50, 150, monitor_steps=50)
         found[f"{form}-frozen"] = Setting(form, "frozen", None, 150, monitor_steps=30)
         found[f"{form}-m1-ungated"] = Setting(form, "ungated", 1, 40, monitor_steps=5)
         for base in ("75", "50"):
             found[f"{form}-{base}-m20-ungated"] = Setting(form, "ungated", 20, 80, monitor_steps=20, base=base)
+        found[f"{form}-m20-k8-ungated"] = Setting(form, "ungated", 20, 150, monitor_steps=20, samples=MANY_SAMPLES)
     return found
 
 
@@ -82,9 +90,12 @@ def planned_runs() -> list[tuple[str, int]]:
     forms = ("tradeoff", "stability")
     m20 = [f"{form}-m20-{arm}" for form in forms for arm in ("gated", "ungated")]
     m10 = [f"{form}-m10-{arm}" for form in forms for arm in ("gated", "ungated")]
+    m5_m50 = [f"{form}-{sync}-{arm}" for sync in ("m5", "m50") for form in forms for arm in ("gated", "ungated")]
+    many = [f"{form}-m20-k8-ungated" for form in forms]
     frozen = [f"{form}-frozen" for form in forms]
     weak = [f"{form}-{base}-m20-ungated" for form in forms for base in ("50", "75")]
     m1 = [f"{form}-m1-ungated" for form in forms]
     blocks = [(m20, 0), (frozen, 0), (m20, 1), (weak, 0), (m1, 0), (m10, 0), (m20, 2), (m10, 1), (m10, 2)]
-    blocks += [(frozen, 1), (frozen, 2), (m20, 3), (m20, 4), (frozen, 3), (frozen, 4)]
+    blocks += [(frozen, 1), (frozen, 2), (m20, 3), (m20, 4), (frozen, 3), (frozen, 4), (m10, 3), (m10, 4)]
+    blocks += [(many, 0), *((m5_m50, seed) for seed in range(3))]
     return [(name, seed) for names, seed in blocks for name in names]

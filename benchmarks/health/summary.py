@@ -8,7 +8,14 @@ from typing import Any
 from benchmarks.health.measured import Runs
 from benchmarks.health.outcomes import ends, gate_decisions, is_healthy, paired, stop_outcome, stops
 from benchmarks.health.power import calculate, frequencies_of, rule_chances
-from benchmarks.health.settings import MONITOR_MARGIN, MONITOR_PROMPTS, MONITOR_SAMPLES, MORE_BASE_SAMPLES, SETTINGS
+from benchmarks.health.settings import (
+    MANY_SAMPLES,
+    MONITOR_MARGIN,
+    MONITOR_PROMPTS,
+    MONITOR_SAMPLES,
+    MORE_BASE_SAMPLES,
+    SETTINGS,
+)
 from benchmarks.health.stopping import PLANNED
 from benchmarks.health.tracking import errors, hard_third, left_by_the_cap, wrong_majority
 from benchmarks.lab.table import load as load_lab
@@ -46,14 +53,18 @@ def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
         frozen: From `load_lab_frozen`.
     """
     everything = [run for results in runs.values() for run in results]
-    by_base = {f"{form}, {base}": group for form in FORMS for base in BASES if (group := _of(everything, form, base))}
-    full = [run for run in everything if run["protocol"]["base"] == "full"]
+    # The runs with more answers are the same students as those of another setting: they only tell what more answers bring
+    many = [run for run in everything if _samples(run) > MONITOR_SAMPLES]
+    usual = [run for run in everything if _samples(run) == MONITOR_SAMPLES]
+    by_base = {f"{form}, {base}": group for form in FORMS for base in BASES if (group := _of(usual, form, base))}
+    full = [run for run in usual if run["protocol"]["base"] == "full"]
+    by_samples = dict.fromkeys(SAMPLES, full) | ({MANY_SAMPLES: many} if many else {})
     with_more = [run for run in full if run["protocol"]["more_base_samples"]]
     frequencies = frequencies_of(with_more)
     return {
         "runs": {name: [run["seed"] for run in results] for name, results in runs.items()},
         "cpu_hours": sum(run["cpu_seconds"] for run in everything) / 3600,
-        "monitor_time": _monitor_time(everything),
+        "monitor_time": _monitor_time(usual),
         "bases": {
             name: {
                 "accuracy": sum(run["measurements"][0]["held_out"]["all"]["accuracy"] for run in group) / len(group),
@@ -65,8 +76,8 @@ def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
         },
         "tracking": {name: errors(group) for name, group in by_base.items()},
         "tracking_by_size": {
-            f"K = {samples}, N = {prompts}": errors(full, samples, prompts)
-            for samples in SAMPLES
+            f"K = {samples}, N = {prompts}": errors(group, samples, prompts) | {"runs": len(group)}
+            for samples, group in by_samples.items()
             for prompts in PROMPTS
         },
         "hard_third": {name: hard_third(group) for name, group in by_base.items()},
@@ -86,7 +97,9 @@ def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
         "gate": {
             name: ends(runs[name])
             for name in SETTINGS
-            if name in runs and SETTINGS[name].base == "full" and SETTINGS[name].sync_steps != 1
+            if name in runs
+            and (SETTINGS[name].base, SETTINGS[name].samples) == ("full", MONITOR_SAMPLES)
+            and SETTINGS[name].sync_steps != 1
         },
         "lab_frozen": {form: _lab_ends(results) for form, results in frozen.items()},
         "gate_differences": _differences(runs, frozen),
@@ -123,6 +136,10 @@ def _of(runs: Sequence[dict[str, Any]], form: str, base: str) -> list[dict[str, 
     return [run for run in runs if (run["protocol"]["form"], run["protocol"]["base"]) == (form, base)]
 
 
+def _samples(run: dict[str, Any]) -> int:
+    return run["protocol"]["config"]["monitor_samples"]
+
+
 def _sync(run: dict[str, Any]) -> int:
     return run["protocol"]["config"]["teacher_sync_steps"]
 
@@ -138,7 +155,7 @@ def _lab_ends(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 def _differences(runs: Runs, frozen: Runs) -> dict[str, Any]:
     found = {}
     for form in FORMS:
-        for sync in ("m20", "m10"):
+        for sync in ("m50", "m20", "m10", "m5"):
             gated = runs.get(f"{form}-{sync}-gated", [])
             for label, others in (("ungated", runs.get(f"{form}-{sync}-ungated", [])), ("frozen", frozen[form])):
                 found[f"{form}-{sync}: gated - {label}"] = paired(gated, others)

@@ -76,16 +76,18 @@ def _tracking(summary: dict[str, Any]) -> str:
 def _size(summary: dict[str, Any]) -> str:
     columns = (
         "answers per prompt K, prompts N",
+        "runs",
         "change: bias",
         "largest error",
         "correlation",
-        "RMS error to the accuracy of all 640 answers",
+        "RMS error to the accuracy of all answers",
     )
     return markdown(
         columns,
         [
             (
                 name,
+                str(one["runs"]),
                 _points(one["change_bias"]),
                 _points(one["change_largest_error"], False),
                 _number(one["change_correlation"]),

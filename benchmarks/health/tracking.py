@@ -32,7 +32,7 @@ def errors(
     rows = []
     for run in runs:
         base, points = points_of(run, samples, cut)
-        _, all_points = points_of(run)
+        _, all_points = points_of(run, run["protocol"]["config"]["monitor_samples"])
         rng = np.random.default_rng([run["seed"], prompts])
         count = len(base.prompts)
         parts = [np.arange(count)]

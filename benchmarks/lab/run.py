@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from benchmarks.lab.protocol import CURVE_PROBLEMS, FINAL_PROBLEMS, FIXTURES, protocol_of
-from benchmarks.lab.settings import SETTINGS, Setting
+from benchmarks.lab.settings import ON_A_CPU, SETTINGS, Setting
 from benchmarks.lab.task import (
     DIFFICULTIES,
     INSTRUCTION,
@@ -158,13 +158,8 @@ def train(
     with tempfile.TemporaryDirectory() as output_dir:
         args = CRISPConfig(
             output_dir,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            logging_steps=1,
+            **ON_A_CPU,
             save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             # The lab shows how runs end that are lost
             collapse_guard=False,
             **fields,

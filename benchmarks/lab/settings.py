@@ -16,6 +16,16 @@ COMMON: dict[str, Any] = {
     "teacher_sync_steps": 50,
 }
 
+# Where a run computes and what it reports. None of it changes a result, so it is not in the protocol
+ON_A_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
 
 @dataclass(frozen=True)
 class Setting:
