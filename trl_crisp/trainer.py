@@ -465,7 +465,7 @@ class CRISPTrainer(PublishingTrainer):
         self._teacher_output = inputs.pop("teacher_output", None)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._diagnostics is not None
-        means = {name: self._mean_over_processes(diagnostic) for name, diagnostic in self._diagnostics.items()}
+        means = self._means_over_processes(self._diagnostics)
         self._diagnostics = None
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self._engine_gap is not None:
@@ -493,9 +493,14 @@ class CRISPTrainer(PublishingTrainer):
             for name, value in self._engine_check.judge(self.state.global_step + 1).items():
                 self._metrics["train"][name].append(value)
 
-    def _mean_over_processes(self, diagnostic: Diagnostic) -> float | None:
-        total, num_tokens = (self.accelerator.gather_for_metrics(x).sum().item() for x in diagnostic)
-        return total / num_tokens if num_tokens else None
+    def _means_over_processes(self, diagnostics: dict[str, Diagnostic]) -> dict[str, float | None]:
+        # One gather for all, and one wait for the device
+        sums_D2 = torch.stack([torch.stack(diagnostic).float() for diagnostic in diagnostics.values()])
+        totals = self.accelerator.gather_for_metrics(sums_D2[None]).sum(dim=0).tolist()
+        return {
+            name: total / num_tokens if num_tokens else None
+            for name, (total, num_tokens) in zip(diagnostics, totals, strict=True)
+        }
 
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep):
         ids_BW, mask_BW, first_B = left_aligned(input_ids, attention_mask, self.pad_to_multiple_of)
@@ -519,9 +524,13 @@ class CRISPTrainer(PublishingTrainer):
                     hidden_BTH = self._forward_redirection(
                         self.teacher.wrapped_model, teacher, self._get_last_hidden_state, teacher, *teacher_inputs
                     )
-                in_loss_BT = (self.get_loss_mask(inputs) != 0).to(hidden_BTH.device)
+                tokens_N = _tokens_in_loss(self.get_loss_mask(inputs)).to(hidden_BTH.device)
                 # A copy, so that those of the prompt and of the padding are freed
-                outputs.append((hidden_BTH[in_loss_BT], output_head(teacher, hidden_BTH.dtype)))
+                hidden_NH = hidden_BTH.flatten(0, 1)[tokens_N]
+                if torch.is_autocast_enabled(hidden_NH.device.type):
+                    # As the loss will read them. A norm with float32 weights gives twice as much
+                    hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
+                outputs.append((hidden_NH, output_head(teacher, hidden_BTH.dtype)))
                 del hidden_BTH
         return outputs
 
@@ -538,31 +547,36 @@ class CRISPTrainer(PublishingTrainer):
             # If a model is split across devices, its backbone may end on a different device than its head
             device = student_head.weight_VH.device
             loss_mask_BT = loss_mask_BT.to(device)
-            in_loss_BT = loss_mask_BT != 0
+            # Indices and not a mask, because each use of a mask waits for the device
+            tokens_N = _tokens_in_loss(loss_mask_BT)
+            student_hidden_BTH = student_hidden_BTH.to(device)
             sides = (
-                student_hidden_BTH.to(device)[in_loss_BT],
+                student_hidden_BTH.flatten(0, 1)[tokens_N],
                 student_head,
                 teacher_hidden_NH.to(device),
                 teacher_head,
             )
             if num_items_in_batch is None:
                 num_items_in_batch = count_loss_items(loss_mask_BT, args.loss_normalization).clamp(min=1)
+            if "engine_log_probs" not in inputs:
+                # The states of the prompt's last token and of the padding need not outlive the selection
+                student_hidden_BTH = None
             weights_BT = loss_token_weights(loss_mask_BT, args.loss_normalization, num_items_in_batch)
             with gathered(student_head, teacher_head):
                 loss, values = fused_loss(
                     *sides,
-                    inputs["completion_ids"].to(device)[in_loss_BT],
-                    weights_BT[in_loss_BT],
+                    inputs["completion_ids"].to(device).flatten()[tokens_N],
+                    weights_BT.flatten()[tokens_N],
                     args.beta,
                     args.loss_temperature,
                 )
                 topk_overlap = sampled_topk_overlap(*sides, args.loss_temperature)
                 if "engine_log_probs" in inputs:
                     self._engine_gap = self._compare_engine(
-                        unwrapped_student, inputs, student_hidden_BTH.to(device), student_head
+                        unwrapped_student, inputs, student_hidden_BTH, student_head
                     )
 
-        num_tokens = in_loss_BT.sum()
+        num_tokens = torch.full((), len(tokens_N), device=device)
         self._diagnostics = {
             "reverse_kl": Diagnostic(values.reverse_kl.sum(), num_tokens),
             "teacher_entropy": Diagnostic(values.teacher_entropy.sum(), num_tokens),
@@ -653,3 +667,8 @@ def _model_inputs(inputs: dict[str, Any], prompt: str) -> tuple[torch.Tensor, to
         torch.cat([inputs[f"{prompt}_mask"], inputs["completion_mask"]], dim=1),
         inputs["completion_ids"].size(1),
     )
+
+
+def _tokens_in_loss(loss_mask_BT: torch.Tensor) -> torch.Tensor:
+    """Return the places, [N], of the tokens in the loss in the flattened mask."""
+    return loss_mask_BT.flatten().nonzero().squeeze(1)

@@ -182,7 +182,8 @@ def test_a_micro_batch_without_tokens_gives_zero_and_zero_gradients(beta, bias):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_tokens_of_zero_weight_have_values_and_no_gradient(dtype):
+def test_tokens_of_zero_weight_have_values_and_no_gradient(monkeypatch, dtype):
+    chunks_of(monkeypatch, 2)
     given = problem(dtype)._replace(weights=torch.zeros(B, T))
     loss, values = padded_loss(given, 1.0, 1.0)
     loss.backward()
@@ -192,8 +193,9 @@ def test_tokens_of_zero_weight_have_values_and_no_gradient(dtype):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_gradient_in_float16_survives_a_loss_scaler(beta):
+def test_the_gradient_in_float16_survives_a_loss_scaler(monkeypatch, beta):
     """Weights of a large batch make gradients below float16's smallest number; the scaled backward keeps them."""
+    chunks_of(monkeypatch, 2)
     given = problem(torch.float16)
     given = given._replace(weights=given.weights * 1e-9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
@@ -208,7 +210,8 @@ def test_the_gradient_in_float16_survives_a_loss_scaler(beta):
         )
 
 
-def test_a_factor_on_the_loss_scales_the_gradients():
+def test_a_factor_on_the_loss_scales_the_gradients(monkeypatch):
+    chunks_of(monkeypatch, 2)
     given, other = problem(bias=True), problem(bias=True)
     padded_loss(given, 1.0, 1.0)[0].backward()
     (padded_loss(other, 1.0, 1.0)[0] * 0.125 + 3).backward()
@@ -253,7 +256,8 @@ def test_masked_tokens_carry_nothing(monkeypatch, beta, temperature, mask_value,
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("beta", BETAS)
-def test_masks_of_half_precision_carry_nothing(dtype, beta):
+def test_masks_of_half_precision_carry_nothing(monkeypatch, dtype, beta):
+    chunks_of(monkeypatch, 2)
     given = masked_problem(-torch.inf, [2, 7], [2, 7], dtype)
     loss, values = padded_loss(given, beta, 0.7)
     assert all(torch.isfinite(value).all() for value in values[:4])
@@ -262,8 +266,9 @@ def test_masks_of_half_precision_carry_nothing(dtype, beta):
 
 
 @pytest.mark.parametrize(("beta", "masked"), [(0.0, "teacher"), (0.3, "teacher"), (0.3, "student"), (1.0, "student")])
-def test_a_token_that_one_side_masks_counts_if_the_divergence_is_finite(beta, masked):
+def test_a_token_that_one_side_masks_counts_if_the_divergence_is_finite(monkeypatch, beta, masked):
     """Its term is the other side's mass on the mixture, or zero. The reverse KL is infinite if the teacher masks."""
+    chunks_of(monkeypatch, 2)
     sides = ([2] if masked == "student" else [], [2] if masked == "teacher" else [])
     given, low = masked_problem(-torch.inf, *sides), masked_problem(-1e4, *sides)
     truth = truth_of(low, beta, 1.0)

@@ -94,7 +94,8 @@ def test_values_and_gradients_equal_the_oracle(monkeypatch, fold, beta, head, te
 @needs_triton
 @pytest.mark.parametrize("fold", ["triton"], indirect=True)
 @pytest.mark.parametrize("beta", BETAS)
-def test_each_side_has_its_own_scale_and_soft_capping(fold, beta):
+def test_each_side_has_its_own_scale_and_soft_capping(monkeypatch, fold, beta):
+    chunks_of(monkeypatch, 2)
     given = problem(bias=True, logit_scale=2.0, softcap=1.5)
     given = given._replace(teacher=given.teacher._replace(logit_scale=0.5, softcap=None))
     assert_equals(given, padded_loss(given, beta, 1.0), truth_of(given, beta, 1.0))
@@ -104,8 +105,9 @@ def test_each_side_has_its_own_scale_and_soft_capping(fold, beta):
 @pytest.mark.parametrize("fold", ["triton"], indirect=True)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("beta", BETAS)
-def test_masked_tokens_carry_nothing(fold, beta, temperature):
+def test_masked_tokens_carry_nothing(monkeypatch, fold, beta, temperature):
     """The plain pass has more cases of it; here the two passes are compared, with a first block that is nearly all masked."""
+    chunks_of(monkeypatch, 2)
     ids = [0, 1, 2, 3, 4, 6, 7, 10]
     given, other = (masked_problem(-torch.inf, ids, ids) for _ in range(2))
     given, other = (p._replace(token_ids=torch.full((B, T), 9)) for p in (given, other))
@@ -138,6 +140,28 @@ def test_equal_models_give_exactly_zero(monkeypatch, half_products, fold, beta, 
 
 
 @pytest.mark.parametrize("fold", FOLDS, indirect=True)
+@pytest.mark.parametrize(("frozen", "shared"), [(False, True), (True, False)])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("beta", BETAS)
+def test_half_precision_equals_the_oracle(monkeypatch, half_products, fold, beta, dtype, frozen, shared):
+    """All that a head may have, in several chunks. Only the gradient with respect to the logits is rounded."""
+    chunks_of(monkeypatch, 2)
+    given = problem(dtype, bias=True, frozen=frozen, softcap=2.0, logit_scale=0.7)
+    if shared:
+        given = given._replace(teacher=given.teacher._replace(weight_VH=given.student.weight_VH))
+    truth = truth_of(given, beta, 0.9)
+    loss, values = padded_loss(given, beta, 0.9)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), truth.loss, rtol=1e-5, atol=2e-6)
+    for name, value, expected in zip(values._fields, values, truth.values, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(given.leaves) == (1 if frozen else 3)
+    for gradient, expected in zip(given.gradients, truth.leaves, strict=False):
+        error = (gradient.double() - expected.grad).norm() / expected.grad.norm()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("fold", FOLDS, indirect=True)
 @pytest.mark.parametrize(("autocast", "bias"), [(False, True), (True, False)])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("beta", BETAS)
@@ -166,8 +190,9 @@ def test_half_precision_is_no_worse_than_plain_half_precision(
 @pytest.mark.parametrize("fold", FOLDS, indirect=True)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("beta", BETAS)
-def test_small_weights_cost_no_precision(half_products, fold, dtype, beta):
+def test_small_weights_cost_no_precision(monkeypatch, half_products, fold, dtype, beta):
     """The gradient with respect to the logits is in half precision, but the weights of a large batch are not in it."""
+    chunks_of(monkeypatch, 2)
     given, small = problem(dtype, bias=True), problem(dtype, bias=True)
     small = small._replace(weights=small.weights * 2.0**-40)
     padded_loss(given, beta, 1.0)[0].backward()

@@ -67,6 +67,17 @@ def rollouts_of(batch) -> list[dict[str, list[int]]]:
     return found
 
 
+def computed_tokens(rows: list[dict[str, list[int]]], multiple: int = 1) -> int:
+    """What the two models compute of each row of a micro-batch, in loops: as much as of its longest."""
+    total = 0
+    for prompt in ("prompt", "teacher_prompt"):
+        longest = max(len(row[prompt]) + len(row["completion"]) for row in rows)
+        while longest % multiple:
+            longest += 1
+        total += longest
+    return total
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("count", "split", "multiple"), [(12, 6, 1), (12, 3, 1), (8, 4, 8), (6, 6, 1), (9, 3, 4)])
 def test_the_same_rollouts_in_as_many_micro_batches_each_as_wide_as_its_longest(count, split, multiple, seed):
@@ -76,7 +87,7 @@ def test_the_same_rollouts_in_as_many_micro_batches_each_as_wide_as_its_longest(
     packed = sort_and_trim(given, multiple if multiple > 1 else None)
     assert torch.equal(torch.get_rng_state(), before), "a draw would change the rollouts that follow"
     assert len(packed) == split
-    everything, widths = [], []
+    everything, computed = [], []
     for batch in packed:
         assert list(batch) == list(given[0])
         assert batch["num_items_in_batch"] == count
@@ -90,17 +101,11 @@ def test_the_same_rollouts_in_as_many_micro_batches_each_as_wide_as_its_longest(
             width[part] = next(w for w in range(longest, longest + multiple) if w % multiple == 0)
             assert batch[f"{part}_ids"].shape == batch[f"{part}_mask"].shape == (count // split, width[part])
         assert batch["tool_mask"].shape == batch["completion_ids"].shape == batch["own_per_token"].shape[:2]
-        # The student reads one prompt, the teacher the other, and both the completion
-        widths.append(width["prompt"] + width["teacher_prompt"] + 2 * width["completion"])
-    assert sorted(widths, reverse=True) == widths, "the widest does not come first"
+        computed.append(computed_tokens(inside, multiple))
+    assert sorted(computed, reverse=True) == computed, "the one with the most tokens does not come first"
     assert sorted(everything, key=str) == sorted(rollouts, key=str)
-    trimmed = 0
-    for batch in given:
-        inside = rollouts_of(batch)
-        for part, models in (("prompt", 1), ("teacher_prompt", 1), ("completion", 2)):
-            longest = max(len(row[part]) for row in inside)
-            trimmed += models * next(w for w in range(longest, longest + multiple) if w % multiple == 0)
-    assert sum(widths) <= trimmed, "more tokens than without sorting"
+    as_given = sum(computed_tokens(rollouts_of(batch), multiple) for batch in given)
+    assert sum(computed) <= as_given, "more tokens than without sorting"
 
 
 @pytest.mark.parametrize("ragged", ["prompt", "completion"])
@@ -191,24 +196,25 @@ def test_padded_length(lengths, multiple, width):
     assert padded_length(lengths, multiple) == width
 
 
-@pytest.mark.parametrize(
-    ("prompts", "most"), [((60, 61), 1.05), ((50, 70), 1.055), ((30, 90), 1.075), ((100, 500), 1.11)], ids=str
-)
-def test_tokens_that_a_packed_step_computes(prompts, most):
+@pytest.mark.parametrize("teacher_has_more", [(40, 41), (0, 80)], ids=["one instruction", "instructions of their own"])
+@pytest.mark.parametrize("prompts", [(60, 61), (30, 90), (100, 500), (100, 1000)], ids=str)
+def test_tokens_that_a_packed_step_computes(prompts, teacher_has_more):
     """Of both models' inputs to their real tokens: completions as above (mean 200), prompts of even spread, 20 draws."""
     draw = np.random.default_rng(1)
     computed = real = 0
     for _ in range(20):
         completion_lengths = np.clip(np.rint(draw.lognormal(np.log(200) - 0.32, 0.8, 32)), 1, 512).astype(int)
         rollouts = [
-            {"prompt": [1] * p, "teacher_prompt": [1] * (p + 40), "completion": [1] * n, "tool": [1] * n}
-            for p, n in zip(draw.integers(*prompts, 32), completion_lengths, strict=True)
+            {"prompt": [1] * p, "teacher_prompt": [1] * (p + more), "completion": [1] * n, "tool": [1] * n}
+            for p, more, n in zip(
+                draw.integers(*prompts, 32), draw.integers(*teacher_has_more, 32), completion_lengths, strict=True
+            )
         ]
         for batch in sort_and_trim(as_trl_splits(rollouts, 16)):
-            computed += batch["prompt_ids"].numel() + batch["teacher_prompt_ids"].numel()
-            computed += 2 * batch["completion_ids"].numel()
+            read = [batch[f"{part}_mask"].sum(1) for part in ("prompt", "teacher_prompt", "completion")]
+            computed += sum(2 * int((prompt + read[2]).max()) for prompt in read[:2])
         real += sum(len(row["prompt"]) + len(row["teacher_prompt"]) + 2 * len(row["completion"]) for row in rollouts)
-    assert 1 < computed / real < most
+    assert 1 < computed / real < (1.05 if teacher_has_more == (40, 41) else 1.08)
 
 
 # What a run trains
@@ -224,17 +230,19 @@ class ToolTrainer(CraftedTrainer):
 
 
 def trained(path, run: Run, monkeypatch, today: bool = False, multiple: int | None = None, checkpoint=None):
-    """Train with the rollouts as TRL splits them, or packed; returns what it did to the weights, logs, the inputs' shapes."""
+    """Train with the rollouts as TRL splits them, or packed; returns what it did to the weights, logs, and the shapes and computed tokens of the inputs."""
     if today:
         monkeypatch.setattr("trl_crisp.trainer.sort_and_trim", lambda micro_batches, _: micro_batches)
     monkeypatch.setattr("tests.distributed.runs.CraftedTrainer", ToolTrainer)
     trainer = make_trainer(run, path)
     trainer.pad_to_multiple_of = multiple
-    shapes = []
+    shapes, computed = [], []
     compute = trainer._compute_loss
 
     def recorded(model, inputs, num_items):
         shapes.append({key: tuple(value.shape) for key, value in inputs.items()})
+        read = [inputs[f"{part}_mask"].sum(1) for part in ("prompt", "teacher_prompt", "completion")]
+        computed.append(sum(len(prompt) * int((prompt + read[2]).max()) for prompt in read[:2]))
         return compute(model, inputs, num_items)
 
     trainer._compute_loss = recorded
@@ -242,7 +250,7 @@ def trained(path, run: Run, monkeypatch, today: bool = False, multiple: int | No
     trainer.train(resume_from_checkpoint=checkpoint)
     monkeypatch.undo()
     change = {name: weight - before[name] for name, weight in full_weights(trainer.model).items()}
-    return change, [log for log in trainer.state.log_history if "loss" in log], shapes
+    return change, [log for log in trainer.state.log_history if "loss" in log], shapes, computed
 
 
 def without_times(log: dict) -> dict:
@@ -259,8 +267,10 @@ def test_a_run_trains_as_with_the_split_of_trl(
 ):
     """Bit for bit without accumulation, to rounding with it; ragged prompts and rollouts, and tokens of a tool."""
     run = Run(batch=batch, accumulation=accumulation, normalization=normalization, lora=lora, steps=2)
-    before, logs_before, shapes_before = trained(tmp_path / "a", run, monkeypatch, today=True, multiple=multiple)
-    after, logs, shapes = trained(tmp_path / "b", run, monkeypatch, multiple=multiple)
+    before, logs_before, shapes_before, computed_before = trained(
+        tmp_path / "a", run, monkeypatch, today=True, multiple=multiple
+    )
+    after, logs, shapes, computed = trained(tmp_path / "b", run, monkeypatch, multiple=multiple)
     assert [log.keys() for log in logs] == [log.keys() for log in logs_before]
     assert len(shapes) == len(shapes_before) == 2 * accumulation
     if accumulation == 1:
@@ -268,11 +278,7 @@ def test_a_run_trains_as_with_the_split_of_trl(
         assert list(map(without_times, logs)) == list(map(without_times, logs_before))
         assert all(torch.equal(after[name], change) for name, change in before.items())
         return
-    numel = [
-        sum(shape[0] * shape[1] for one in s for key, shape in one.items() if "ids" in key)
-        for s in (shapes, shapes_before)
-    ]
-    assert numel[0] < numel[1]
+    assert sum(computed) < sum(computed_before)
     if multiple is not None:
         assert all(shape[1] % multiple == 0 for one in shapes for key, shape in one.items() if "ids" in key)
     for log, log_before in zip(logs, logs_before, strict=True):
@@ -315,12 +321,11 @@ def test_a_step_without_a_token_in_the_loss_logs_what_one_micro_batch_does(tmp_p
     assert "teacher_entropy" not in logs(2, 2)
 
 
-def test_the_widest_micro_batch_of_a_step_comes_first(tmp_path, monkeypatch):
-    _, _, shapes = trained(tmp_path, Run(batch=1, accumulation=8, steps=2), monkeypatch)
-    for step in (shapes[:8], shapes[8:]):
-        widths = [s["prompt_ids"][1] + s["teacher_prompt_ids"][1] + 2 * s["completion_ids"][1] for s in step]
-        assert widths == sorted(widths, reverse=True)
-        assert widths[0] > widths[-1]
+def test_the_micro_batch_with_the_most_tokens_comes_first(tmp_path, monkeypatch):
+    _, _, _, computed = trained(tmp_path, Run(batch=1, accumulation=8, steps=2), monkeypatch)
+    for step in (computed[:8], computed[8:]):
+        assert step == sorted(step, reverse=True)
+        assert step[0] > step[-1]
 
 
 def test_evaluation_is_left_alone(tmp_path, monkeypatch):

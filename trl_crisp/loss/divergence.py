@@ -156,7 +156,7 @@ def sampled_topk_overlap(
     with gathered(student_head, teacher_head):
         student_NV, teacher_NV = (logits_of(hidden_NH[tokens_N][None], head)[0] for hidden_NH, head in sides)
     overlap_N = topk_overlap_of(student_NV, teacher_NV, temperature)
-    return Diagnostic(overlap_N.sum(), torch.tensor(len(overlap_N), device=overlap_N.device))
+    return Diagnostic(overlap_N.sum(), torch.full((), len(overlap_N), device=overlap_N.device))
 
 
 def evenly_spaced(items_N: torch.Tensor, limit: int) -> torch.Tensor:
@@ -237,7 +237,8 @@ def refuse_infinite(student_head: OutputHead, teacher_head: OutputHead, beta: fl
         return
     sides = [("student", student_head), ("teacher", teacher_head)]
     (giver, giver_head), (masker, masker_head) = sides if beta == 1.0 else sides[::-1]
-    if len(tokens := only_masked_by(masker_head, giver_head).nonzero()):
+    masked_V = only_masked_by(masker_head, giver_head)
+    if masked_V is not None and len(tokens := masked_V.nonzero()):
         raise ValueError(
             f"the divergence is infinite: the bias of the {masker}'s output head is -inf for {len(tokens)} tokens, such "
             f"as id {tokens[0].item()}, that the {giver} can generate. Mask the same tokens in both, or set beta between 0 "
@@ -245,10 +246,10 @@ def refuse_infinite(student_head: OutputHead, teacher_head: OutputHead, beta: fl
         )
 
 
-def only_masked_by(head: OutputHead, other: OutputHead) -> torch.Tensor:
-    """Return which tokens, [V], the bias of a head masks with -inf and another head does not mask."""
+def only_masked_by(head: OutputHead, other: OutputHead) -> torch.Tensor | None:
+    """Return which tokens, [V], the bias of a head masks with -inf and another head does not mask; `None` if it can mask none."""
     if head.bias_V is None or hasattr(head.bias_V, "ds_id") or head.softcap is not None:
         # Soft-capping raises a masked logit to -softcap, so the token keeps a probability
-        return torch.zeros(1, dtype=torch.bool, device=head.weight_VH.device)
+        return None
     masked_V = torch.isneginf(head.bias_V)
     return masked_V if other.bias_V is None else masked_V & (other.bias_V > MASKED_LOGIT)

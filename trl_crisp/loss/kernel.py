@@ -91,7 +91,8 @@ def fused_loss(
             ),
         )
         values = TokenValues(*values)
-        if only_masked_by(teacher_head, student_head).any():
+        masked_V = only_masked_by(teacher_head, student_head)
+        if masked_V is not None and masked_V.any():
             values = values._replace(reverse_kl=torch.full_like(values.reverse_kl, torch.inf))
     return loss, values
 
@@ -129,10 +130,9 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         device = student_hidden_NH.device
         student = _Projection(student_hidden_NH, student_weight_VH, student_bias_V)
-        teacher = _Projection(teacher_hidden_NH, teacher_weight_VH, teacher_bias_V)
-        if teacher_weight_VH is student_weight_VH:
-            # Also if it had to be converted
-            teacher.weight_VH = student.weight_VH
+        # A shared head is converted once
+        is_shared = teacher_weight_VH is student_weight_VH
+        teacher = _Projection(teacher_hidden_NH, student.weight_VH if is_shared else teacher_weight_VH, teacher_bias_V)
         num_tokens, vocab_size = len(student_hidden_NH), len(student_weight_VH)
 
         inputs = (student_hidden_NH, student_weight_VH, student_bias_V)
