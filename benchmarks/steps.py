@@ -301,6 +301,10 @@ def train_in_turns(name: str, case: Case, model: str, steps: int) -> None:
         trainer.train()
 
 
+class OutOfMemoryError(RuntimeError):
+    """A contestant needs more memory than the GPU has."""
+
+
 class Contestant:
     """A process that trains, one step at a time. Leaving the context ends it."""
 
@@ -334,7 +338,8 @@ class Contestant:
         Let it train one step, and return what it measured.
 
         Raises:
-            RuntimeError: If it ended before.
+            OutOfMemoryError: If it ended because the GPU has too little memory.
+            RuntimeError: If it ended before for another reason.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -348,12 +353,15 @@ class Contestant:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
         self._errors.seek(0)
-        raise RuntimeError(f"{self.name} ended:\n{self._errors.read()[-3000:]}")
+        errors = self._errors.read()
+        kind = OutOfMemoryError if "torch.OutOfMemoryError" in errors else RuntimeError
+        raise kind(f"{self.name} ended:\n{errors[-3000:]}")
 
 
 def measure(case: Case, rounds: int, contestants: tuple[str, ...] = CONTESTANTS) -> dict[str, list[dict[str, Any]]]:
     """
-    Return the steps of each contestant: a warm-up, which is the first, and `rounds` measured ones.
+    Return the steps of each contestant: a warm-up, which is the first, and `rounds` measured ones. A peer for which a GPU has too little
+    memory has none.
 
     Raises:
         RuntimeError: If `crisp` and `sdft` do not have the same loss.
@@ -364,8 +372,13 @@ def measure(case: Case, rounds: int, contestants: tuple[str, ...] = CONTESTANTS)
         if case.device == "cuda":
             torch.cuda.empty_cache()
             for name in contestants:
-                with Contestant(name, case, model, 1 + rounds) as one:
-                    steps[name] = [one.step() for _ in range(1 + rounds)]
+                try:
+                    with Contestant(name, case, model, 1 + rounds) as one:
+                        steps[name] = [one.step() for _ in range(1 + rounds)]
+                except OutOfMemoryError:
+                    if name == "crisp":
+                        raise
+                    print(f"{name} is out of memory", file=sys.stderr, flush=True)
         else:
             running = [stack.enter_context(Contestant(name, case, model, 1 + rounds)) for name in contestants]
             for i in range(1 + rounds):
@@ -375,7 +388,8 @@ def measure(case: Case, rounds: int, contestants: tuple[str, ...] = CONTESTANTS)
     # TRL logs four significant digits; half precision differs more
     tolerance = 2e-3 if case.dtype == "float32" else 0.05
     for mine, theirs in zip(steps.get("crisp", []), steps.get("sdft", []), strict=False):
-        if abs(mine["loss"] - theirs["loss"]) > tolerance * abs(theirs["loss"]):
+        # So that NaN is a difference
+        if not abs(mine["loss"] - theirs["loss"]) <= tolerance * abs(theirs["loss"]):
             raise RuntimeError(f"sdft computes something else: its loss is {theirs['loss']}, ours {mine['loss']}")
     return steps
 
@@ -403,6 +417,8 @@ def summarise(
     """
     table: dict[str, Any] = {}
     for name, all_steps in steps.items():
+        if not all_steps:
+            continue
         seconds = [one["seconds"] for one in all_steps[1:]]
         halves = {"": [sum(s[part] for part in PARTS) for s in seconds]}
         halves["_cpu"] = [sum(s[f"{part}_cpu"] for part in PARTS) for s in seconds]
@@ -447,6 +463,11 @@ def table_of(cases: dict[str, Any]) -> str:
                 f"| {case_name} | {name} | {half['p50']:.3g} ({half['p20']:.3g} to {half['p80']:.3g}) | "
                 f"{one['training_half_cpu_s']['p50']:.3g} | {one['peak_mib']:.0f} | " + " | ".join(ratios) + " |"
             )
+        lines += [
+            f"| {case_name} | {name} | out of memory |" + " |" * 6
+            for name in case["steps"]
+            if name not in case["table"]
+        ]
     return "\n".join(lines)
 
 

@@ -25,10 +25,18 @@ def test_the_contestants_do_the_same_work(case):
     assert mine["seconds"]["p50"] == pytest.approx(sum(mine["all_seconds"]) / 2)
 
 
-def test_a_contestant_that_computes_something_else_is_an_error(monkeypatch):
-    monkeypatch.setitem(speed.CONTESTANTS, "naive", lambda x, case: 1.01 * speed.naive(x, case))
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_contestant_that_computes_something_else_is_an_error(monkeypatch, factor):
+    monkeypatch.setitem(speed.CONTESTANTS, "naive", lambda x, case: factor * speed.naive(x, case))
     with pytest.raises(RuntimeError, match="naive computes something else"):
         speed.measure_times(TINY, rounds=1)
+
+
+def test_the_peak_of_a_pass_leaves_out_what_made_the_inputs(monkeypatch):
+    case = TINY._replace(tokens=512, hidden=576, vocabulary=49_152)
+    monkeypatch.setattr(speed, "run_once", lambda *_: None)
+    # A temporary of a head has 108 MiB
+    assert speed.measure_peak_mib("crisp", case) < 10
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

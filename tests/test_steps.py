@@ -103,6 +103,32 @@ def test_turns_begin_with_another_one_each_and_other_losses_are_an_error(monkeyp
     assert {name: len(one) for name, one in found.items()} == {"crisp": 2, "distillation": 2}
     with pytest.raises(RuntimeError, match=r"its loss is 1\.1, ours 1\.0"):
         steps.measure(TINY, 1, ("crisp", "sdft"))
+    monkeypatch.setattr(Fake, "step", lambda self: step_of(1, 1, loss=float("nan") if self.name == "sdft" else 1.0))
+    with pytest.raises(RuntimeError, match="its loss is nan"):
+        steps.measure(TINY, 1, ("crisp", "sdft"))
+
+
+def test_a_peer_that_a_gpu_is_too_small_for_is_told_and_the_others_stay(monkeypatch):
+    def step(self):
+        if self.name == "sdft":
+            raise steps.OutOfMemoryError("sdft ended")
+        return step_of(1, 1)
+
+    monkeypatch.setattr(steps, "Contestant", Fake)
+    monkeypatch.setattr(Fake, "step", step)
+    monkeypatch.setattr(steps, "save_model", lambda *_: "made on the GPU")
+    found = steps.measure(TINY._replace(device="cuda"), 1)
+    case = {"steps": found, "table": steps.summarise(found)}
+    assert list(case["table"]) == ["crisp", "distillation"]
+    assert steps.table_of({"big": case}).splitlines()[-1] == "| big | sdft | out of memory |" + " |" * 6
+
+
+def test_a_process_that_ends_for_memory_is_told_from_others():
+    with (
+        steps.Contestant("crisp", TINY, "nowhere", "torch.OutOfMemoryError") as one,
+        pytest.raises(steps.OutOfMemoryError, match="crisp ended"),
+    ):
+        one.step()
 
 
 def test_memory_is_measured_alone_with_an_allocator_that_gives_back(monkeypatch):
