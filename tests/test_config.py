@@ -408,6 +408,15 @@ def test_a_setting_of_the_parents_without_effect_warns(fields, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("fields", [{"torch_compile": True}, {"torch_compile_backend": "eager"}])
+def test_torch_compile_warns(monkeypatch, fields):
+    # transformers sets them, and the next test must not find them
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(name, "no")
+    (message,) = messages_of(**fields)
+    assert "torch_compile=True has no effect" in message
+
+
 @pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine"])
 def test_warmup_that_works_does_not_warn(schedule):
     assert messages_of(lr_scheduler_type=schedule, warmup_steps=2) == []

@@ -355,6 +355,11 @@ class CRISPConfig(DistillationConfig):
                     f"{name}={getattr(self, name)!r} has no effect: CRISP's loss reads no labels, and its sampler keeps "
                     "the rows of a step together."
                 )
+        if self.torch_compile:
+            self._warn(
+                "torch_compile=True has no effect: it compiles the whole model's forward, and the loss reads the hidden states of "
+                "the part inside."
+            )
         if not self.use_vllm:
             defaults = DistillationConfig.__dataclass_fields__
             if changed := [n for n in defaults if n.startswith("vllm_") and getattr(self, n) != defaults[n].default]:

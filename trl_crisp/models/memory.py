@@ -101,7 +101,7 @@ def estimate_memory(
 
     - weights: P b, with LoRA + t b_t. PEFT keeps an adapter in float32 if the model has a lower precision (`autocast_adapter_dtype`).
     - teacher: P b ([`~trl_crisp.teacher.copied.CopyTeacher`]); with LoRA t b_t ([`~trl_crisp.teacher.adapter.AdapterTeacher`]). With
-      `teacher_offload` V H b for the head, and C H b for each of the `rollouts_at_once`, during an update.
+      `teacher_offload` V H b for the head, and C H c for each of the `rollouts_at_once`, during an update.
     - optimizer: 2 t b_t. Gradients: t b_t.
     - rollout cache: `rollouts_at_once` rows of T tokens; each layer has keys and values of every key-value head. A layer with a sliding
       window keeps no more tokens than the window. The dtype is the weights', as rotary embeddings raise the keys to it; the values may
@@ -114,8 +114,8 @@ def estimate_memory(
       A Llama layer keeps 1% more than this on a CPU, a Qwen3 layer, which also has norms of queries and keys, 15% more.
     - autocast: t c for full fine-tuning of weights of another dtype. Only weights that are trained are kept (torch's autocast cache).
     - logits: of a chunk ([`~trl_crisp.loss.kernel`]) both models' in float32, and the gradient in c bytes if c is below 4.
-    - loss: B C H (3 b + 4), for the student's hidden states of the completions and of the tokens in the loss, the teacher's, and the gradient, and
-      2 B C H c for copies in another dtype of the computation. For a head of V words: V H c for each model's, if the dtype of the
+    - loss: B C H (b + c + 4), for the student's hidden states, the teacher's and the gradient, and B C H c for a copy of the student's in
+      another dtype of the computation. For a head of V words: V H c for each model's, if the dtype of the
       computation is another, and with full fine-tuning 4 V H for its gradient, which exists beside that of the micro-batches before.
 
     Args:
@@ -177,12 +177,13 @@ def estimate_memory(
     if teacher_offload and lora_r is None:
         on_gpu_bytes = head_values * weight_bytes
         offloaded_bytes = teacher_bytes - on_gpu_bytes
-        teacher_bytes = on_gpu_bytes + rollouts_at_once * completion_tokens * hidden * weight_bytes
+        teacher_bytes = on_gpu_bytes + rollouts_at_once * completion_tokens * hidden * compute_bytes
     loss_tokens = micro_batch * completion_tokens
     vocab_size = text.vocab_size
     chunk_tokens = min(loss_tokens, max(1, GPU_CHUNK_LOGITS // vocab_size))
     logit_bytes = 2 * _FLOAT32_BYTES + (compute_bytes if compute_bytes < _FLOAT32_BYTES else 0)
-    token_bytes = 3 * weight_bytes + _FLOAT32_BYTES + (2 * compute_bytes if dtype != compute_dtype else 0)
+    # The student's hidden states, their copy in the dtype of the computation, the teacher's, and the gradient
+    token_bytes = weight_bytes + compute_bytes + _FLOAT32_BYTES + (compute_bytes if dtype != compute_dtype else 0)
     loss_bytes = loss_tokens * hidden * token_bytes + head_bytes
     return RunMemory(
         parameters=parameters,
