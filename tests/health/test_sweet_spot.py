@@ -3,18 +3,20 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from tests.helpers import config, make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
-from trl_crisp.health.attach import attach_health
+from trl_crisp.health.attach import Health, attach_health
 from trl_crisp.health.ending import describe_end, describe_lost, gentler
+from trl_crisp.health.signals import HealthSignals
 from trl_crisp.health.sweet_spot import Measurement, SweetSpot, has_fallen, holds, offer_best
 from trl_crisp.run.interruption import resume_command
 from trl_crisp.train import main, parse_args
@@ -178,21 +180,73 @@ def test_a_run_without_a_step_that_holds_is_lost(tmp_path):
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
 
 
-def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, capsys):
-    import shutil
+class Removes(TrainerCallback):
+    """Removes the best checkpoint before the end."""
 
-    class Remove(SweetSpot):
-        def on_train_end(self, args, state, control, **kwargs):
-            shutil.rmtree(state.best_model_checkpoint)
-            super().on_train_end(args, state, control, **kwargs)
+    def on_train_end(self, args, state, control, **kwargs):
+        shutil.rmtree(state.best_model_checkpoint)
 
-    trainer = make_trainer(tmp_path, dataset=rows(24), max_steps=4, stop_at_sweet_spot=True)
-    spot = Remove(trainer, Given(GIVEN))
-    trainer.add_callback(spot)
-    trainer.is_watched = True
-    trainer.train()
+
+def health_of(spot, guard=None):
+    return Health(HealthSignals(), guard, None, None, spot)
+
+
+@pytest.mark.parametrize("fallen", [True, False])
+def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, fallen):
+    given = GIVEN if fallen else {2: (70, "small"), 4: (80, "fine")}
+    trainer, spot = run(tmp_path, given, callbacks=[Removes()], max_steps=4)
     assert spot.loaded_step is None
-    assert "no longer exists, so the result is the last step's model" in capsys.readouterr().out
+    lost = describe_lost(trainer, health_of(spot))
+    if fallen:
+        assert "not saved as the result" in lost
+        assert "the best checkpoint, that of step 2, no longer exists" in lost
+    else:
+        assert lost is None
+        assert (
+            "The result is the model of step 4; the best measured is that of step 2: its checkpoint no longer exists."
+            in describe_end(trainer, health_of(spot))
+        )
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+@pytest.mark.parametrize("moved", ["elsewhere", "written differently"])
+def test_the_best_checkpoint_is_found_where_output_dir_is_now(tmp_path, moved, strategy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {"save_strategy": strategy, "save_steps": 1, "save_total_limit": 1}
+    run("run", **fields)
+    if moved == "elsewhere":
+        shutil.move("run", "other")
+    there = tmp_path / ("other" if moved == "elsewhere" else "run")
+    # The last step's checkpoint, which trains no more, and the best's own, from which it goes on
+    for name in ("checkpoint-4", "checkpoint-2"):
+        trainer, spot = run(there, resume=str(there / name), **fields)
+        assert spot.loaded_step == 2
+        assert describe_lost(trainer, health_of(spot)) is None
+        assert trainer.state.best_model_checkpoint == str(there / "checkpoint-2")
+        assert same(weights(trainer), load_file(there / "checkpoint-2/model.safetensors"))
+
+
+def test_a_best_checkpoint_of_another_run_is_not_taken(tmp_path):
+    given = {1: (60, "fine"), 4: (40, "fallen"), 5: (40, "fallen")}
+    run(tmp_path / "one", given, max_steps=3, save_strategy="steps", save_steps=1)
+    # Another run of that directory's name has replaced step 1
+    run(tmp_path / "two", given, max_steps=1)
+    shutil.rmtree(tmp_path / "one" / "checkpoint-1")
+    shutil.move(tmp_path / "two" / "checkpoint-1", tmp_path / "one" / "checkpoint-1")
+    shutil.move(tmp_path / "one", tmp_path / "three")
+    resume = str(tmp_path / "three" / "checkpoint-3")
+    trainer, spot = run(tmp_path / "three", given, resume=resume)
+    assert trainer.state.global_step == 5
+    assert spot.loaded_step is None
+    assert "that of step 1, no longer exists" in describe_lost(trainer, health_of(spot))
+
+
+def test_another_step_takes_the_place_of_a_best_checkpoint_that_is_gone(tmp_path):
+    given = {1: (60, "fine"), 3: (70, "fine"), 4: (40, "fallen"), 5: (40, "fallen")}
+    run(tmp_path, given, max_steps=2, save_strategy="steps", save_steps=1)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    trainer, spot = run(tmp_path, given, resume=str(tmp_path / "checkpoint-2"))
+    assert (trainer.state.global_step, spot.loaded_step) == (5, 3)
 
 
 def test_going_on_from_the_last_that_held_leaves_the_given_up_steps_behind(tmp_path, capsys):

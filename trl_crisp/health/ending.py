@@ -66,14 +66,12 @@ def _advice(trainer: Any, health: Health) -> str:
         return (
             f"The result is the best checkpoint, that of step {sweet_spot.loaded_step}: {state.best_model_checkpoint}."
         )
-    if state.best_model_checkpoint is None:
+    if state.best_global_step is None:
         return f"No measured step is shorter than the base and holds, so there is none to recommend; step {state.global_step} was the last."
     if state.best_global_step == state.global_step:
         return f"The result is the model of step {state.global_step}, which is the best measured."
-    return (
-        f"The result is the model of step {state.global_step}; the best measured is that of step {state.best_global_step}: "
-        f"{state.best_model_checkpoint}."
-    )
+    best = state.best_model_checkpoint or "its checkpoint no longer exists"
+    return f"The result is the model of step {state.global_step}; the best measured is that of step {state.best_global_step}: {best}."
 
 
 def describe_lost(trainer: Any, health: Health) -> str | None:
@@ -85,9 +83,14 @@ def describe_lost(trainer: Any, health: Health) -> str | None:
         command = None if held is None or changes is None else resume_command(str(held), **changes)
         return guard.describe(held, command)
     if sweet_spot is not None and sweet_spot.is_lost(state):
+        why = (
+            "no measured step is shorter than the base and holds"
+            if state.best_global_step is None
+            else f"the best checkpoint, that of step {state.best_global_step}, no longer exists"
+        )
         return (
-            "The model was not saved as the result, and nothing was pushed: no measured step is shorter than the base and holds. A smaller "
-            "monitor_steps finds earlier ones; a larger teacher_sync_steps or a lower learning_rate may keep the model."
+            f"The model was not saved as the result, and nothing was pushed: {why}. A smaller monitor_steps finds earlier ones; a larger "
+            "teacher_sync_steps or a lower learning_rate may keep the model."
         )
     return None
 

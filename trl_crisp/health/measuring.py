@@ -26,7 +26,7 @@ from trl_crisp.evaluation.scoring import score_samples
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
-from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, offer_best
+from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, find_best, offer_best
 
 _CAP = "eval_benchmark_max_new_tokens"
 # Ours: if more of the base's answers are cut than this share, lengths and accuracy say more about the cap than about the model
@@ -162,6 +162,7 @@ class BenchmarkCallback(TrainerCallback):
         if args.save_total_limit == 1:
             # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
             args.save_total_limit = 2
+        find_best(self.trainer, args, state)
         if state.global_step == 0:
             if state.max_steps > 0:
                 self._measure(args, state)

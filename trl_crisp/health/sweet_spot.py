@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trl_crisp.run.identity import run_id_of
+
 # Ours: of healthy runs of 15 measurements (128 prompts x 5 answers, simulated), one would end 8%, two end 2%, and three miss more
 # losses (benchmarks/README, Accuracy without labels)
 MEASUREMENTS_IN_A_ROW = 2
@@ -82,11 +84,35 @@ def offer_best(
 
     Only this function sets `best_model_checkpoint`, which `save_total_limit` keeps.
     """
-    shortest = math.inf if state.best_metric is None else state.best_metric
+    # A best step whose checkpoint is gone cannot be the result, so any other may take its place
+    is_there = state.best_metric is not None and state.best_model_checkpoint is not None
+    shortest = state.best_metric if is_there else math.inf
     if holds(measured, margin) and measured.reduction > 0 and measured.mean_tokens < shortest:
         state.best_metric, state.best_global_step = measured.mean_tokens, measured.step
         state.best_model_checkpoint = str(_checkpoint(args, measured.step))
         control.should_save = True
+
+
+def find_best(trainer: Any, args: TrainingArguments, state: TrainerState) -> None:
+    """
+    Set `best_model_checkpoint` to where the best step's checkpoint is now, or to `None` if it no longer exists.
+
+    A state records the path as it was then. Since then `output_dir` may have moved, or may be written in another way.
+    """
+    if state.best_global_step is None:
+        return
+    recorded = state.best_model_checkpoint
+    if (own := own_checkpoint(trainer, args, state.best_global_step)) is not None:
+        state.best_model_checkpoint = str(own)
+    elif recorded is not None and not Path(recorded).is_dir():
+        state.best_model_checkpoint = None
+
+
+def own_checkpoint(trainer: Any, args: TrainingArguments, step: int) -> Path | None:
+    """Return the checkpoint of a step in `output_dir`, or `None` if there is none, or it is of another run."""
+    path = _checkpoint(args, step)
+    # With save_only_model a checkpoint does not say whose it is
+    return path if path.is_dir() and run_id_of(path) in (None, trainer.run_id) else None
 
 
 class SweetSpot(TrainerCallback):
@@ -117,6 +143,7 @@ class SweetSpot(TrainerCallback):
         if args.save_total_limit == 1:
             # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
             args.save_total_limit = 2
+        find_best(self.trainer, args, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,17 +175,17 @@ class SweetSpot(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        ended = state.global_step >= state.max_steps or self.reason_to_stop(state) is not None
-        if not (ended and self.trainer.args.stop_at_sweet_spot) or state.best_model_checkpoint is None:
+        if not (self._has_ended(state) and self.trainer.args.stop_at_sweet_spot) or state.best_global_step is None:
             return
         if state.best_global_step != state.global_step:
-            if not Path(state.best_model_checkpoint).is_dir():
-                self.trainer.accelerator.print(
-                    f"The best checkpoint, {state.best_model_checkpoint}, no longer exists, so the result is the last step's model."
-                )
+            find_best(self.trainer, args, state)
+            if state.best_model_checkpoint is None:
                 return
             self.trainer._load_best_model()
         self.loaded_step = state.best_global_step
+
+    def _has_ended(self, state: TrainerState) -> bool:
+        return state.global_step >= state.max_steps or self.reason_to_stop(state) is not None
 
     def is_lost(self, state: TrainerState) -> bool:
         """Whether the run was stopped because the measure had fallen, and no measured step qualifies as its result."""
