@@ -249,6 +249,26 @@ def test_another_step_takes_the_place_of_a_best_checkpoint_that_is_gone(tmp_path
     assert (trainer.state.global_step, spot.loaded_step) == (5, 3)
 
 
+class Interrupts(TrainerCallback):
+    """Ends the training with a checkpoint after step 5, as a signal does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            control.should_training_stop = control.should_save = True
+
+
+def test_an_interrupted_run_is_not_lost(tmp_path):
+    # Without the field the run goes on after the second sure drop, and it is turned on at a resume
+    given = {1: (60, "fine"), 2: (50, "fallen"), 3: (40, "fallen")}
+    run(tmp_path, given, stop_at_sweet_spot=False, max_steps=4, save_strategy="steps", save_steps=4)
+    fields = {"resume": str(tmp_path / "checkpoint-4"), "max_steps": 6}
+    trainer, spot = run(tmp_path, given, callbacks=[Interrupts()], **fields)
+    assert (trainer.state.global_step, spot.loaded_step) == (5, None)
+    assert describe_lost(trainer, health_of(spot)) is None
+    trainer, spot = run(tmp_path, given, resume=True, max_steps=6)
+    assert (trainer.state.global_step, spot.loaded_step) == (6, 1)
+
+
 def test_going_on_from_the_last_that_held_leaves_the_given_up_steps_behind(tmp_path, capsys):
     trainer, spot = run(tmp_path, save_strategy="steps", save_steps=1)
     assert spot.last_held(trainer.args, trainer.state) == tmp_path / "checkpoint-2"

@@ -190,7 +190,8 @@ class SweetSpot(TrainerCallback):
     def is_lost(self, state: TrainerState) -> bool:
         """Whether the run was stopped because the measure had fallen, and no measured step qualifies as its result."""
         fallen = has_fallen(self.source.measurements(state), self.source.margin)
-        return self.trainer.args.stop_at_sweet_spot and fallen and self.loaded_step is None
+        # An interrupted run goes on when it is resumed
+        return self.trainer.args.stop_at_sweet_spot and self._has_ended(state) and fallen and self.loaded_step is None
 
     def last_held(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """Return the latest checkpoint on disk whose measurement holds."""
