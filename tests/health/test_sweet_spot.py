@@ -12,6 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from tests.health.test_guard import fed
 from tests.helpers import config, make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp.health.attach import Health, attach_health
@@ -76,6 +77,12 @@ class Given:
 
     def measurements(self, state):
         return [measured(s, kind, tokens) for s, (tokens, kind) in self.given.items() if s <= state.global_step]
+
+
+class Source(Given, TrainerCallback):
+    """The same as a benchmark's callback."""
+
+    name = "given"
 
 
 # The best is step 2; step 4 is the second sure drop in a row
@@ -269,6 +276,37 @@ def test_an_interrupted_run_is_not_lost(tmp_path):
     assert (trainer.state.global_step, spot.loaded_step) == (6, 1)
 
 
+def test_a_best_checkpoint_is_the_result_also_if_the_guard_stops_at_the_same_step(tmp_path):
+    trainer, spot = run(tmp_path / "run")
+    guard, *_ = fed(tmp_path, [0.04] * 5 + [1.0] * 20)
+    assert (spot.loaded_step, guard.stopped_at_step) == (2, 15)
+    assert describe_lost(trainer, health_of(spot, guard)) is None
+    line = describe_end(trainer, health_of(spot, guard))
+    assert f"The result is the best checkpoint, that of step 2: {tmp_path}/run/checkpoint-2. By its signals" in line
+    assert "the run looked lost after step 15: the student's entropy is 2.5 times" in line
+
+
+def test_a_checkpoint_after_a_sure_drop_is_not_pushed(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(
+        "transformers.Trainer._push_from_checkpoint", lambda self, folder: pushed.append(self.state.global_step)
+    )
+    given = {2: (70, "small"), 3: (60, "fallen"), 5: (60, "fine"), 6: (60, "fallen"), 7: (60, "fallen")}
+    fields = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
+    trainer = make_trainer(tmp_path, dataset=rows(24), stop_at_sweet_spot=True, **fields)
+    monkeypatch.setattr("trl_crisp.health.attach.BenchmarkCallback", Source)
+    trainer.add_callback(Source(given))
+    health = attach_health(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 7
+    # Those after step 3 are not, until step 5 was measured
+    assert pushed == [1, 2, 5]
+    assert health.sweet_spot.loaded_step == 5
+    # The best checkpoint is pushed at the end
+    assert trainer.args.push_to_hub
+
+
 def test_going_on_from_the_last_that_held_leaves_the_given_up_steps_behind(tmp_path, capsys):
     trainer, spot = run(tmp_path, save_strategy="steps", save_steps=1)
     assert spot.last_held(trainer.args, trainer.state) == tmp_path / "checkpoint-2"
@@ -396,7 +434,8 @@ def test_the_script_measures_a_file_of_prompts_and_stops_a_run_that_loses_its_an
     assert "Training ends after step 2: accuracy on the monitor prompts is -100.0 points from the base's" in out
     assert "agreement 100.0% -> 0.0% (-100.0 points [-100.0, -100.0])" in out
     assert "accuracy 100.0% -> 0.0% (-100.0 points [-100.0, -100.0])" in out
-    assert "The model was not saved as the result, and nothing was pushed: no measured step" in out
+    assert "The model of step 2 was not saved as the result, and it was not pushed: no measured step" in out
+    assert out.count("it was not pushed") == out.count("agreement 100.0% -> 0.0%") == 1
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()
 

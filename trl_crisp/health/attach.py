@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.health.alerts import TrackerAlerts
+from trl_crisp.health.ending import EndOfRun
 from trl_crisp.health.guard import CollapseGuard
 from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor import AgreementMonitor
@@ -43,7 +44,7 @@ def attach_health(
     progress: Callable[[], AbstractContextManager[Tell]] = lambda: nullcontext(lambda *args: None),
 ) -> Health:
     """
-    Attach to a trainer what its config asks for. Call it once, before `train`, and after adding a [`~trl_crisp.BenchmarkCallback`].
+    Attach to a trainer what its config asks for. A training then ends with a line on what it did and which checkpoint to use. Call it once, before `train`, and after adding a [`~trl_crisp.BenchmarkCallback`].
 
     Args:
         trainer: A [`~trl_crisp.CRISPTrainer`].
@@ -89,5 +90,13 @@ def attach_health(
     # Before the trackers and the line of the terminal, which report what the signals add to the log
     alerts = TrackerAlerts(signals, trainer.callback_handler)
     trainer.callback_handler.callbacks[:0] = [signals, *([guard] if guard is not None else []), alerts]
+    trainer.may_upload = lambda: (
+        not (
+            (guard is not None and guard.is_worried)
+            or (sweet_spot is not None and sweet_spot.is_worried(trainer.state))
+        )
+    )
     trainer.is_watched = True
-    return Health(signals, guard, monitor, benchmark, sweet_spot)
+    health = Health(signals, guard, monitor, benchmark, sweet_spot)
+    trainer.add_callback(EndOfRun(trainer, health))
+    return health

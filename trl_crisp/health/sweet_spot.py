@@ -54,6 +54,11 @@ def holds(measured: Measurement, margin: float) -> bool:
     return measured.change >= -margin - _ROUNDING
 
 
+def is_sure_drop(measured: Measurement, margin: float) -> bool:
+    """Whether the change is below the base by more than the margin, and its interval below zero. False if it is unknown."""
+    return measured.change < -margin - _ROUNDING and measured.change_high < 0
+
+
 def has_fallen(measured: Sequence[Measurement], margin: float) -> bool:
     """
     The rule of the stop: whether the last two measurements are both below the margin, and each one's interval is below zero.
@@ -62,9 +67,7 @@ def has_fallen(measured: Sequence[Measurement], margin: float) -> bool:
     small to matter.
     """
     last = measured[-MEASUREMENTS_IN_A_ROW:]
-    return len(last) == MEASUREMENTS_IN_A_ROW and all(
-        one.change < -margin - _ROUNDING and one.change_high < 0 for one in last
-    )
+    return len(last) == MEASUREMENTS_IN_A_ROW and all(is_sure_drop(one, margin) for one in last)
 
 
 def check_sole_owner(args: TrainingArguments, field_name: str) -> None:
@@ -175,7 +178,7 @@ class SweetSpot(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not (self._has_ended(state) and self.trainer.args.stop_at_sweet_spot) or state.best_global_step is None:
+        if not (self.has_ended(state) and self.trainer.args.stop_at_sweet_spot) or state.best_global_step is None:
             return
         if state.best_global_step != state.global_step:
             find_best(self.trainer, args, state)
@@ -184,14 +187,22 @@ class SweetSpot(TrainerCallback):
             self.trainer._load_best_model()
         self.loaded_step = state.best_global_step
 
-    def _has_ended(self, state: TrainerState) -> bool:
+    def has_ended(self, state: TrainerState) -> bool:
+        """Whether the run is at its last step, or ends at this one."""
         return state.global_step >= state.max_steps or self.reason_to_stop(state) is not None
+
+    def is_worried(self, state: TrainerState) -> bool:
+        """Whether the run would end if the next measurement were like the last one. Then no checkpoint should be uploaded."""
+        measured = self.source.measurements(state)
+        return (
+            self.trainer.args.stop_at_sweet_spot and bool(measured) and is_sure_drop(measured[-1], self.source.margin)
+        )
 
     def is_lost(self, state: TrainerState) -> bool:
         """Whether the run was stopped because the measure had fallen, and no measured step qualifies as its result."""
         fallen = has_fallen(self.source.measurements(state), self.source.margin)
         # An interrupted run goes on when it is resumed
-        return self.trainer.args.stop_at_sweet_spot and self._has_ended(state) and fallen and self.loaded_step is None
+        return self.trainer.args.stop_at_sweet_spot and self.has_ended(state) and fallen and self.loaded_step is None
 
     def last_held(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """Return the latest checkpoint on disk whose measurement holds."""
