@@ -70,7 +70,7 @@ def test_the_best_checkpoint_is_the_shortest_that_holds(tmp_path, seed):
 class Given:
     """Measurements that are given: (tokens, kind) by step; the base has 100 tokens."""
 
-    margin, subject = MARGIN, "agreement"
+    margin, subject, every_steps = MARGIN, "agreement", 1
 
     def __init__(self, given):
         self.given = given
@@ -237,7 +237,7 @@ def test_a_best_checkpoint_of_another_run_is_not_taken(tmp_path):
     given = {1: (60, "fine"), 4: (40, "fallen"), 5: (40, "fallen")}
     run(tmp_path / "one", given, max_steps=3, save_strategy="steps", save_steps=1)
     # Another run of that directory's name has replaced step 1
-    run(tmp_path / "two", given, max_steps=1)
+    run(tmp_path / "two", given, max_steps=2)
     shutil.rmtree(tmp_path / "one" / "checkpoint-1")
     shutil.move(tmp_path / "two" / "checkpoint-1", tmp_path / "one" / "checkpoint-1")
     shutil.move(tmp_path / "one", tmp_path / "three")
@@ -262,6 +262,23 @@ class Interrupts(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5:
             control.should_training_stop = control.should_save = True
+
+
+@pytest.mark.parametrize(("kind", "is_lost"), [("fallen", True), ("noise", False)])
+def test_a_run_that_has_fallen_at_its_last_step_is_lost(tmp_path, kind, is_lost):
+    """Also by one measurement: the rule of two is against an end by noise, and this run is over."""
+    trainer, spot = run(tmp_path, {3: (50, kind)}, max_steps=3)
+    lost = describe_lost(trainer, health_of(spot))
+    if is_lost:
+        assert "step 3 was not saved as the result, and it was not pushed: no measured step is shorter" in lost
+    else:
+        assert lost is None
+
+
+def test_a_run_that_is_too_short_for_the_stop_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(Given, "every_steps", 2)
+    with pytest.warns(UserWarning, match="cannot end this run before its last step: it has 3 steps, .* every 2 steps"):
+        run(tmp_path, {}, max_steps=3)
 
 
 def test_an_interrupted_run_is_not_lost(tmp_path):

@@ -1,6 +1,7 @@
 """The sweet spot: which measured step is the best checkpoint, when a run stops there, and what its result is."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,18 @@ class Measurement:
 
 
 class Source(Protocol):
-    """What measures the student along a run. Labels count more than agreement where there are both."""
+    """
+    What measures the student along a run. Labels count more than agreement where there are both.
+
+    Attributes:
+        margin: How far the change may be below the base's own, as a share: 0.03 is three points.
+        subject: What is measured, in words.
+        every_steps: Optimizer steps between two measurements.
+    """
 
     margin: float
     subject: str
+    every_steps: int
 
     def measurements(self, state: TrainerState) -> list[Measurement]:
         """Return what was measured so far, without the base's own, from the log alone."""
@@ -147,6 +156,14 @@ class SweetSpot(TrainerCallback):
             # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
             args.save_total_limit = 2
         find_best(self.trainer, args, state)
+        needed_steps = MEASUREMENTS_IN_A_ROW * self.source.every_steps
+        if self.trainer.args.stop_at_sweet_spot and 0 < state.max_steps < needed_steps:
+            warnings.warn(
+                f"stop_at_sweet_spot cannot end this run before its last step: it has {state.max_steps} steps, and the rule needs "
+                f"{MEASUREMENTS_IN_A_ROW} measurements, one every {self.source.every_steps} steps. Measure more often (monitor_steps, "
+                "eval_benchmark_steps).",
+                stacklevel=2,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -199,10 +216,9 @@ class SweetSpot(TrainerCallback):
         )
 
     def is_lost(self, state: TrainerState) -> bool:
-        """Whether the run was stopped because the measure had fallen, and no measured step qualifies as its result."""
-        fallen = has_fallen(self.source.measurements(state), self.source.margin)
+        """Whether the run has ended, its last measurement is a sure drop ([`is_sure_drop`]), and no measured step qualifies as its result."""
         # An interrupted run goes on when it is resumed
-        return self.trainer.args.stop_at_sweet_spot and self.has_ended(state) and fallen and self.loaded_step is None
+        return self.has_ended(state) and self.loaded_step is None and self.is_worried(state)
 
     def last_held(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """Return the latest checkpoint on disk whose measurement holds."""
