@@ -324,6 +324,39 @@ def test_a_checkpoint_after_a_sure_drop_is_not_pushed(tmp_path, monkeypatch):
     assert trainer.args.push_to_hub
 
 
+HELD = {1: (60, "fine"), 2: (70, "fine"), 3: (40, "fallen"), 4: (40, "fallen")}
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_last_that_held_is_saved_and_kept(tmp_path, is_resumed):
+    """Step 2, though step 1 is the best, and a limit removes others."""
+    fields = {"stop_at_sweet_spot": False, "max_steps": 5, "save_total_limit": 1}
+    trainer, spot = run(tmp_path, HELD, **{**fields, "max_steps": 2} if is_resumed else fields)
+    if is_resumed:
+        trainer, spot = run(tmp_path, HELD, resume=True, **fields, save_strategy="steps", save_steps=1)
+    assert spot.last_held(trainer.args, trainer.state) == tmp_path / "checkpoint-2"
+    guard, *_ = fed(tmp_path / "guard", [0.04] * 5 + [1.0] * 20)
+    lost = describe_lost(trainer, health_of(spot, guard))
+    assert f"{tmp_path}/checkpoint-2 is the last checkpoint that held when it was measured: use it, or go on" in lost
+    assert f"--resume_from_checkpoint {tmp_path}/checkpoint-2" in lost
+
+
+def test_a_checkpoint_of_another_run_is_not_the_last_that_held(tmp_path):
+    run(tmp_path / "other", {}, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer, spot = run(tmp_path / "run", HELD)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    shutil.move(tmp_path / "other" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    assert spot.last_held(trainer.args, trainer.state) == tmp_path / "run" / "checkpoint-1"
+
+
+def test_no_command_resumes_from_a_checkpoint_without_an_optimizer(tmp_path):
+    trainer, spot = run(tmp_path, HELD, stop_at_sweet_spot=False, max_steps=4, save_only_model=True)
+    guard, *_ = fed(tmp_path / "guard", [0.04] * 5 + [1.0] * 20)
+    lost = describe_lost(trainer, health_of(spot, guard))
+    assert f"{tmp_path}/checkpoint-2 is the last checkpoint that held when it was measured: use it.\n" in lost
+    assert "--resume_from_checkpoint" not in lost
+
+
 def test_going_on_from_the_last_that_held_leaves_the_given_up_steps_behind(tmp_path, capsys):
     trainer, spot = run(tmp_path, save_strategy="steps", save_steps=1)
     assert spot.last_held(trainer.args, trainer.state) == tmp_path / "checkpoint-2"

@@ -6,6 +6,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 
 from trl_crisp.config import CRISPConfig
+from trl_crisp.run.checkpoints import find_fault
 from trl_crisp.run.interruption import resume_command
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def describe_lost(trainer: Any, health: "Health") -> str | None:
         )
         held = sweet_spot.last_held(args, state) if sweet_spot is not None else None
         if held is not None:
-            changes = gentler(args)
+            changes = gentler(args) if find_fault(held) is None else None
             advice = f"{held} is the last checkpoint that held when it was measured: use it"
             advice += (
                 "."

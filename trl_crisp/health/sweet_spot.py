@@ -132,6 +132,7 @@ class SweetSpot(TrainerCallback):
     Finds the best checkpoint by what a source measures, and ends the run there if the config says so.
 
     - The best checkpoint is the measured step with the fewest mean tokens, fewer than the base's, whose change holds ([`holds`]).
+    - Each measured step that holds is saved, and `save_total_limit` keeps the last of them, to go back to if the run is lost.
     - `stop_at_sweet_spot` ends the run once the change has fallen ([`has_fallen`]). When such a run ends, by this or at its last step, the
       trainer's model gets the weights of the best checkpoint, so these are what is saved and pushed.
     - `target_reduction` ends the run once the measured mean length has fallen by that share.
@@ -156,6 +157,7 @@ class SweetSpot(TrainerCallback):
             # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
             args.save_total_limit = 2
         find_best(self.trainer, args, state)
+        self.trainer.kept_checkpoint = self.last_held(args, state)
         needed_steps = MEASUREMENTS_IN_A_ROW * self.source.every_steps
         if self.trainer.args.stop_at_sweet_spot and 0 < state.max_steps < needed_steps:
             warnings.warn(
@@ -172,6 +174,10 @@ class SweetSpot(TrainerCallback):
         if not measured or measured[-1].step != state.global_step:
             return
         offer_best(args, state, control, measured[-1], self.source.margin)
+        if holds(measured[-1], self.source.margin):
+            # What to go back to if the run is lost later
+            control.should_save = True
+            self.trainer.kept_checkpoint = _checkpoint(args, state.global_step)
         if (reason := self.reason_to_stop(state)) is not None:
             control.should_training_stop = control.should_save = True
             self.trainer.accelerator.print(f"Training ends after step {state.global_step}: {reason}")
@@ -221,11 +227,10 @@ class SweetSpot(TrainerCallback):
         return self.has_ended(state) and self.loaded_step is None and self.is_worried(state)
 
     def last_held(self, args: TrainingArguments, state: TrainerState) -> Path | None:
-        """Return the latest checkpoint on disk whose measurement holds."""
-        for one in reversed(self.source.measurements(state)):
-            if holds(one, self.source.margin) and _checkpoint(args, one.step).is_dir():
-                return _checkpoint(args, one.step)
-        return None
+        """Return the run's latest checkpoint on disk whose measurement holds."""
+        held = [one for one in self.source.measurements(state) if holds(one, self.source.margin)]
+        checkpoints = (own_checkpoint(self.trainer, args, one.step) for one in reversed(held))
+        return next((path for path in checkpoints if path is not None), None)
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:

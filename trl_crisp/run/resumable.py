@@ -55,11 +55,13 @@ class ResumableTrainer(DistillationTrainer):
         run_id: The id of the run, which its checkpoints have too; `None` before training.
         is_over: Receives the state of a checkpoint, and says whether the run had ended there before its last step. Then nothing more is
             trained from it. `None` if only the last step ends a run.
+        kept_checkpoint: A checkpoint that `save_total_limit` keeps besides the latest and the best.
         may_upload: Says whether the checkpoint that was just saved may go to the Hub, if the config uploads checkpoints. `None` if each may.
     """
 
     run_description: dict[str, Any]
     is_over: Callable[[TrainerState], bool] | None = None
+    kept_checkpoint: Path | None = None
     may_upload: Callable[[], bool] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -239,7 +241,7 @@ class ResumableTrainer(DistillationTrainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            keep_at_most(own_checkpoints(directory), limit, self.state.best_model_checkpoint)
+            keep_at_most(own_checkpoints(directory), limit, self.state.best_model_checkpoint, self.kept_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # It also copies the weights into output_dir
