@@ -1,5 +1,6 @@
 """How a run ends: a line on what it did and which checkpoint to use, and whether it has a model to save as its result."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -115,6 +116,8 @@ def _advice(trainer: Any, health: "Health") -> str:
         if guard is None or guard.stopped_at_step is None:
             return result
         return f"{result} By its signals the run looked lost after step {guard.stopped_at_step}: {'; '.join(guard.reasons)}."
+    if all(math.isnan(one.change) for one in sweet_spot.source.measurements(state)):
+        return f"Neither accuracy nor agreement was measured after step 0, so no step can be recommended; step {state.global_step} was the last."
     if state.best_global_step is None:
         return f"No measured step is shorter than the base and holds, so there is none to recommend; step {state.global_step} was the last."
     if state.best_global_step == state.global_step:
