@@ -118,7 +118,8 @@ def test_the_result_of_a_stopped_run_is_its_best_checkpoint(tmp_path, capsys):
     assert same(
         load_file(tmp_path / "result/model.safetensors"), load_file(tmp_path / "checkpoint-2/model.safetensors")
     )
-    # Despite the limit of 1, both are there: the best, and the last, which can be resumed
+    # Despite the limit of 1, which stays the user's, both are there: the best, and the last, which can be resumed
+    assert trainer.args.save_total_limit == 1
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert not same(weights(trainer), load_file(tmp_path / "checkpoint-4/model.safetensors"))
 

@@ -159,9 +159,6 @@ class BenchmarkCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.save_total_limit == 1:
-            # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
-            args.save_total_limit = 2
         find_best(self.trainer, args, state)
         if state.global_step == 0:
             if state.max_steps > 0:

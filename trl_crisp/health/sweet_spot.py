@@ -153,9 +153,6 @@ class SweetSpot(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.loaded_step = None
-        if args.save_total_limit == 1:
-            # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
-            args.save_total_limit = 2
         find_best(self.trainer, args, state)
         self.trainer.kept_checkpoint = self.last_held(args, state)
         needed_steps = MEASUREMENTS_IN_A_ROW * self.source.every_steps

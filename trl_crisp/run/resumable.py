@@ -256,7 +256,9 @@ class ResumableTrainer(DistillationTrainer):
         finally:
             self.args.save_total_limit = limit
         best = self.state.best_model_checkpoint
-        if self.args.should_save and limit == 1 and best is not None:
+        # A best checkpoint that was not found by transformers' metric stays beside the last one, which can be resumed
+        by_metric = self.args.metric_for_best_model is not None
+        if self.args.should_save and limit == 1 and best is not None and by_metric:
             for path in own_checkpoints(self._get_output_dir(trial)):
                 if path != Path(best):
                     shutil.rmtree(path, ignore_errors=True)
