@@ -17,6 +17,7 @@ from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.evaluation.evaluating import evaluate
 from trl_crisp.evaluation.results import load_results
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.attach import attach_health
 from trl_crisp.health.measuring import BenchmarkArguments, BenchmarkCallback
 from trl_crisp.train import main, parse_args, run
 
@@ -315,6 +316,13 @@ def test_what_would_have_no_effect_is_refused(files, tmp_path, fields, overrides
     trainer = trainer_of(files, tmp_path, **fields)
     with pytest.raises(ValueError, match=message):
         BenchmarkCallback(trainer, EvaluationSettings(**{**settings(files).__dict__, **overrides}))
+
+
+def test_it_comes_before_what_decides_by_it(files, tmp_path):
+    trainer = trainer_of(files, tmp_path)
+    attach_health(trainer)
+    with pytest.raises(ValueError, match=r"after attach_health\(trainer\), so both would choose the best checkpoint"):
+        BenchmarkCallback(trainer, settings(files))
 
 
 @pytest.mark.parametrize("setting", ["ddp", "zero3"])

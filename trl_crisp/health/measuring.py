@@ -111,7 +111,8 @@ class BenchmarkCallback(TrainerCallback):
         progress: Makes a context manager for the first process; it gives the function that receives the progress.
 
     Raises:
-        ValueError: If the model is sharded by FSDP and vLLM does not answer, or if the benchmark or the settings do not fit.
+        ValueError: If the model is sharded by FSDP and vLLM does not answer, if the benchmark or the settings do not fit, or if
+            [`~trl_crisp.health.attach.attach_health`] was called before.
         FileNotFoundError, PermissionError, ConnectionError: If the problems cannot be loaded.
         ImportError: If math-verify is not installed.
     """
@@ -130,6 +131,11 @@ class BenchmarkCallback(TrainerCallback):
                     f"{name}={value!r} has no effect during training: the student answers the plain prompt, with the run's own engine. "
                     "Leave it out, and measure checkpoints with `trl-crisp eval`."
                 )
+        if getattr(trainer, "is_watched", False):
+            raise ValueError(
+                "a BenchmarkCallback was made after attach_health(trainer), so both would choose the best checkpoint. Make and add it before that "
+                "call, which then decides by the benchmark."
+            )
         check_sole_owner(trainer.args, "eval_benchmark")
         if not can_answer(trainer):
             raise ValueError(
