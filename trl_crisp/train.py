@@ -334,7 +334,6 @@ def main(
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
-            callbacks=[interrupt],
         )
     trainer.dataset_name = script_args.dataset_name
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
@@ -342,6 +341,8 @@ def main(
     health = attach_health(
         trainer, monitor_dataset=load_monitor_file(file, script_args) if file is not None else None, progress=progress
     )
+    # Behind what measures, so that a signal during a measurement ends the run after it and not a step later
+    trainer.add_callback(interrupt)
     try:
         with unreadable_rows_named(rows_file):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)

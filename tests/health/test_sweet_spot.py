@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tests.helpers import config, make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp.health.attach import Health, attach_health
 from trl_crisp.health.ending import describe_end, describe_lost, gentler
+from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.health.signals import HealthSignals
 from trl_crisp.health.sweet_spot import Measurement, SweetSpot, has_fallen, holds, offer_best
 from trl_crisp.run.interruption import resume_command
@@ -489,6 +492,23 @@ def test_the_script_measures_a_file_of_prompts_and_stops_a_run_that_loses_its_an
     assert out.count("it was not pushed") == out.count("agreement 100.0% -> 0.0%") == 1
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_signal_during_a_measurement_ends_the_run_after_it(tmp_path, capsys, monkeypatch):
+    save_tiny(tmp_path / "model")
+    measure = AgreementMonitor._measure
+
+    def press(self, state):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        measure(self, state)
+
+    monkeypatch.setattr(AgreementMonitor, "_measure", press)
+    file = ("--monitor_file", str(tmp_path / "monitor.jsonl"))
+    assert script(tmp_path, *file, "--target_reduction", "0.9") == 130
+    out = capsys.readouterr().out
+    assert "The run ended after step 2, before its last step, 6." in out
+    assert "Stopped after step 2; its checkpoint is in" in out
 
 
 def test_a_file_whose_prompts_are_trained_on_is_refused(tmp_path):
