@@ -611,13 +611,16 @@ def test_a_target_is_measured_where_answers_cannot_be_compared(tmp_path, capsys)
     assert describe_lost(trainer, health) is None
 
 
-def test_the_last_line_of_a_run_that_measured_nothing_says_so(tmp_path):
+def test_the_last_line_of_a_run_that_measured_nothing_says_so(tmp_path, capsys):
     trainer = make_trainer(tmp_path, max_steps=2)
     health = attach_health(trainer)
     trainer.train()
     lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "loss" in log]
     mean = sum(lengths) / 2
-    assert describe_end(trainer, health) == (
+    line = (
         f"rollouts {mean:,.0f} -> {mean:,.0f} tokens (+0%); accuracy not measured; the teacher was refreshed 0 times. "
         "The result is the model of step 2."
     )
+    assert describe_end(trainer, health) == line
+    # In Python too
+    assert capsys.readouterr().out.count(line) == 1

@@ -44,7 +44,9 @@ def attach_health(
     progress: Callable[[], AbstractContextManager[Tell]] = lambda: nullcontext(lambda *args: None),
 ) -> Health:
     """
-    Attach to a trainer what its config asks for. A training then ends with a line on what it did and which checkpoint to use. Call it once, before `train`, and after adding a [`~trl_crisp.BenchmarkCallback`].
+    Attach to a trainer what its config asks for. Call it once, before `train`, and after adding a [`~trl_crisp.BenchmarkCallback`].
+
+    A training then ends with a line on what it did and which checkpoint to use ([`~trl_crisp.health.ending.EndOfRun`]).
 
     Args:
         trainer: A [`~trl_crisp.CRISPTrainer`].
@@ -90,12 +92,12 @@ def attach_health(
     # Before the trackers and the line of the terminal, which report what the signals add to the log
     alerts = TrackerAlerts(signals, trainer.callback_handler)
     trainer.callback_handler.callbacks[:0] = [signals, *([guard] if guard is not None else []), alerts]
-    trainer.may_upload = lambda: (
-        not (
-            (guard is not None and guard.is_worried)
-            or (sweet_spot is not None and sweet_spot.is_worried(trainer.state))
-        )
-    )
+
+    def may_upload() -> bool:
+        worried = guard is not None and guard.is_worried
+        return not (worried or (sweet_spot is not None and sweet_spot.is_worried(trainer.state)))
+
+    trainer.may_upload = may_upload
     trainer.is_watched = True
     health = Health(signals, guard, monitor, benchmark, sweet_spot)
     trainer.add_callback(EndOfRun(trainer, health))

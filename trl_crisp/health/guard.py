@@ -34,6 +34,7 @@ class CollapseGuard(TrainerCallback):
         self.signals = signals
         self.stopped_at_step: int | None = None
         self.reasons: list[str] = []
+        self._began_at_step = 0
         self._limit_before: tuple[int | None] | None = None
 
     @property
@@ -51,9 +52,18 @@ class CollapseGuard(TrainerCallback):
         self.stopped_at_step, self.reasons = None, []
         if self._limit_before is not None:
             (args.save_total_limit,), self._limit_before = self._limit_before, None
-        # A run that was stopped at its last step trains no further step that would be judged
-        if state.global_step >= state.max_steps and self.signals.running.step == state.global_step and self._is_met():
-            self.stopped_at_step, self.reasons = state.global_step, list(self.signals.running.verdict.reasons)
+        self._began_at_step = state.global_step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A run that resumed from its end has trained no step that was judged
+        trained_none = state.global_step == self._began_at_step == self.signals.running.step
+        if self.stopped_at_step is None and trained_none and self._is_met():
+            self._stop(state)
+
+    def _stop(self, state: TrainerState) -> None:
+        self.stopped_at_step, self.reasons = state.global_step, list(self.signals.running.verdict.reasons)
 
     def on_log(
         self,
@@ -65,7 +75,7 @@ class CollapseGuard(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs or not self._is_met():
             return
-        self.stopped_at_step, self.reasons = state.global_step, list(self.signals.running.verdict.reasons)
+        self._stop(state)
         control.should_save = control.should_training_stop = True
         told = f"Training stops after step {state.global_step}: the run looks lost"
         texts: dict[str, Any] = logs

@@ -97,8 +97,8 @@ def offer_best(
     Only this function sets `best_model_checkpoint`, which `save_total_limit` keeps.
     """
     # A best step whose checkpoint is gone cannot be the result, so any other may take its place
-    is_there = state.best_metric is not None and state.best_model_checkpoint is not None
-    shortest = state.best_metric if is_there else math.inf
+    is_gone = state.best_model_checkpoint is None
+    shortest = math.inf if is_gone or state.best_metric is None else state.best_metric
     if holds(measured, margin) and measured.reduction > 0 and measured.mean_tokens < shortest:
         state.best_metric, state.best_global_step = measured.mean_tokens, measured.step
         state.best_model_checkpoint = str(_checkpoint(args, measured.step))
@@ -156,7 +156,8 @@ class SweetSpot(TrainerCallback):
         find_best(self.trainer, args, state)
         self.trainer.kept_checkpoint = self.last_held(args, state)
         needed_steps = MEASUREMENTS_IN_A_ROW * self.source.every_steps
-        if self.trainer.args.stop_at_sweet_spot and 0 < state.max_steps < needed_steps:
+        is_short = 0 < state.max_steps < needed_steps
+        if self.trainer.args.stop_at_sweet_spot and is_short and state.is_world_process_zero:
             warnings.warn(
                 f"stop_at_sweet_spot cannot end this run before its last step: it has {state.max_steps} steps, and the rule needs "
                 f"{MEASUREMENTS_IN_A_ROW} measurements, one every {self.source.every_steps} steps. Measure more often (monitor_steps, "
