@@ -17,11 +17,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from tests.health.test_guard import fed
 from tests.helpers import config, make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
-from trl_crisp.health.attach import Health, attach_health
+from trl_crisp.health.attach import attach_health
 from trl_crisp.health.ending import describe_end, describe_lost, gentler
 from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.health.signals import HealthSignals
 from trl_crisp.health.sweet_spot import Measurement, SweetSpot, has_fallen, holds, offer_best
+from trl_crisp.health.watchers import Health
 from trl_crisp.run.interruption import resume_command
 from trl_crisp.train import main, parse_args
 

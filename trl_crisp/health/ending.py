@@ -1,17 +1,15 @@
 """How a run ends: a line on what it did and which checkpoint to use, and whether it has a model to save as its result."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from trl_crisp.config import CRISPConfig
+from trl_crisp.health.watchers import Health
 from trl_crisp.run.checkpoints import find_fault
 from trl_crisp.run.interruption import resume_command
-
-if TYPE_CHECKING:
-    from trl_crisp.health.attach import Health
 
 
 class EndOfRun(TrainerCallback):
@@ -25,7 +23,7 @@ class EndOfRun(TrainerCallback):
         health: What watches it. Its callbacks must come before this one.
     """
 
-    def __init__(self, trainer: Any, health: "Health") -> None:
+    def __init__(self, trainer: Any, health: Health) -> None:
         self.trainer, self.health = trainer, health
         self._push_before: bool | None = None
 
@@ -44,12 +42,12 @@ class EndOfRun(TrainerCallback):
             self._push_before, args.push_to_hub = args.push_to_hub, False
 
 
-def describe_end(trainer: Any, health: "Health") -> str:
+def describe_end(trainer: Any, health: Health) -> str:
     """Return a run's start and end in one line."""
     return f"{'; '.join([*_measured(trainer, health), _refreshes(trainer.teacher)])}. {_advice(trainer, health)}"
 
 
-def _measured(trainer: Any, health: "Health") -> list[str]:
+def _measured(trainer: Any, health: Health) -> list[str]:
     state, step = trainer.state, _result_step(trainer, health)
     parts = []
     names = [(f"eval_{health.benchmark.name}", health.benchmark.name)] if health.benchmark is not None else []
@@ -89,13 +87,13 @@ def _refreshes(teacher: Any) -> str:
     return f"the teacher was refreshed {teacher.refreshes} times{postponed}"
 
 
-def _result_step(trainer: Any, health: "Health") -> int:
+def _result_step(trainer: Any, health: Health) -> int:
     sweet_spot = health.sweet_spot
     loaded = sweet_spot.loaded_step if sweet_spot is not None else None
     return trainer.state.global_step if loaded is None else loaded
 
 
-def _has_ended(trainer: Any, health: "Health") -> bool:
+def _has_ended(trainer: Any, health: Health) -> bool:
     state, guard, sweet_spot = trainer.state, health.guard, health.sweet_spot
     is_stopped = guard is not None and guard.stopped_at_step is not None
     return (
@@ -103,7 +101,7 @@ def _has_ended(trainer: Any, health: "Health") -> bool:
     )
 
 
-def _advice(trainer: Any, health: "Health") -> str:
+def _advice(trainer: Any, health: Health) -> str:
     state, guard, sweet_spot = trainer.state, health.guard, health.sweet_spot
     if not _has_ended(trainer, health):
         return f"The run ended after step {state.global_step}, before its last step, {state.max_steps}."
@@ -126,7 +124,7 @@ def _advice(trainer: Any, health: "Health") -> str:
     return f"The result is the model of step {state.global_step}; the best measured is that of step {state.best_global_step}: {best}."
 
 
-def describe_lost(trainer: Any, health: "Health") -> str | None:
+def describe_lost(trainer: Any, health: Health) -> str | None:
     """
     Return why a run has no model to save as its result: the guard stopped it, or nothing measured qualifies.
 
