@@ -310,10 +310,14 @@ def test_a_best_checkpoint_is_the_result_also_if_the_guard_stops_at_the_same_ste
 
 def test_a_checkpoint_after_a_sure_drop_is_not_pushed(tmp_path, monkeypatch):
     pushed = []
+
+    def push(self, folder):
+        pushed.append(self.state.global_step)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(f"{folder}/{name}", tmp_path)
+
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
-    monkeypatch.setattr(
-        "transformers.Trainer._push_from_checkpoint", lambda self, folder: pushed.append(self.state.global_step)
-    )
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", push)
     given = {2: (70, "small"), 3: (60, "fallen"), 5: (60, "fine"), 6: (60, "fallen"), 7: (60, "fallen")}
     fields = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
     trainer = make_trainer(tmp_path, dataset=rows(24), stop_at_sweet_spot=True, **fields)
@@ -324,6 +328,8 @@ def test_a_checkpoint_after_a_sure_drop_is_not_pushed(tmp_path, monkeypatch):
     assert trainer.state.global_step == 7
     # Those after step 3 are not, until step 5 was measured
     assert pushed == [1, 2, 5]
+    # The card in output_dir is still that of the weights beside it
+    assert json.loads((tmp_path / "crisp_training.json").read_text())["step"] == 5
     assert health.sweet_spot.loaded_step == 5
     # The best checkpoint is pushed at the end
     assert trainer.args.push_to_hub
