@@ -146,7 +146,7 @@ class CRISPConfig(DistillationConfig):
             Resume from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this run's.
         collapse_guard (`bool`, defaults to `True`; ours, because training on a lost model costs time and saves it as the result):
             For the training script: stop a run that its signals call lost ([`~trl_crisp.health.guard.CollapseGuard`]), save no final
-            model, push nothing, and exit with status 3. In Python, [`~trl_crisp.health.attach.attach_health`] attaches it.
+            model, do not push it, and exit with status 3. In Python, [`~trl_crisp.health.attach.attach_health`] attaches it.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -285,7 +285,7 @@ class CRISPConfig(DistillationConfig):
     collapse_guard: bool = field(
         default=True,
         metadata={
-            "help": "Stop a run that is lost by its logged signals, with exit status 3; save no final model and push nothing."
+            "help": "Stop a run that is lost by its logged signals, with exit status 3; save and push no final model."
         },
     )
 

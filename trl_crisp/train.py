@@ -282,7 +282,7 @@ def main(
     from trl import get_peft_config, get_quantization_config
 
     from trl_crisp.health.attach import attach_health
-    from trl_crisp.health.ending import describe_end, describe_lost
+    from trl_crisp.health.ending import describe_lost
     from trl_crisp.health.guard import EXIT_CODE
     from trl_crisp.health.monitor_prompts import load_monitor_file
     from trl_crisp.models.source import check_model, check_tokenizer
@@ -334,7 +334,6 @@ def main(
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
-            callbacks=[interrupt],
         )
     trainer.dataset_name = script_args.dataset_name
     benchmark = add_benchmark(trainer, benchmark_args) if benchmark_args and benchmark_args.eval_benchmark else None
@@ -342,16 +341,18 @@ def main(
     health = attach_health(
         trainer, monitor_dataset=load_monitor_file(file, script_args) if file is not None else None, progress=progress
     )
+    # Behind what measures, so that a signal during a measurement ends the run after it and not a step later
+    trainer.add_callback(interrupt)
     try:
         with unreadable_rows_named(rows_file):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
         interrupt.restore()
     accelerator = trainer.accelerator
-    if (why := describe_lost(trainer, health)) is not None:
+    if describe_lost(trainer, health) is not None:
         ignore_signals()
         trainer.save_state()
-        accelerator.print(f"{describe_end(trainer, health)}\n{why}\nThe last step's checkpoint is in {output_dir}.")
+        accelerator.print(f"The last step's checkpoint is in {output_dir}.")
         if accelerator.is_main_process:
             print(write_page(output_dir))
         accelerator.wait_for_everyone()
@@ -378,7 +379,6 @@ def main(
     trainer.save_state()
     if benchmark is not None:
         trainer.accelerator.print(benchmark.describe_best(trainer.state))
-    trainer.accelerator.print(describe_end(trainer, health))
     prompts = [row["prompt"] for row in itertools.islice(trainer.train_dataset, _HINTED_ROWS)]
     trainer.accelerator.print(next_steps(output_dir, model_args.use_peft, prompts))
     if accelerator.is_main_process:

@@ -11,6 +11,7 @@ from tests.health.test_signals import FIRST, LOST
 from tests.helpers import config, make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny
 from trl_crisp.health.attach import attach_health
+from trl_crisp.health.ending import describe_lost
 from trl_crisp.health.guard import CollapseGuard
 from trl_crisp.health.signals import HealthSignals
 from trl_crisp.train import main, parse_args
@@ -22,8 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def fed(directory, entropies, every=1):
     """Return a guard that was fed with a log entry of each entropy, its args, and the controls it gave back."""
-    args = config(directory, push_to_hub=False, save_total_limit=2)
-    args.push_to_hub = True
+    args = config(directory, save_total_limit=2)
     state, signals = TrainerState(), HealthSignals()
     guard, controls = CollapseGuard(signals), []
     for callback in (signals, guard):
@@ -54,11 +54,10 @@ def test_it_stops_after_ten_unhealthy_steps_on_end(tmp_path):
     assert words.startswith(
         "Stopped after step 15: the run looks lost. For 10 steps on end:\n  - the student's entropy"
     )
-    assert "--collapse_guard false" in words
-    # Its checkpoint is not uploaded, and no other makes room for it; the next training has the user's settings again
-    assert (args.push_to_hub, args.save_total_limit) == (False, None)
+    # No other checkpoint makes room for its own; the next training has the user's setting again
+    assert args.save_total_limit is None
     guard.on_train_begin(args, TrainerState(), TrainerControl())
-    assert (args.push_to_hub, args.save_total_limit) == (True, 2)
+    assert args.save_total_limit == 2
     assert (guard.stopped_at_step, guard.reasons) == (None, [])
 
 
@@ -121,6 +120,37 @@ def _same(one, other):
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
+
+
+def test_a_stop_in_python_is_told_and_nothing_unhealthy_is_pushed(tmp_path, monkeypatch, capsys):
+    """And a resume of a stop at the last step, which trains no more, is lost too."""
+    pushed = []
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(
+        "transformers.Trainer._push_from_checkpoint", lambda self, folder: pushed.append(self.state.global_step)
+    )
+    fields = {"max_steps": 30, "save_strategy": "steps", "save_steps": 1, "push_to_hub": True, **LOST}
+    trainer = make_trainer(tmp_path, **fields)
+    health = attach_health(trainer)
+    trainer.train()
+    stop = trainer.state.global_step
+    out = capsys.readouterr().out
+    assert f"Training stops after step {stop}: the run looks lost" in out
+    assert out.count(f"Stopped after step {stop}: the run looks lost. For 10 steps on end:") == 1
+    assert f"The model of step {stop} was not saved as the result, and it was not pushed. Earlier checkpoints" in out
+    assert "`--collapse_guard false` trains on." in out
+    healthy = [log["step"] for log in trainer.state.log_history if log.get("health/status", 2) < 2]
+    assert pushed == [step for step in range(1, stop + 1) if step in healthy]
+    assert 5 <= len(pushed) <= stop - 10
+    assert trainer.args.push_to_hub is False
+
+    again = make_trainer(tmp_path, **{**fields, "max_steps": stop})
+    resumed = attach_health(again)
+    again.train(resume_from_checkpoint=True)
+    assert resumed.guard.stopped_at_step == stop
+    assert resumed.guard.reasons == health.guard.reasons
+    assert describe_lost(again, resumed) == describe_lost(trainer, health)
+    assert again.args.push_to_hub is False
 
 
 def train(model, rows_file, output_dir, *flags):

@@ -17,6 +17,7 @@ from trl_crisp import CRISPConfig, CRISPTrainer
 from trl_crisp.evaluation.evaluating import evaluate
 from trl_crisp.evaluation.results import load_results
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.attach import attach_health
 from trl_crisp.health.measuring import BenchmarkArguments, BenchmarkCallback
 from trl_crisp.train import main, parse_args, run
 
@@ -194,8 +195,8 @@ def test_the_best_is_the_shortest_of_those_that_keep_the_accuracy(files, tmp_pat
     assert trainer.state.best_global_step == 4
     assert trainer.state.best_metric == 60.0
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
-    # A limit of one is of two here: the best, and the last that can be resumed
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    # The best is the last that was saved
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     sentence = callback.describe_best(trainer.state)
     assert (
         "checkpoint-4 (fewest mean tokens on own, fewer than the base, with at most 2 points of accuracy" in sentence
@@ -315,6 +316,13 @@ def test_what_would_have_no_effect_is_refused(files, tmp_path, fields, overrides
     trainer = trainer_of(files, tmp_path, **fields)
     with pytest.raises(ValueError, match=message):
         BenchmarkCallback(trainer, EvaluationSettings(**{**settings(files).__dict__, **overrides}))
+
+
+def test_it_comes_before_what_decides_by_it(files, tmp_path):
+    trainer = trainer_of(files, tmp_path)
+    attach_health(trainer)
+    with pytest.raises(ValueError, match=r"after attach_health\(trainer\), so both would choose the best checkpoint"):
+        BenchmarkCallback(trainer, settings(files))
 
 
 @pytest.mark.parametrize("setting", ["ddp", "zero3"])

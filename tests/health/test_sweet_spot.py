@@ -3,19 +3,26 @@
 import itertools
 import json
 import math
+import os
+import shutil
+import signal
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from tests.health.test_guard import fed
 from tests.helpers import config, make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp.health.attach import attach_health
 from trl_crisp.health.ending import describe_end, describe_lost, gentler
+from trl_crisp.health.monitor import AgreementMonitor
+from trl_crisp.health.signals import HealthSignals
 from trl_crisp.health.sweet_spot import Measurement, SweetSpot, has_fallen, holds, offer_best
+from trl_crisp.health.watchers import Health
 from trl_crisp.run.interruption import resume_command
 from trl_crisp.train import main, parse_args
 
@@ -67,13 +74,19 @@ def test_the_best_checkpoint_is_the_shortest_that_holds(tmp_path, seed):
 class Given:
     """Measurements that are given: (tokens, kind) by step; the base has 100 tokens."""
 
-    margin, subject = MARGIN, "agreement"
+    margin, subject, every_steps = MARGIN, "agreement", 1
 
     def __init__(self, given):
         self.given = given
 
     def measurements(self, state):
         return [measured(s, kind, tokens) for s, (tokens, kind) in self.given.items() if s <= state.global_step]
+
+
+class Source(Given, TrainerCallback):
+    """The same as a benchmark's callback."""
+
+    name = "given"
 
 
 # The best is step 2; step 4 is the second sure drop in a row
@@ -109,7 +122,8 @@ def test_the_result_of_a_stopped_run_is_its_best_checkpoint(tmp_path, capsys):
     assert same(
         load_file(tmp_path / "result/model.safetensors"), load_file(tmp_path / "checkpoint-2/model.safetensors")
     )
-    # Despite the limit of 1, both are there: the best, and the last, which can be resumed
+    # Despite the limit of 1, which stays the user's, both are there: the best, and the last, which can be resumed
+    assert trainer.args.save_total_limit == 1
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert not same(weights(trainer), load_file(tmp_path / "checkpoint-4/model.safetensors"))
 
@@ -178,21 +192,180 @@ def test_a_run_without_a_step_that_holds_is_lost(tmp_path):
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
 
 
-def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, capsys):
-    import shutil
+class Removes(TrainerCallback):
+    """Removes the best checkpoint before the end."""
 
-    class Remove(SweetSpot):
-        def on_train_end(self, args, state, control, **kwargs):
-            shutil.rmtree(state.best_model_checkpoint)
-            super().on_train_end(args, state, control, **kwargs)
+    def on_train_end(self, args, state, control, **kwargs):
+        shutil.rmtree(state.best_model_checkpoint)
 
-    trainer = make_trainer(tmp_path, dataset=rows(24), max_steps=4, stop_at_sweet_spot=True)
-    spot = Remove(trainer, Given(GIVEN))
-    trainer.add_callback(spot)
-    trainer.is_watched = True
-    trainer.train()
+
+def health_of(spot, guard=None):
+    return Health(HealthSignals(), guard, None, None, spot)
+
+
+@pytest.mark.parametrize("fallen", [True, False])
+def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, fallen):
+    given = GIVEN if fallen else {2: (70, "small"), 4: (80, "fine")}
+    trainer, spot = run(tmp_path, given, callbacks=[Removes()], max_steps=4)
     assert spot.loaded_step is None
-    assert "no longer exists, so the result is the last step's model" in capsys.readouterr().out
+    lost = describe_lost(trainer, health_of(spot))
+    if fallen:
+        assert "not saved as the result" in lost
+        assert "the best checkpoint, that of step 2, no longer exists" in lost
+    else:
+        assert lost is None
+        assert (
+            "The result is the model of step 4; the best measured is that of step 2: its checkpoint no longer exists."
+            in describe_end(trainer, health_of(spot))
+        )
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+@pytest.mark.parametrize("moved", ["elsewhere", "written differently"])
+def test_the_best_checkpoint_is_found_where_output_dir_is_now(tmp_path, moved, strategy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {"save_strategy": strategy, "save_steps": 1, "save_total_limit": 1}
+    run("run", **fields)
+    if moved == "elsewhere":
+        shutil.move("run", "other")
+    there = tmp_path / ("other" if moved == "elsewhere" else "run")
+    # The last step's checkpoint, which trains no more, and the best's own, from which it goes on
+    for name in ("checkpoint-4", "checkpoint-2"):
+        trainer, spot = run(there, resume=str(there / name), **fields)
+        assert spot.loaded_step == 2
+        assert describe_lost(trainer, health_of(spot)) is None
+        assert trainer.state.best_model_checkpoint == str(there / "checkpoint-2")
+        assert same(weights(trainer), load_file(there / "checkpoint-2/model.safetensors"))
+
+
+def test_a_best_checkpoint_of_another_run_is_not_taken(tmp_path):
+    given = {1: (60, "fine"), 4: (40, "fallen"), 5: (40, "fallen")}
+    run(tmp_path / "one", given, max_steps=3, save_strategy="steps", save_steps=1)
+    # Another run of that directory's name has replaced step 1
+    run(tmp_path / "two", given, max_steps=2)
+    shutil.rmtree(tmp_path / "one" / "checkpoint-1")
+    shutil.move(tmp_path / "two" / "checkpoint-1", tmp_path / "one" / "checkpoint-1")
+    shutil.move(tmp_path / "one", tmp_path / "three")
+    resume = str(tmp_path / "three" / "checkpoint-3")
+    trainer, spot = run(tmp_path / "three", given, resume=resume)
+    assert trainer.state.global_step == 5
+    assert spot.loaded_step is None
+    assert "that of step 1, no longer exists" in describe_lost(trainer, health_of(spot))
+
+
+def test_another_step_takes_the_place_of_a_best_checkpoint_that_is_gone(tmp_path):
+    given = {1: (60, "fine"), 3: (70, "fine"), 4: (40, "fallen"), 5: (40, "fallen")}
+    run(tmp_path, given, max_steps=2, save_strategy="steps", save_steps=1)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    trainer, spot = run(tmp_path, given, resume=str(tmp_path / "checkpoint-2"))
+    assert (trainer.state.global_step, spot.loaded_step) == (5, 3)
+
+
+class Interrupts(TrainerCallback):
+    """Ends the training with a checkpoint after step 5, as a signal does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            control.should_training_stop = control.should_save = True
+
+
+@pytest.mark.parametrize(("kind", "is_lost"), [("fallen", True), ("noise", False)])
+def test_a_run_that_has_fallen_at_its_last_step_is_lost(tmp_path, kind, is_lost):
+    """Also by one measurement: the rule of two is against an end by noise, and this run is over."""
+    trainer, spot = run(tmp_path, {3: (50, kind)}, max_steps=3)
+    lost = describe_lost(trainer, health_of(spot))
+    if is_lost:
+        assert "step 3 was not saved as the result, and it was not pushed: no measured step is shorter" in lost
+    else:
+        assert lost is None
+
+
+def test_a_run_that_is_too_short_for_the_stop_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(Given, "every_steps", 2)
+    with pytest.warns(UserWarning, match="cannot end this run before its last step: it has 3 steps, .* every 2 steps"):
+        run(tmp_path, {}, max_steps=3)
+
+
+def test_an_interrupted_run_is_not_lost(tmp_path):
+    # Without the field the run goes on after the second sure drop, and it is turned on at a resume
+    given = {1: (60, "fine"), 2: (50, "fallen"), 3: (40, "fallen")}
+    run(tmp_path, given, stop_at_sweet_spot=False, max_steps=4, save_strategy="steps", save_steps=4)
+    fields = {"resume": str(tmp_path / "checkpoint-4"), "max_steps": 6}
+    trainer, spot = run(tmp_path, given, callbacks=[Interrupts()], **fields)
+    assert (trainer.state.global_step, spot.loaded_step) == (5, None)
+    assert describe_lost(trainer, health_of(spot)) is None
+    trainer, spot = run(tmp_path, given, resume=True, max_steps=6)
+    assert (trainer.state.global_step, spot.loaded_step) == (6, 1)
+
+
+def test_a_best_checkpoint_is_the_result_also_if_the_guard_stops_at_the_same_step(tmp_path):
+    trainer, spot = run(tmp_path / "run")
+    guard, *_ = fed(tmp_path, [0.04] * 5 + [1.0] * 20)
+    assert (spot.loaded_step, guard.stopped_at_step) == (2, 15)
+    assert describe_lost(trainer, health_of(spot, guard)) is None
+    line = describe_end(trainer, health_of(spot, guard))
+    assert f"The result is the best checkpoint, that of step 2: {tmp_path}/run/checkpoint-2. By its signals" in line
+    assert "the run looked lost after step 15: the student's entropy is 2.5 times" in line
+
+
+def test_a_checkpoint_after_a_sure_drop_is_not_pushed(tmp_path, monkeypatch):
+    pushed = []
+
+    def push(self, folder):
+        pushed.append(self.state.global_step)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(f"{folder}/{name}", tmp_path)
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", push)
+    given = {2: (70, "small"), 3: (60, "fallen"), 5: (60, "fine"), 6: (60, "fallen"), 7: (60, "fallen")}
+    fields = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
+    trainer = make_trainer(tmp_path, dataset=rows(24), stop_at_sweet_spot=True, **fields)
+    monkeypatch.setattr("trl_crisp.health.attach.BenchmarkCallback", Source)
+    trainer.add_callback(Source(given))
+    health = attach_health(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 7
+    # Those after step 3 are not, until step 5 was measured
+    assert pushed == [1, 2, 5]
+    # The card in output_dir is still that of the weights beside it
+    assert json.loads((tmp_path / "crisp_training.json").read_text())["step"] == 5
+    assert health.sweet_spot.loaded_step == 5
+    # The best checkpoint is pushed at the end
+    assert trainer.args.push_to_hub
+
+
+HELD = {1: (60, "fine"), 2: (70, "fine"), 3: (40, "fallen"), 4: (40, "fallen")}
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_last_that_held_is_saved_and_kept(tmp_path, is_resumed):
+    """Step 2, though step 1 is the best, and a limit removes others."""
+    fields = {"stop_at_sweet_spot": False, "max_steps": 5, "save_total_limit": 1}
+    trainer, spot = run(tmp_path, HELD, **{**fields, "max_steps": 2} if is_resumed else fields)
+    if is_resumed:
+        trainer, spot = run(tmp_path, HELD, resume=True, **fields, save_strategy="steps", save_steps=1)
+    assert spot.last_held(trainer.args, trainer.state) == tmp_path / "checkpoint-2"
+    guard, *_ = fed(tmp_path / "guard", [0.04] * 5 + [1.0] * 20)
+    lost = describe_lost(trainer, health_of(spot, guard))
+    assert f"{tmp_path}/checkpoint-2 is the last checkpoint that held when it was measured: use it, or go on" in lost
+    assert f"--resume_from_checkpoint {tmp_path}/checkpoint-2" in lost
+
+
+def test_a_checkpoint_of_another_run_is_not_the_last_that_held(tmp_path):
+    run(tmp_path / "other", {}, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer, spot = run(tmp_path / "run", HELD)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    shutil.move(tmp_path / "other" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    assert spot.last_held(trainer.args, trainer.state) == tmp_path / "run" / "checkpoint-1"
+
+
+def test_no_command_resumes_from_a_checkpoint_without_an_optimizer(tmp_path):
+    trainer, spot = run(tmp_path, HELD, stop_at_sweet_spot=False, max_steps=4, save_only_model=True)
+    guard, *_ = fed(tmp_path / "guard", [0.04] * 5 + [1.0] * 20)
+    lost = describe_lost(trainer, health_of(spot, guard))
+    assert f"{tmp_path}/checkpoint-2 is the last checkpoint that held when it was measured: use it.\n" in lost
+    assert "--resume_from_checkpoint" not in lost
 
 
 def test_going_on_from_the_last_that_held_leaves_the_given_up_steps_behind(tmp_path, capsys):
@@ -322,9 +495,27 @@ def test_the_script_measures_a_file_of_prompts_and_stops_a_run_that_loses_its_an
     assert "Training ends after step 2: accuracy on the monitor prompts is -100.0 points from the base's" in out
     assert "agreement 100.0% -> 0.0% (-100.0 points [-100.0, -100.0])" in out
     assert "accuracy 100.0% -> 0.0% (-100.0 points [-100.0, -100.0])" in out
-    assert "The model was not saved as the result, and nothing was pushed: no measured step" in out
+    assert "The model of step 2 was not saved as the result, and it was not pushed: no measured step" in out
+    assert out.count("it was not pushed") == out.count("agreement 100.0% -> 0.0%") == 1
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_signal_during_a_measurement_ends_the_run_after_it(tmp_path, capsys, monkeypatch):
+    save_tiny(tmp_path / "model")
+    measure = AgreementMonitor._measure
+
+    def press(self, state):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        measure(self, state)
+
+    monkeypatch.setattr(AgreementMonitor, "_measure", press)
+    file = ("--monitor_file", str(tmp_path / "monitor.jsonl"))
+    assert script(tmp_path, *file, "--target_reduction", "0.9") == 130
+    out = capsys.readouterr().out
+    assert "The run ended after step 2, before its last step, 6." in out
+    assert "Stopped after step 2; its checkpoint is in" in out
 
 
 def test_a_file_whose_prompts_are_trained_on_is_refused(tmp_path):
@@ -421,17 +612,22 @@ def test_a_target_is_measured_where_answers_cannot_be_compared(tmp_path, capsys)
     )
     line = describe_end(trainer, health)
     assert "tokens (" in line
-    assert "No measured step is shorter than the base and holds" in line
+    assert line.endswith(
+        "Neither accuracy nor agreement was measured after step 0, so no step can be recommended; step 3 was the last."
+    )
     assert describe_lost(trainer, health) is None
 
 
-def test_the_last_line_of_a_run_that_measured_nothing_says_so(tmp_path):
+def test_the_last_line_of_a_run_that_measured_nothing_says_so(tmp_path, capsys):
     trainer = make_trainer(tmp_path, max_steps=2)
     health = attach_health(trainer)
     trainer.train()
     lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "loss" in log]
     mean = sum(lengths) / 2
-    assert describe_end(trainer, health) == (
+    line = (
         f"rollouts {mean:,.0f} -> {mean:,.0f} tokens (+0%); accuracy not measured; the teacher was refreshed 0 times. "
         "The result is the model of step 2."
     )
+    assert describe_end(trainer, health) == line
+    # In Python too
+    assert capsys.readouterr().out.count(line) == 1

@@ -131,20 +131,23 @@ def test_the_id_is_noted_beside_the_checkpoints_and_not_uploaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "kept"),
+    ("limit", "others", "kept"),
     [
-        (None, None, "4321"),
-        (0, None, "4321"),
-        (2, None, "43"),
-        (1, None, "4"),
-        (1, 2, "42"),
-        (2, 2, "42"),
-        (3, 1, "431"),
+        (None, (None,), "4321"),
+        (0, (None,), "4321"),
+        (2, (None,), "43"),
+        (1, (None,), "4"),
+        (1, (2,), "42"),
+        (2, (2,), "42"),
+        (3, (1,), "431"),
+        (1, (2, 1), "421"),
+        (2, (4, 1), "41"),
+        (2, (1, 1), "41"),
     ],
 )
-def test_the_latest_and_the_best_are_kept(tmp_path, limit, best, kept):
+def test_the_latest_and_those_that_are_named_are_kept(tmp_path, limit, others, kept):
     paths = [tmp_path / f"checkpoint-{step}" for step in (4, 3, 2, 1)]
     for path in paths:
         path.mkdir()
-    keep_at_most(paths, limit, best and tmp_path / f"checkpoint-{best}")
+    keep_at_most(paths, limit, *(step and tmp_path / f"checkpoint-{step}" for step in others))
     assert sorted((path.name[-1] for path in tmp_path.iterdir()), reverse=True) == list(kept)

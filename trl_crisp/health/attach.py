@@ -2,38 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.health.alerts import TrackerAlerts
+from trl_crisp.health.ending import EndOfRun
 from trl_crisp.health.guard import CollapseGuard
 from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.health.signals import HealthSignals
 from trl_crisp.health.sweet_spot import SweetSpot, check_sole_owner
-
-
-@dataclass(frozen=True)
-class Health:
-    """
-    What watches a trainer. All but the signals are `None` if the config does not ask for them.
-
-    Attributes:
-        signals: Judges the training's log.
-        guard: Stops a run that is lost by its signals (`collapse_guard`).
-        monitor: Measures agreement (`monitor_prompts`, `monitor_file`).
-        benchmark: Measures accuracy on a benchmark, if the trainer has a [`~trl_crisp.BenchmarkCallback`].
-        sweet_spot: Finds the best checkpoint by the benchmark, else by the monitor, and stops (`stop_at_sweet_spot`, `target_reduction`).
-    """
-
-    signals: HealthSignals
-    guard: CollapseGuard | None
-    monitor: AgreementMonitor | None
-    benchmark: BenchmarkCallback | None
-    sweet_spot: SweetSpot | None
+from trl_crisp.health.watchers import Health
 
 
 def attach_health(
@@ -44,6 +25,8 @@ def attach_health(
 ) -> Health:
     """
     Attach to a trainer what its config asks for. Call it once, before `train`, and after adding a [`~trl_crisp.BenchmarkCallback`].
+
+    A training then ends with a line on what it did and which checkpoint to use ([`~trl_crisp.health.ending.EndOfRun`]).
 
     Args:
         trainer: A [`~trl_crisp.CRISPTrainer`].
@@ -89,5 +72,13 @@ def attach_health(
     # Before the trackers and the line of the terminal, which report what the signals add to the log
     alerts = TrackerAlerts(signals, trainer.callback_handler)
     trainer.callback_handler.callbacks[:0] = [signals, *([guard] if guard is not None else []), alerts]
+
+    def may_upload() -> bool:
+        worried = guard is not None and guard.is_worried
+        return not (worried or (sweet_spot is not None and sweet_spot.is_worried(trainer.state)))
+
+    trainer.may_upload = may_upload
     trainer.is_watched = True
-    return Health(signals, guard, monitor, benchmark, sweet_spot)
+    health = Health(signals, guard, monitor, benchmark, sweet_spot)
+    trainer.add_callback(EndOfRun(trainer, health))
+    return health

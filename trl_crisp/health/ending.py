@@ -1,10 +1,45 @@
 """How a run ends: a line on what it did and which checkpoint to use, and whether it has a model to save as its result."""
 
+import math
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
 from trl_crisp.config import CRISPConfig
-from trl_crisp.health.attach import Health
+from trl_crisp.health.watchers import Health
+from trl_crisp.run.checkpoints import find_fault
 from trl_crisp.run.interruption import resume_command
+
+
+class EndOfRun(TrainerCallback):
+    """
+    Prints at the end of a training what it did, which checkpoint to use and, if the run is lost, why it has no result.
+
+    A lost run's `push_to_hub` is `False` until the next training, so that `save_model` does not push.
+
+    Args:
+        trainer: A [`~trl_crisp.CRISPTrainer`]; use [`~trl_crisp.health.attach.attach_health`].
+        health: What watches it. Its callbacks must come before this one.
+    """
+
+    def __init__(self, trainer: Any, health: Health) -> None:
+        self.trainer, self.health = trainer, health
+        self._push_before: bool | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._push_before is not None:
+            args.push_to_hub, self._push_before = self._push_before, None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.accelerator.print(describe_end(self.trainer, self.health))
+        if (why := describe_lost(self.trainer, self.health)) is not None:
+            self.trainer.accelerator.print(why)
+            self._push_before, args.push_to_hub = args.push_to_hub, False
 
 
 def describe_end(trainer: Any, health: Health) -> str:
@@ -58,36 +93,73 @@ def _result_step(trainer: Any, health: Health) -> int:
     return trainer.state.global_step if loaded is None else loaded
 
 
-def _advice(trainer: Any, health: Health) -> str:
-    state, sweet_spot = trainer.state, health.sweet_spot
-    if sweet_spot is None:
-        return f"The result is the model of step {state.global_step}."
-    if sweet_spot.loaded_step is not None:
-        return (
-            f"The result is the best checkpoint, that of step {sweet_spot.loaded_step}: {state.best_model_checkpoint}."
-        )
-    if state.best_model_checkpoint is None:
-        return f"No measured step is shorter than the base and holds, so there is none to recommend; step {state.global_step} was the last."
-    if state.best_global_step == state.global_step:
-        return f"The result is the model of step {state.global_step}, which is the best measured."
+def _has_ended(trainer: Any, health: Health) -> bool:
+    state, guard, sweet_spot = trainer.state, health.guard, health.sweet_spot
+    is_stopped = guard is not None and guard.stopped_at_step is not None
     return (
-        f"The result is the model of step {state.global_step}; the best measured is that of step {state.best_global_step}: "
-        f"{state.best_model_checkpoint}."
+        is_stopped or state.global_step >= state.max_steps or (sweet_spot is not None and sweet_spot.has_ended(state))
     )
 
 
+def _advice(trainer: Any, health: Health) -> str:
+    state, guard, sweet_spot = trainer.state, health.guard, health.sweet_spot
+    if not _has_ended(trainer, health):
+        return f"The run ended after step {state.global_step}, before its last step, {state.max_steps}."
+    if sweet_spot is None:
+        return f"The result is the model of step {state.global_step}."
+    if sweet_spot.loaded_step is not None:
+        result = (
+            f"The result is the best checkpoint, that of step {sweet_spot.loaded_step}: {state.best_model_checkpoint}."
+        )
+        if guard is None or guard.stopped_at_step is None:
+            return result
+        return f"{result} By its signals the run looked lost after step {guard.stopped_at_step}: {'; '.join(guard.reasons)}."
+    if all(math.isnan(one.change) for one in sweet_spot.source.measurements(state)):
+        return f"Neither accuracy nor agreement was measured after step 0, so no step can be recommended; step {state.global_step} was the last."
+    if state.best_global_step is None:
+        return f"No measured step is shorter than the base and holds, so there is none to recommend; step {state.global_step} was the last."
+    if state.best_global_step == state.global_step:
+        return f"The result is the model of step {state.global_step}, which is the best measured."
+    best = state.best_model_checkpoint or "its checkpoint no longer exists"
+    return f"The result is the model of step {state.global_step}; the best measured is that of step {state.best_global_step}: {best}."
+
+
 def describe_lost(trainer: Any, health: Health) -> str | None:
-    """Return why a run has no model to save as its result: the guard stopped it, or nothing measured qualifies. `None` if it has one."""
-    guard, sweet_spot, state = health.guard, health.sweet_spot, trainer.state
+    """
+    Return why a run has no model to save as its result: the guard stopped it, or nothing measured qualifies.
+
+    `None` if it has one. A best checkpoint is a result, also if the guard stopped the run at the same step.
+    """
+    args, guard, sweet_spot, state = trainer.args, health.guard, health.sweet_spot, trainer.state
+    if sweet_spot is not None and sweet_spot.loaded_step is not None:
+        return None
+    no_result = f"The model of step {state.global_step} was not saved as the result, and it was not pushed"
+    uploads = args.push_to_hub and args.hub_strategy != HubStrategy.END
+    before = " Earlier checkpoints that were pushed stay on the Hub." if uploads else ""
     if guard is not None and guard.stopped_at_step is not None:
-        held = sweet_spot.last_held(trainer.args, state) if sweet_spot is not None else None
-        changes = gentler(trainer.args)
-        command = None if held is None or changes is None else resume_command(str(held), **changes)
-        return guard.describe(held, command)
+        advice = (
+            "An earlier checkpoint may still be good: measure it with `trl-crisp eval`. A larger teacher_sync_steps, a lower learning_rate or "
+            "fewer steps may keep the model."
+        )
+        held = sweet_spot.last_held(args, state) if sweet_spot is not None else None
+        if held is not None:
+            changes = gentler(args) if find_fault(held) is None else None
+            advice = f"{held} is the last checkpoint that held when it was measured: use it"
+            advice += (
+                "."
+                if changes is None
+                else f", or go on from it more gently:\n  {resume_command(str(held), **changes)}"
+            )
+        return f"{guard.describe()}\n{no_result}.{before} {advice}\n`--collapse_guard false` trains on."
     if sweet_spot is not None and sweet_spot.is_lost(state):
+        why = (
+            "no measured step is shorter than the base and holds"
+            if state.best_global_step is None
+            else f"the best checkpoint, that of step {state.best_global_step}, no longer exists"
+        )
         return (
-            "The model was not saved as the result, and nothing was pushed: no measured step is shorter than the base and holds. A smaller "
-            "monitor_steps finds earlier ones; a larger teacher_sync_steps or a lower learning_rate may keep the model."
+            f"{no_result}: {why}.{before} A smaller monitor_steps finds earlier ones; a larger teacher_sync_steps or a lower learning_rate "
+            "may keep the model."
         )
     return None
 

@@ -1,6 +1,5 @@
 """Stops a run that is lost, by its signals alone."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,7 +17,7 @@ EXIT_CODE = 3
 
 class CollapseGuard(TrainerCallback):
     """
-    Ends training if the signals were unhealthy for 10 steps on end, with a checkpoint, and nothing is pushed or deleted for it.
+    Ends training if the signals were unhealthy for 10 steps on end, with a checkpoint, and nothing is deleted for it.
 
     It promises only to stop: from signals alone, accuracy is lost before it shows. What to go back to needs a measure of the
     answers.
@@ -35,14 +34,36 @@ class CollapseGuard(TrainerCallback):
         self.signals = signals
         self.stopped_at_step: int | None = None
         self.reasons: list[str] = []
-        self._before: tuple[bool, int | None] | None = None
+        self._began_at_step = 0
+        self._limit_before: tuple[int | None] | None = None
+
+    @property
+    def is_worried(self) -> bool:
+        """Whether the last log entry was unhealthy. Then no checkpoint should be uploaded."""
+        return self.signals.running.verdict.status == "unhealthy"
+
+    def _is_met(self) -> bool:
+        running = self.signals.running
+        return running.unhealthy_entries >= GUARD_ENTRIES and running.unhealthy_steps >= GUARD_STEPS
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.stopped_at_step, self.reasons = None, []
-        if self._before is not None:
-            (args.push_to_hub, args.save_total_limit), self._before = self._before, None
+        if self._limit_before is not None:
+            (args.save_total_limit,), self._limit_before = self._limit_before, None
+        self._began_at_step = state.global_step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A run that resumed from its end has trained no step that was judged
+        trained_none = state.global_step == self._began_at_step == self.signals.running.step
+        if self.stopped_at_step is None and trained_none and self._is_met():
+            self._stop(state)
+
+    def _stop(self, state: TrainerState) -> None:
+        self.stopped_at_step, self.reasons = state.global_step, list(self.signals.running.verdict.reasons)
 
     def on_log(
         self,
@@ -52,39 +73,21 @@ class CollapseGuard(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        running = self.signals.running
-        if logs is None or "loss" not in logs or running.unhealthy_entries < GUARD_ENTRIES:
+        if logs is None or "loss" not in logs or not self._is_met():
             return
-        if running.unhealthy_steps < GUARD_STEPS:
-            return
-        self.stopped_at_step, self.reasons = state.global_step, list(running.verdict.reasons)
+        self._stop(state)
         control.should_save = control.should_training_stop = True
         told = f"Training stops after step {state.global_step}: the run looks lost"
         texts: dict[str, Any] = logs
         texts[EVENT_KEY] = f"{texts[EVENT_KEY]}\n{told}" if EVENT_KEY in texts else told
-        # The lost model's checkpoint is not uploaded, and takes no good one's place
-        self._before = args.push_to_hub, args.save_total_limit
-        args.push_to_hub, args.save_total_limit = False, None
+        if state.is_world_process_zero:
+            print(told, flush=True)
+        # The lost model's checkpoint takes no good one's place
+        self._limit_before = (args.save_total_limit,)
+        args.save_total_limit = None
 
-    def describe(self, held: Path | None = None, command: str | None = None) -> str:
-        """
-        Return why training was stopped, and what to do. Call it after a stop.
-
-        Args:
-            held: The latest checkpoint whose measurement held, if there is one.
-            command: The command that resumes from it with a gentler setting.
-        """
+    def describe(self) -> str:
+        """Return why training was stopped. Call it after a stop."""
         steps = self.signals.running.unhealthy_steps
         reasons = "".join(f"\n  - {reason}" for reason in self.reasons)
-        advice = (
-            "An earlier checkpoint may still be good: measure it with `trl-crisp eval`. A larger teacher_sync_steps, a lower learning_rate or "
-            "fewer steps may keep the model."
-        )
-        if held is not None:
-            advice = f"{held} is the last checkpoint that held when it was measured: use it"
-            advice += "." if command is None else f", or go on from it more gently:\n  {command}"
-        return (
-            f"Stopped after step {self.stopped_at_step}: the run looks lost. For {steps} steps on end:{reasons}\n"
-            f"The model was not saved as the result, and nothing was pushed. {advice}\n"
-            "`--collapse_guard false` trains on."
-        )
+        return f"Stopped after step {self.stopped_at_step}: the run looks lost. For {steps} steps on end:{reasons}"

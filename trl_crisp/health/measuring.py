@@ -26,7 +26,7 @@ from trl_crisp.evaluation.scoring import score_samples
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
-from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, offer_best
+from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, find_best, offer_best
 
 _CAP = "eval_benchmark_max_new_tokens"
 # Ours: if more of the base's answers are cut than this share, lengths and accuracy say more about the cap than about the model
@@ -111,7 +111,8 @@ class BenchmarkCallback(TrainerCallback):
         progress: Makes a context manager for the first process; it gives the function that receives the progress.
 
     Raises:
-        ValueError: If the model is sharded by FSDP and vLLM does not answer, or if the benchmark or the settings do not fit.
+        ValueError: If the model is sharded by FSDP and vLLM does not answer, if the benchmark or the settings do not fit, or if
+            [`~trl_crisp.health.attach.attach_health`] was called before.
         FileNotFoundError, PermissionError, ConnectionError: If the problems cannot be loaded.
         ImportError: If math-verify is not installed.
     """
@@ -130,6 +131,11 @@ class BenchmarkCallback(TrainerCallback):
                     f"{name}={value!r} has no effect during training: the student answers the plain prompt, with the run's own engine. "
                     "Leave it out, and measure checkpoints with `trl-crisp eval`."
                 )
+        if getattr(trainer, "is_watched", False):
+            raise ValueError(
+                "a BenchmarkCallback was made after attach_health(trainer), so both would choose the best checkpoint. Make and add it before that "
+                "call, which then decides by the benchmark."
+            )
         check_sole_owner(trainer.args, "eval_benchmark")
         if not can_answer(trainer):
             raise ValueError(
@@ -159,9 +165,7 @@ class BenchmarkCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.save_total_limit == 1:
-            # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
-            args.save_total_limit = 2
+        find_best(self.trainer, args, state)
         if state.global_step == 0:
             if state.max_steps > 0:
                 self._measure(args, state)

@@ -1,6 +1,7 @@
 """The sweet spot: which measured step is the best checkpoint, when a run stops there, and what its result is."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_crisp.run.identity import run_id_of
 
 # Ours: of healthy runs of 15 measurements (128 prompts x 5 answers, simulated), one would end 8%, two end 2%, and three miss more
 # losses (benchmarks/README, Accuracy without labels)
@@ -37,10 +40,18 @@ class Measurement:
 
 
 class Source(Protocol):
-    """What measures the student along a run. Labels count more than agreement where there are both."""
+    """
+    What measures the student along a run. Labels count more than agreement where there are both.
+
+    Attributes:
+        margin: How far the change may be below the base's own, as a share: 0.03 is three points.
+        subject: What is measured, in words.
+        every_steps: Optimizer steps between two measurements.
+    """
 
     margin: float
     subject: str
+    every_steps: int
 
     def measurements(self, state: TrainerState) -> list[Measurement]:
         """Return what was measured so far, without the base's own, from the log alone."""
@@ -52,6 +63,11 @@ def holds(measured: Measurement, margin: float) -> bool:
     return measured.change >= -margin - _ROUNDING
 
 
+def is_sure_drop(measured: Measurement, margin: float) -> bool:
+    """Whether the change is below the base by more than the margin, and its interval below zero. False if it is unknown."""
+    return measured.change < -margin - _ROUNDING and measured.change_high < 0
+
+
 def has_fallen(measured: Sequence[Measurement], margin: float) -> bool:
     """
     The rule of the stop: whether the last two measurements are both below the margin, and each one's interval is below zero.
@@ -60,9 +76,7 @@ def has_fallen(measured: Sequence[Measurement], margin: float) -> bool:
     small to matter.
     """
     last = measured[-MEASUREMENTS_IN_A_ROW:]
-    return len(last) == MEASUREMENTS_IN_A_ROW and all(
-        one.change < -margin - _ROUNDING and one.change_high < 0 for one in last
-    )
+    return len(last) == MEASUREMENTS_IN_A_ROW and all(is_sure_drop(one, margin) for one in last)
 
 
 def check_sole_owner(args: TrainingArguments, field_name: str) -> None:
@@ -82,11 +96,35 @@ def offer_best(
 
     Only this function sets `best_model_checkpoint`, which `save_total_limit` keeps.
     """
-    shortest = math.inf if state.best_metric is None else state.best_metric
+    # A best step whose checkpoint is gone cannot be the result, so any other may take its place
+    is_gone = state.best_model_checkpoint is None
+    shortest = math.inf if is_gone or state.best_metric is None else state.best_metric
     if holds(measured, margin) and measured.reduction > 0 and measured.mean_tokens < shortest:
         state.best_metric, state.best_global_step = measured.mean_tokens, measured.step
         state.best_model_checkpoint = str(_checkpoint(args, measured.step))
         control.should_save = True
+
+
+def find_best(trainer: Any, args: TrainingArguments, state: TrainerState) -> None:
+    """
+    Set `best_model_checkpoint` to where the best step's checkpoint is now, or to `None` if it no longer exists.
+
+    A state records the path as it was then. Since then `output_dir` may have moved, or may be written in another way.
+    """
+    if state.best_global_step is None:
+        return
+    recorded = state.best_model_checkpoint
+    if (own := own_checkpoint(trainer, args, state.best_global_step)) is not None:
+        state.best_model_checkpoint = str(own)
+    elif recorded is not None and not Path(recorded).is_dir():
+        state.best_model_checkpoint = None
+
+
+def own_checkpoint(trainer: Any, args: TrainingArguments, step: int) -> Path | None:
+    """Return the checkpoint of a step in `output_dir`, or `None` if there is none, or it is of another run."""
+    path = _checkpoint(args, step)
+    # With save_only_model a checkpoint does not say whose it is
+    return path if path.is_dir() and run_id_of(path) in (None, trainer.run_id) else None
 
 
 class SweetSpot(TrainerCallback):
@@ -94,6 +132,7 @@ class SweetSpot(TrainerCallback):
     Finds the best checkpoint by what a source measures, and ends the run there if the config says so.
 
     - The best checkpoint is the measured step with the fewest mean tokens, fewer than the base's, whose change holds ([`holds`]).
+    - Each measured step that holds is saved, and `save_total_limit` keeps the last of them, to go back to if the run is lost.
     - `stop_at_sweet_spot` ends the run once the change has fallen ([`has_fallen`]). When such a run ends, by this or at its last step, the
       trainer's model gets the weights of the best checkpoint, so these are what is saved and pushed.
     - `target_reduction` ends the run once the measured mean length has fallen by that share.
@@ -114,9 +153,17 @@ class SweetSpot(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.loaded_step = None
-        if args.save_total_limit == 1:
-            # At the end of training, transformers would keep only the best checkpoint, and delete the last one, which can be resumed
-            args.save_total_limit = 2
+        find_best(self.trainer, args, state)
+        self.trainer.kept_checkpoint = self.last_held(args, state)
+        needed_steps = MEASUREMENTS_IN_A_ROW * self.source.every_steps
+        is_short = 0 < state.max_steps < needed_steps
+        if self.trainer.args.stop_at_sweet_spot and is_short and state.is_world_process_zero:
+            warnings.warn(
+                f"stop_at_sweet_spot cannot end this run before its last step: it has {state.max_steps} steps, and the rule needs "
+                f"{MEASUREMENTS_IN_A_ROW} measurements, one every {self.source.every_steps} steps. Measure more often (monitor_steps, "
+                "eval_benchmark_steps).",
+                stacklevel=2,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,6 +172,10 @@ class SweetSpot(TrainerCallback):
         if not measured or measured[-1].step != state.global_step:
             return
         offer_best(args, state, control, measured[-1], self.source.margin)
+        if holds(measured[-1], self.source.margin):
+            # What to go back to if the run is lost later
+            control.should_save = True
+            self.trainer.kept_checkpoint = _checkpoint(args, state.global_step)
         if (reason := self.reason_to_stop(state)) is not None:
             control.should_training_stop = control.should_save = True
             self.trainer.accelerator.print(f"Training ends after step {state.global_step}: {reason}")
@@ -148,29 +199,36 @@ class SweetSpot(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        ended = state.global_step >= state.max_steps or self.reason_to_stop(state) is not None
-        if not (ended and self.trainer.args.stop_at_sweet_spot) or state.best_model_checkpoint is None:
+        if not (self.has_ended(state) and self.trainer.args.stop_at_sweet_spot) or state.best_global_step is None:
             return
         if state.best_global_step != state.global_step:
-            if not Path(state.best_model_checkpoint).is_dir():
-                self.trainer.accelerator.print(
-                    f"The best checkpoint, {state.best_model_checkpoint}, no longer exists, so the result is the last step's model."
-                )
+            find_best(self.trainer, args, state)
+            if state.best_model_checkpoint is None:
                 return
             self.trainer._load_best_model()
         self.loaded_step = state.best_global_step
 
+    def has_ended(self, state: TrainerState) -> bool:
+        """Whether the run is at its last step, or ends at this one."""
+        return state.global_step >= state.max_steps or self.reason_to_stop(state) is not None
+
+    def is_worried(self, state: TrainerState) -> bool:
+        """Whether the run would end if the next measurement were like the last one. Then no checkpoint should be uploaded."""
+        measured = self.source.measurements(state)
+        return (
+            self.trainer.args.stop_at_sweet_spot and bool(measured) and is_sure_drop(measured[-1], self.source.margin)
+        )
+
     def is_lost(self, state: TrainerState) -> bool:
-        """Whether the run was stopped because the measure had fallen, and no measured step qualifies as its result."""
-        fallen = has_fallen(self.source.measurements(state), self.source.margin)
-        return self.trainer.args.stop_at_sweet_spot and fallen and self.loaded_step is None
+        """Whether the run has ended, its last measurement is a sure drop ([`is_sure_drop`]), and no measured step qualifies as its result."""
+        # An interrupted run goes on when it is resumed
+        return self.has_ended(state) and self.loaded_step is None and self.is_worried(state)
 
     def last_held(self, args: TrainingArguments, state: TrainerState) -> Path | None:
-        """Return the latest checkpoint on disk whose measurement holds."""
-        for one in reversed(self.source.measurements(state)):
-            if holds(one, self.source.margin) and _checkpoint(args, one.step).is_dir():
-                return _checkpoint(args, one.step)
-        return None
+        """Return the run's latest checkpoint on disk whose measurement holds."""
+        held = [one for one in self.source.measurements(state) if holds(one, self.source.margin)]
+        checkpoints = (own_checkpoint(self.trainer, args, one.step) for one in reversed(held))
+        return next((path for path in checkpoints if path is not None), None)
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:

@@ -55,7 +55,8 @@ class PublishingTrainer(ResumableTrainer):
         """Whether output_dir has a model with a card, to which this checkpoint is no part."""
         from trl_crisp.publish.folder import has_model
 
-        is_copied = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
+        is_uploaded = self.may_upload is None or self.may_upload()
+        is_copied = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and is_uploaded
         return self._is_saving_checkpoint and not is_copied and has_model(Path(self.args.output_dir or "."))
 
     # As in TRL, whose signature is not transformers'

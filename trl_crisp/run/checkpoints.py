@@ -67,19 +67,19 @@ def remove_torn(checkpoint: str | Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def keep_at_most(checkpoints: Sequence[Path], limit: int | None, best: str | Path | None) -> None:
+def keep_at_most(checkpoints: Sequence[Path], limit: int | None, *kept: str | Path | None) -> None:
     """
     Remove the oldest checkpoints of a run, as transformers' `save_total_limit` does.
 
     Args:
         checkpoints: The run's own checkpoints, the latest first, without those of other runs in the same directory.
-        limit: How many to keep; `None` or 0 keeps all. The latest and the best are always kept.
-        best: The best checkpoint, if one is known.
+        limit: How many to keep; `None` or 0 keeps all. The latest is always kept.
+        kept: Others that are always kept, such as the best, if they are known.
     """
     if not limit or limit < 0 or not checkpoints:
         return
-    protected = {checkpoints[0]} | ({Path(best)} if best is not None else set())
+    protected = {checkpoints[0], *(Path(path) for path in kept if path is not None)}
     removable = [path for path in checkpoints if path not in protected]
-    kept = max(limit - (len(checkpoints) - len(removable)), 0)
-    for path in removable[kept:]:
+    left = max(limit - (len(checkpoints) - len(removable)), 0)
+    for path in removable[left:]:
         shutil.rmtree(path, ignore_errors=True)

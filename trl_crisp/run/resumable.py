@@ -55,10 +55,14 @@ class ResumableTrainer(DistillationTrainer):
         run_id: The id of the run, which its checkpoints have too; `None` before training.
         is_over: Receives the state of a checkpoint, and says whether the run had ended there before its last step. Then nothing more is
             trained from it. `None` if only the last step ends a run.
+        kept_checkpoint: A checkpoint that `save_total_limit` keeps besides the latest and the best.
+        may_upload: Says whether the checkpoint that was just saved may go to the Hub, if the config uploads checkpoints. `None` if each may.
     """
 
     run_description: dict[str, Any]
     is_over: Callable[[TrainerState], bool] | None = None
+    kept_checkpoint: Path | None = None
+    may_upload: Callable[[], bool] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -237,7 +241,12 @@ class ResumableTrainer(DistillationTrainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            keep_at_most(own_checkpoints(directory), limit, self.state.best_model_checkpoint)
+            keep_at_most(own_checkpoints(directory), limit, self.state.best_model_checkpoint, self.kept_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # It also copies the weights into output_dir
+        if self.may_upload is None or self.may_upload():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         # With a limit of 1 transformers removes all checkpoints but the best at the end, including those of other runs
@@ -247,7 +256,9 @@ class ResumableTrainer(DistillationTrainer):
         finally:
             self.args.save_total_limit = limit
         best = self.state.best_model_checkpoint
-        if self.args.should_save and limit == 1 and best is not None:
+        # A best checkpoint that was not found by transformers' metric stays beside the last one, which can be resumed
+        by_metric = self.args.metric_for_best_model is not None
+        if self.args.should_save and limit == 1 and best is not None and by_metric:
             for path in own_checkpoints(self._get_output_dir(trial)):
                 if path != Path(best):
                     shutil.rmtree(path, ignore_errors=True)
