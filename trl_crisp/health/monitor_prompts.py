@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ class MonitorPrompts:
 
     Attributes:
         prompts: As the student has them.
-        golds: The right answer to each prompt, as [`~trl_crisp.evaluation.grading.grade`] reads them; `None` if the rows have none.
+        golds: The right answer to each prompt, as [`~trl_crisp.evaluation.grading.grade`] reads it; `None` if its row has none.
         rows: The rows that are left to train on.
         monitored: The rows of the prompts, with all their columns.
     """
 
     prompts: list[Prompt]
-    golds: list[str | list[str]] | None
+    golds: list[str | list[str] | None]
     rows: Any
     monitored: Dataset
 
@@ -72,7 +72,7 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
                 f"(row {shared[0][1]} of the training rows). What is trained on cannot be held out: remove them from the file or from the rows, "
                 "or set monitor_prompts alone, which leaves prompts out of the rows."
             )
-    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), train_dataset, chosen)
+    return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], train_dataset, chosen)
 
 
 def load_monitor_file(path: str, script_args: CRISPScriptArguments | None = None) -> Dataset:
@@ -114,7 +114,7 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
     taken = {keys[row] for row in rows}
     chosen = train_dataset.select(rows)
     left = train_dataset.select([row for row, key in enumerate(keys) if key not in taken])
-    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), left, chosen)
+    return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], left, chosen)
 
 
 def _keys(dataset: Dataset) -> list[str]:
@@ -126,15 +126,8 @@ def _first_rows(keys: list[str]) -> dict[str, int]:
     return {key: row for row, key in reversed(list(enumerate(keys)))}
 
 
-def golds_of(rows: Dataset) -> list[str | list[str]] | None:
-    """Return the right answer of each row ([`~trl_crisp.evaluation.row_answers.find_golds`]), or `None` if a row has none."""
-    _, golds, _ = find_golds(list(rows))
-    known = [gold for gold in golds if gold is not None]
-    return known if len(known) == len(rows) else None
-
-
 def find_unreadable(
-    golds: list[str | list[str]], kind: Kind, answer_of: Callable[[str], str | None] | None
+    golds: Sequence[str | list[str]], kind: Kind, answer_of: Callable[[str], str | None] | None
 ) -> int | None:
     """Return the number of the first right answer that answers cannot be graded by, or `None` if all are fine."""
     if answer_of is not None:

@@ -4,8 +4,8 @@ Accuracy needs labels. Agreement with the base's majority answers does not, and 
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from trl_crisp.evaluation.grading import Grade, Grader, Kind
 from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
 from trl_crisp.evaluation.text_answers import after_thinking, words
 from trl_crisp.prompts.instructions import Prompt
+from trl_crisp.run.files import write_json
 
 # Ours: with one sample nothing can agree
 MIN_SAMPLES = 2
@@ -171,24 +172,18 @@ def write_references(
     path: Path,
     prompts: Sequence[Prompt],
     references: Sequence[Reference | None],
-    base_accuracies: Sequence[float] | None = None,
 ) -> int:
     """
     Write the prompts that have a reference as a file that `trl-crisp eval --benchmark FILE` reads.
 
     Args:
-        path: The .jsonl file. Each line has `id` (the prompt's number), `prompt` as it is, `answer`, `votes`, `base_agreement`, and
-            `base_accuracy` if it is known.
+        path: The .jsonl file. Each line has `id` (the prompt's number), `prompt` as it is, `answer`, `votes` and `base_agreement`.
         prompts: As the student has them.
         references: One for each prompt; those without one are left out.
-        base_accuracies: The share of the base's samples that are right, for each prompt.
 
     Returns:
         How many prompts were left out.
     """
-    accuracies = (
-        [{}] * len(prompts) if base_accuracies is None else [{"base_accuracy": one} for one in base_accuracies]
-    )
     lines = [
         {
             "id": str(number),
@@ -196,7 +191,6 @@ def write_references(
             "answer": reference.answer,
             "votes": reference.votes,
             "base_agreement": reference.base_agreement,
-            **accuracies[number],
         }
         for number, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
         if reference is not None
@@ -204,3 +198,42 @@ def write_references(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return len(prompts) - len(lines)
+
+
+@dataclass(frozen=True)
+class Base:
+    """
+    What the base's answers to the monitor prompts were, which a resumed run needs.
+
+    Attributes:
+        prompts: As the student has them.
+        references: One for each prompt, or `None`.
+        accuracies: The share of the base's samples that are right, by the number of the prompt; for those with a right answer.
+    """
+
+    prompts: list[Prompt]
+    references: list[Reference | None]
+    accuracies: Mapping[int, float]
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        lines = [
+            {
+                "prompt": prompt,
+                "reference": None if reference is None else asdict(reference),
+                "accuracy": self.accuracies.get(number),
+            }
+            for number, (prompt, reference) in enumerate(zip(self.prompts, self.references, strict=True))
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"prompts": lines})
+
+
+def read_base(path: Path) -> Base:
+    """Read what [`Base.write`] wrote."""
+    lines = json.loads(path.read_text(encoding="utf-8"))["prompts"]
+    return Base(
+        [line["prompt"] for line in lines],
+        [None if line["reference"] is None else Reference(**line["reference"]) for line in lines],
+        {number: line["accuracy"] for number, line in enumerate(lines) if line["accuracy"] is not None},
+    )

@@ -36,11 +36,12 @@ from typing import Any
 import torch
 
 from trl_crisp.evaluation.row_answers import Labels
+from trl_crisp.health.judge import choose_judge
 from trl_crisp.models.memory import NoEstimateError, estimate_memory
 from trl_crisp.preflight.asking import OWN_PROMPTS, Asking
 from trl_crisp.preflight.measuring import Measured
 from trl_crisp.preflight.settings import PreflightSettings
-from trl_crisp.preflight.verdict import MUCH_CUT, choose_judge, judge, recommend
+from trl_crisp.preflight.verdict import MUCH_CUT, judge, recommend
 from trl_crisp.prompts.instructions import looks_like_math, speaks_of_math
 from trl_crisp.run.files import write_json
 
@@ -78,7 +79,7 @@ def write_preflight(
     """
     count = len(asking.asked)
     names = [told.name for told in asking.told]
-    judged_by = choose_judge(count, labels.count, measured.plain, settings.margin)
+    judged_by = choose_judge(count, labels.count, measured.plain.accuracy, measured.plain.agreement, settings.margin)
     verdicts = [
         judge(name, effect, judged_by, settings.margin, count, measured.plain.truncated)
         for name, effect in zip(names, measured.effects, strict=True)
