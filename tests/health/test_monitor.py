@@ -1,9 +1,11 @@
 """Agreement with the base's majority: the prompts are left out, training is left alone, the gate follows the log, runs resume."""
 
 import json
+import re
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.helpers import make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny
@@ -122,10 +124,21 @@ def test_a_killed_gated_run_ends_with_the_same_bits(gated):
         }
 
 
-def test_a_run_with_another_monitor_is_not_resumed(gated):
+@pytest.mark.parametrize(
+    ("field", "before", "now"),
+    [
+        ("monitor_samples", 3, 4),
+        ("temperature", 0.02, 1.0),
+        ("top_p", 1.0, 0.9),
+        ("top_k", 0, 5),
+        ("chat_template_kwargs", None, {"enable_thinking": False}),
+    ],
+)
+def test_a_run_whose_answers_are_sampled_otherwise_is_not_resumed(gated, field, before, now):
     directory, fields, _, _ = gated
-    with pytest.raises(ValueError, match=r"monitor: .*'monitor_samples': 3.*'monitor_samples': 4"):
-        train(directory, resume=str(directory / "checkpoint-3"), **{**fields, "monitor_samples": 4})
+    told = rf"monitor: .*'{field}': {before}.*'{field}': {re.escape(str(now))}"
+    with pytest.raises(ValueError, match=told):
+        train(directory, resume=str(directory / "checkpoint-3"), **{**fields, field: now})
 
 
 def test_measuring_leaves_the_training_alone(tmp_path):
@@ -193,6 +206,54 @@ def test_too_few_rows_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, dataset=rows(8), **FIELDS)
     with pytest.raises(ValueError, match="have 8 different prompts, so none would be left"):
         AgreementMonitor(trainer, first_characters)
+
+
+def held_out(tmp_path, asked, trained):
+    fields = {name: value for name, value in FIELDS.items() if name != "monitor_prompts"}
+    trainer = make_trainer(tmp_path, dataset=trained, **fields, monitor_file="own.jsonl")
+    return attach_health(trainer, first_characters, monitor_dataset=asked)
+
+
+def with_prompts(change) -> Dataset:
+    return Dataset.from_list([{"prompt": change(row["prompt"][0])} for row in rows(8)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda message: [{**message, "content": f" {message['content']}\n"}],
+        lambda message: [{"role": "system", "content": "Answer."}, message],
+        lambda message: [{**message, "content": [{"type": "text", "text": message["content"]}]}],
+    ],
+)
+def test_a_training_prompt_is_found_whatever_is_around_it(tmp_path, change):
+    with pytest.raises(ValueError, match="8 of its prompts are training prompts, such as the file's prompt 0"):
+        held_out(tmp_path, with_prompts(change), rows(24))
+
+
+def test_rows_that_differ_in_the_system_message_alone_are_different_prompts(tmp_path):
+    def told(name: str, count: int) -> Dataset:
+        user = {"role": "user", "content": "Sum it up."}
+        return Dataset.from_list(
+            [{"prompt": [{"role": "system", "content": f"{name} {i}"}, user]} for i in range(count)]
+        )
+
+    assert held_out(tmp_path, told("held out", 8), told("trained", 24)).monitor is not None
+    with pytest.raises(ValueError, match="8 of its prompts are training prompts"):
+        held_out(tmp_path, told("trained", 8), told("trained", 24))
+
+
+def test_prompts_of_another_type_than_the_rows_are_refused(tmp_path):
+    texts = Dataset.from_dict({"prompt": [f"Now: {i}" for i in range(8)]})
+    with pytest.raises(ValueError, match="its prompts are texts, and the training prompts are lists of messages"):
+        held_out(tmp_path, texts, rows(24))
+
+
+def test_a_stream_is_said_not_to_be_checked(tmp_path, capsys):
+    held_out(tmp_path, rows(8), rows(24).to_iterable_dataset())
+    assert "The training rows are a stream, so whether one of these prompts is trained on was not checked" in (
+        capsys.readouterr().out
+    )
 
 
 def test_the_script_attaches_the_monitor(tmp_path, capsys):

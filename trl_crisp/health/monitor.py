@@ -174,11 +174,17 @@ class AgreementMonitor(TrainerCallback):
                 if is_all
                 else f", and the accuracy of the {len(self._golds)} that have a right answer"
             )
+        unchecked = ""
+        if not isinstance(self.trainer.train_dataset, Dataset):
+            unchecked = (
+                " The training rows are a stream, so whether one of these prompts is trained on was not checked: what is trained on cannot be held "
+                "out."
+            )
         where = "left out of the training rows" if self.trainer.args.monitor_file is None else "of monitor_file"
         return (
             f"During training, agreement with the base's majority answers is measured: {len(self._problems)} prompts, {where}, "
             f"{self.trainer.args.monitor_base_samples} answers of the base to each, {self.settings.samples} at each "
-            f"measurement{accuracy}."
+            f"measurement{accuracy}.{unchecked}"
         )
 
     def on_train_begin(
