@@ -123,8 +123,8 @@ def test_too_few_answers_are_counted_and_not_used(models, tmp_path, capsys):
     assert logged(trainer, "eval_agreement_accuracy") == {}
 
 
-def test_accuracy_is_that_of_all_prompts_with_a_right_answer(models, tmp_path):
-    """Prompts without a majority answer are asked too."""
+def test_accuracy_is_that_of_all_prompts_with_a_right_answer(models, tmp_path, capsys):
+    """Prompts without a majority answer are asked too, and those with one are counted."""
     numbers = iter(range(1000))
 
     def first_answers_only(text: str) -> str | None:
@@ -133,6 +133,11 @@ def test_accuracy_is_that_of_all_prompts_with_a_right_answer(models, tmp_path):
 
     trainer, health = train(tmp_path, models[0], ["12"] * 8, answer_of=first_answers_only, max_steps=1)
     assert sorted(health.monitor.references) == [0, 1, 2, 3]
+    assert (
+        "Monitor prompts: 4 of 8 have a majority answer of the base's (agreement 100.0%), 8 of 8"
+        in capsys.readouterr().out
+    )
+    assert logged(trainer, "eval_agreement_references") == {0: 4}
     lengths = logged(trainer, "eval_agreement_mean_tokens")
     assert lengths.keys() == {0, 1}
     assert health.monitor._asked == list(range(8))

@@ -141,6 +141,15 @@ def test_a_run_whose_answers_are_sampled_otherwise_is_not_resumed(gated, field, 
         train(directory, resume=str(directory / "checkpoint-3"), **{**fields, field: now})
 
 
+def test_a_run_that_resumes_has_the_answers_of_its_own_base(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    train(tmp_path, **fields)
+    # Another run begins in the same directory
+    train(tmp_path, answer_of=lambda text: "x", max_steps=1)
+    with pytest.raises(ValueError, match=r"base\.json: these are the base's answers of run \w+, and this is run"):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-2"), allow_changed_resume=True, **fields)
+
+
 def test_measuring_leaves_the_training_alone(tmp_path):
     trainer, _ = train(tmp_path / "measured")
     plain = make_trainer(

@@ -65,7 +65,7 @@ class AgreementMonitor(TrainerCallback):
     ([`~trl_crisp.health.reference`]). The references are in `output_dir/agreement/reference.jsonl`, which `trl-crisp eval --benchmark`
     reads. Every `monitor_steps` steps the student answers the prompts that have one `monitor_samples` times. Temperature, top_p and top_k are
     the rollouts', and `monitor_max_new_tokens` is the longest answer.
-    The log gets `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
+    The log gets how many prompts have a reference once (`eval_agreement_references`), and `eval_agreement` over these prompts (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
     (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds). If half of
     the prompts have right answers, the student answers these too, and the log gets `eval_agreement_accuracy` over them, with its change
     and interval in the same way.
@@ -214,7 +214,7 @@ class AgreementMonitor(TrainerCallback):
             if self._golds:
                 right = self._right([texts[i] for i in self._golds])
                 accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
-            base = Base([problem.prompt for problem in self._problems], found, accuracies)
+            base = Base(self.trainer.run_id, [problem.prompt for problem in self._problems], found, accuracies)
             base.write(path)
             write_references(path.with_name("reference.jsonl"), base.prompts, found)
         found, accuracies = self._from_first((found, accuracies))
@@ -222,7 +222,10 @@ class AgreementMonitor(TrainerCallback):
         self._warn_of_cut_answers(answers)
         asked = self._asked
         # Always, because a resumed run may need it
-        values = {f"{_PREFIX}_mean_tokens": _mean_tokens([answers[i] for i in asked])}
+        values = {
+            f"{_PREFIX}_mean_tokens": _mean_tokens([answers[i] for i in asked]),
+            f"{_PREFIX}_references": float(len(self.references)),
+        }
         values |= self._measure_distance(asked, [answers[i] for i in asked])
         if self.is_on:
             values[_PREFIX] = float(np.mean([one.base_agreement for one in self.references.values()]))
@@ -250,6 +253,12 @@ class AgreementMonitor(TrainerCallback):
                 "compare with. Put the file back, or start again in another output_dir."
             )
         base = read_base(path)
+        if base.run_id != self.trainer.run_id:
+            raise ValueError(
+                f"{path}: these are the base's answers of run {base.run_id}, and this is run {self.trainer.run_id}. Another run began in this "
+                "output_dir later, or the run to resume began in another one. Put the file of this run there, or start again in another "
+                "output_dir."
+            )
         prompts = [problem.prompt for problem in self._problems]
         if base.prompts != prompts:
             pairs = itertools.zip_longest(base.prompts, prompts)

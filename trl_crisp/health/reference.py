@@ -206,11 +206,13 @@ class Base:
     What the base's answers to the monitor prompts were, which a resumed run needs.
 
     Attributes:
+        run_id: The run whose base it is ([`~trl_crisp.run.resumable.ResumableTrainer.run_id`]).
         prompts: As the student has them.
         references: One for each prompt, or `None`.
         accuracies: The share of the base's samples that are right, by the number of the prompt; for those with a right answer.
     """
 
+    run_id: str
     prompts: list[Prompt]
     references: list[Reference | None]
     accuracies: Mapping[int, float]
@@ -226,13 +228,15 @@ class Base:
             for number, (prompt, reference) in enumerate(zip(self.prompts, self.references, strict=True))
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"prompts": lines})
+        write_json(path, {"run_id": self.run_id, "prompts": lines})
 
 
 def read_base(path: Path) -> Base:
     """Read what [`Base.write`] wrote."""
-    lines = json.loads(path.read_text(encoding="utf-8"))["prompts"]
+    read = json.loads(path.read_text(encoding="utf-8"))
+    lines = read["prompts"]
     return Base(
+        read["run_id"],
         [line["prompt"] for line in lines],
         [None if line["reference"] is None else Reference(**line["reference"]) for line in lines],
         {number: line["accuracy"] for number, line in enumerate(lines) if line["accuracy"] is not None},
