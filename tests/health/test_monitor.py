@@ -100,6 +100,38 @@ def test_the_base_gives_its_own_number_of_answers_under_the_monitors_own_cap(tmp
     assert trainer.args.max_completion_length == 8
 
 
+@pytest.mark.parametrize(
+    ("fields", "at_once"),
+    [
+        ({}, 4),
+        # Answers of three times the rollouts' length
+        ({"monitor_max_new_tokens": 24}, 1),
+        ({"gradient_accumulation_steps": 3, "monitor_max_new_tokens": 24}, 4),
+        ({"gradient_accumulation_steps": 16}, 32),
+    ],
+)
+def test_no_more_answers_at_once_than_a_step_has_rollouts(tmp_path, fields, at_once):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, **fields)
+    assert AgreementMonitor(trainer, first_characters).settings.batch_size == at_once
+
+
+def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
+    # The base has 24 answers, and each is read once
+    texts = iter(range(24))
+
+    def fails_later(text: str) -> str | None:
+        if next(texts, None) is None:
+            raise KeyError("no such text")
+        return first_characters(text)
+
+    with pytest.raises(KeyError, match="no such text") as failed:
+        train(tmp_path, answer_of=fails_later)
+    assert "Its checkpoint was saved: once the cause is gone" in failed.value.__notes__[0]
+    resumed, _ = train(tmp_path, resume=True)
+    assert list(measured(resumed)) == [0, 3, 5, 6]
+    assert resumed.state.global_step == 6
+
+
 def test_unset_samples_and_cap_are_the_students_and_the_rollouts(tmp_path):
     args = make_trainer(tmp_path, dataset=rows(24), **FIELDS).args
     assert (args.monitor_base_samples, args.monitor_max_new_tokens) == (3, 8)

@@ -19,6 +19,7 @@ from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.prompts import check_positions
+from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.distance import ConciseBaseDistance, teacher_prompts_of
 from trl_crisp.health.judge import Judge, choose_judge, has_labels
@@ -127,6 +128,7 @@ class AgreementMonitor(TrainerCallback):
             top_k=args.top_k or 0,
             max_new_tokens=args.monitor_max_new_tokens,
             seed=args.seed,
+            batch_size=_answers_at_once(args),
         )
         self._problems = [Problem(str(i), prompt, "", is_whole_prompt=True) for i, prompt in enumerate(prompts)]
         self._token_ids = trainer.prompt_pairs.tokenize_students(prompts, 0)
@@ -139,6 +141,7 @@ class AgreementMonitor(TrainerCallback):
         self.references: dict[int, Reference] = {}
         self._base_accuracies: Mapping[int, float] = {}
         self.is_on = True
+        self._failed: Exception | None = None
         if args.teacher_refresh_gate == "agreement":
             trainer.teacher.refresh_gate = self.allows_refresh
 
@@ -348,7 +351,23 @@ class AgreementMonitor(TrainerCallback):
     ) -> None:
         steps = self.trainer.args.monitor_steps
         if self._measures and ((state.global_step + 1) % steps == 0 or state.global_step == state.max_steps):
-            self._measure(state)
+            try:
+                self._measure(state)
+            except Exception as error:
+                # Other processes wait for this one's answers, and would never come to save
+                if self.trainer.accelerator.num_processes > 1:
+                    raise
+                self._failed, control.should_save = error, True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._failed is None:
+            return
+        error, self._failed = self._failed, None
+        error.add_note(
+            f"The answers to the monitor prompts could not be measured after step {state.global_step}. Its checkpoint was saved: once the cause is "
+            "gone, go on with resume_from_checkpoint true; this one measurement is then missing."
+        )
+        raise error
 
     def _measure(self, state: TrainerState) -> None:
         start_s = time.monotonic()
@@ -464,6 +483,13 @@ class AgreementMonitor(TrainerCallback):
             f"points from the base's own, and monitor_margin allows {-100 * margin:.1f}."
         )
         return False
+
+
+def _answers_at_once(args: Any) -> int:
+    """Return how many answers need no more memory than the rollouts of a step do, which the run has room for."""
+    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    longer = max(1.0, args.monitor_max_new_tokens / args.max_completion_length)
+    return max(1, min(BATCH_ROWS, int(rollouts / longer)))
 
 
 def _mean_tokens(answers: Sequence[Sequence[Sequence[int]]]) -> float:
