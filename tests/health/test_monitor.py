@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from tests.helpers import make_trainer, parameters_of, rows
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, tiny_tokenizer
 from trl_crisp.health.attach import attach_health
 from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.train import main, parse_args
@@ -328,3 +328,17 @@ def test_sampling_fields_that_the_monitor_lacks_warn(tmp_path):
     trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, min_p=0.1, repetition_penalty=1.2)
     with pytest.warns(UserWarning, match="min_p, repetition_penalty has no effect on the answers to monitor prompts"):
         AgreementMonitor(trainer, first_characters)
+
+
+@pytest.mark.parametrize("template_opens", [True, False])
+def test_an_answer_that_is_cut_in_the_thinking_that_its_prompt_opened_does_not_vote(tmp_path, template_opens):
+    dataset = rows(24)
+    if template_opens:
+        # As templates of reasoning models end
+        dataset = Dataset.from_dict({"prompt": [f"{row['prompt'][0]['content']}\n<think>\n" for row in dataset]})
+    trainer = make_trainer(tmp_path, kind="qwen3", dataset=dataset, **FIELDS)
+    monitor = attach_health(trainer).monitor
+    texts = [["First \\boxed{3}, but wait", "So.</think>\\boxed{4}"]]
+    answers = [[tiny_tokenizer("qwen3")(text)["input_ids"] for text in row] for row in texts]
+    expected = [["" if template_opens else texts[0][0], "\\boxed{4}"]]
+    assert monitor._final_texts([0], texts, answers) == expected

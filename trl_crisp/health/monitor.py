@@ -31,6 +31,7 @@ from trl_crisp.health.reference import (
     agrees,
     compare_agreement,
     count_votes,
+    final_texts,
     find_reference,
     read_base,
     write_references,
@@ -38,6 +39,7 @@ from trl_crisp.health.reference import (
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement
+from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
@@ -211,9 +213,9 @@ class AgreementMonitor(TrainerCallback):
         found: list[Reference | None] = []
         accuracies: dict[int, float] = {}
         if self.trainer.is_world_process_zero():
-            found = [
-                find_reference(votes) for votes in count_votes(texts, self.trainer.args.monitor_grader, self.answer_of)
-            ]
+            kind = self.trainer.args.monitor_grader
+            final = self._final_texts(numbers, texts, answers)
+            found = [find_reference(votes) for votes in count_votes(final, kind, self.answer_of)]
             if self._golds:
                 right = self._right([texts[i] for i in self._golds])
                 accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
@@ -381,11 +383,12 @@ class AgreementMonitor(TrainerCallback):
             values = {f"{_PREFIX}_mean_tokens": mean_tokens, f"{_PREFIX}_reduction": 1 - mean_tokens / base_tokens}
             values |= distance
             texts_of = dict(zip(asked, texts, strict=True))
+            final_of = dict(zip(asked, self._final_texts(asked, texts, answers), strict=True))
             if self.is_on:
                 numbers = sorted(self.references)
                 references = [self.references[i] for i in numbers]
-                answers_of = [texts_of[i] for i in numbers]
-                agreed = self._grade(answers_of, [one.answer for one in references], by_answer_line=True)
+                final = [final_of[i] for i in numbers]
+                agreed = self._grade(final, [one.answer for one in references], by_answer_line=True)
                 values |= _with_change(_PREFIX, agreed, compare_agreement(references, agreed))
             if self._golds:
                 right = self._right([texts_of[i] for i in self._golds])
@@ -442,6 +445,22 @@ class AgreementMonitor(TrainerCallback):
             [[sample.text for sample in by_prompt[i]] for i in asked],
             [[sample.token_ids for sample in by_prompt[i]] for i in asked],
         )
+
+    def _final_texts(
+        self, numbers: Sequence[int], texts: list[list[str]], answers: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[str]]:
+        """Return what the texts say after their thinking. The user's own function gets them whole."""
+        if self.answer_of is not None:
+            return texts
+        think_ids = find_think_ids(self._tokenizer)
+        is_all_thinking = [
+            [
+                0 < len(ids) == count_thinking_tokens(self._token_ids[number], ids, [1] * len(ids), think_ids)
+                for ids in row
+            ]
+            for number, row in zip(numbers, answers, strict=True)
+        ]
+        return final_texts(texts, is_all_thinking)
 
     def _right(self, texts: Sequence[Sequence[str]]) -> list[list[bool]]:
         """Return whether the texts are right, [prompts with a right answer, samples]."""

@@ -99,6 +99,20 @@ def agrees(grade: Grade, kind: Kind) -> bool:
     return grade.answer_correct if kind == "text" else grade.correct
 
 
+def final_texts(texts: Sequence[Sequence[str]], is_all_thinking: Sequence[Sequence[bool]]) -> list[list[str]]:
+    """
+    Return what each text says after its thinking, [prompts, samples]; an empty text if its thinking never ends.
+
+    Args:
+        texts: [prompts, samples].
+        is_all_thinking: [prompts, samples]. By the token ids, because a prompt may have opened the thinking that is not closed.
+    """
+    return [
+        ["" if thinks else after_thinking(text) for text, thinks in zip(row, flags, strict=True)]
+        for row, flags in zip(texts, is_all_thinking, strict=True)
+    ]
+
+
 def find_final_answers(texts: Sequence[Sequence[str]], kind: Kind, grader: Grader) -> list[list[str | None]]:
     """Return the final answer of each text, [prompts, samples]; `None` if none was found, or if it cannot be read as its kind."""
     answers = [[_final_answer(text, kind) for text in samples] for samples in texts]
