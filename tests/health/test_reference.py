@@ -81,6 +81,13 @@ def test_texts_vote_by_an_answer_line_only():
     assert [row[0] for row in votes.agrees] == [True, True, False]
 
 
+def test_a_text_that_hedges_does_not_agree():
+    (votes,) = count_votes(
+        [["Answer: Paris", "Answer: Rome or Paris or Berlin", "Answer: not Paris", "Answer: **PARIS**."]], "text"
+    )
+    assert [row[0] for row in votes.agrees] == [True, False, False, True]
+
+
 def test_what_is_said_in_the_thinking_does_not_vote():
     (votes,) = count_votes([["<think>Answer: 3</think>Answer: 4", "<think>Answer: 3"]], "math")
     assert votes.answers == ["4", None]

@@ -479,8 +479,8 @@ class AgreementMonitor(TrainerCallback):
             )
         # A text's first sentence may be right, but no two samples have the same one
         return [
-            [agrees(g, kind) if by_answer_line else g.correct for g in itertools.islice(grades, len(row))]
-            for row in texts
+            [agrees(g, str(gold), kind) if by_answer_line else g.correct for g in itertools.islice(grades, len(row))]
+            for row, gold in zip(texts, golds, strict=True)
         ]
 
     def _from_first(self, value: Any) -> Any:

@@ -87,16 +87,23 @@ def count_votes(
             for j in range(len(row))
         ]
         grades = grader.grade_all([(texts[number][j], gold) for number, gold, j in jobs], kind)
-    right = {job for job, grade in zip(jobs, grades, strict=True) if agrees(grade, kind)}
+    right = {job for job, grade in zip(jobs, grades, strict=True) if agrees(grade, job[1], kind)}
     return [
         Votes(row, [[answer is not None and (number, answer, j) in right for answer in row] for j in range(len(row))])
         for number, row in enumerate(answers)
     ]
 
 
-def agrees(grade: Grade, kind: Kind) -> bool:
-    """Whether a graded sample gives the reference's answer. A text's first sentence is no final answer, so only its answer line counts."""
-    return grade.answer_correct if kind == "text" else grade.correct
+def agrees(grade: Grade, answer: str, kind: Kind) -> bool:
+    """
+    Whether a graded sample gives the reference's answer.
+
+    A text's first sentence is no final answer, so only its answer line counts, and it has to be the answer and no more: a line that names
+    several, or denies one, has the answer's words too.
+    """
+    if kind == "text":
+        return grade.answer is not None and words(grade.answer) == words(answer)
+    return grade.correct
 
 
 def final_texts(texts: Sequence[Sequence[str]], is_all_thinking: Sequence[Sequence[bool]]) -> list[list[str]]:

@@ -250,7 +250,10 @@ class _Comparison:
             found = [self.answer_of(text) in ([gold] if isinstance(gold, str) else gold) for text, gold in pairs]
         else:
             grades = self.grader.grade_all(pairs, self.kind)
-            found = [agrees(grade, self.kind) if by_final_answer else grade.correct for grade in grades]
+            found = [
+                agrees(grade, str(gold), self.kind) if by_final_answer else grade.correct
+                for (_, gold), grade in zip(pairs, grades, strict=True)
+            ]
         each = iter(found)
         return [None if gold is None else [next(each) for _ in row] for row, gold in zip(texts, golds, strict=True)]
 
