@@ -110,7 +110,8 @@ class CRISPConfig(DistillationConfig):
             Optimizer steps between two measurements. If unset: `teacher_sync_steps`, and 50 for a teacher without one. Step k is
             measured if k + 1 is a multiple, just before a refresh is due; so is the last step.
         monitor_grader (`str`, defaults to `"math"`):
-            How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line.
+            How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line, and agree
+            by all of its words.
         monitor_margin (`float`, defaults to `0.03`; ours: 2% false alarms of a measurement with 128 prompts, benchmarks/README):
             How far agreement may be below the base's own before it counts as fallen: 0.03 is three points.
         monitor_distance (`bool`, defaults to `False`; ours, because it costs two passes over the answers):
@@ -121,9 +122,9 @@ class CRISPConfig(DistillationConfig):
             `"agreement"` postpones a due refresh while agreement is below the base's own by more than `monitor_margin`. If unset, each
             due refresh happens, as in the paper.
         stop_at_sweet_spot (`bool`, defaults to `False`):
-            End the run when accuracy (with `eval_benchmark`, or if the monitor prompts have right answers), else agreement, has fallen: two
-            measurements in a row are below the base by more than the margin, with a paired 95% interval below zero. The result of the run
-            is its best checkpoint, the shortest that holds ([`~trl_crisp.health.sweet_spot.SweetSpot`]). Needs `monitor_prompts`,
+            End the run when accuracy (with `eval_benchmark`, or if half of the monitor prompts have right answers that the base can give), else
+            agreement, has fallen: two measurements in a row are below the base by more than the margin, with a paired 95% interval below
+            zero. The result of the run is its best checkpoint, the shortest that holds ([`~trl_crisp.health.sweet_spot.SweetSpot`]). Needs `monitor_prompts`,
             `monitor_file` or `eval_benchmark`.
         target_reduction (`float`, *optional*):
             End the run when the answers to the monitor prompts, or to `eval_benchmark`, are shorter than the base's by this share. The paper's

@@ -1,12 +1,14 @@
 """Agreement with the base's majority: the prompts are left out, training is left alone, the gate follows the log, runs resume."""
 
 import json
+import re
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.helpers import make_trainer, parameters_of, rows
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, tiny_tokenizer
 from trl_crisp.health.attach import attach_health
 from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.train import main, parse_args
@@ -98,6 +100,38 @@ def test_the_base_gives_its_own_number_of_answers_under_the_monitors_own_cap(tmp
     assert trainer.args.max_completion_length == 8
 
 
+@pytest.mark.parametrize(
+    ("fields", "at_once"),
+    [
+        ({}, 4),
+        # Answers of three times the rollouts' length
+        ({"monitor_max_new_tokens": 24}, 1),
+        ({"gradient_accumulation_steps": 3, "monitor_max_new_tokens": 24}, 4),
+        ({"gradient_accumulation_steps": 16}, 32),
+    ],
+)
+def test_no_more_answers_at_once_than_a_step_has_rollouts(tmp_path, fields, at_once):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, **fields)
+    assert AgreementMonitor(trainer, first_characters).settings.batch_size == at_once
+
+
+def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
+    # The base has 24 answers, and each is read once
+    texts = iter(range(24))
+
+    def fails_later(text: str) -> str | None:
+        if next(texts, None) is None:
+            raise KeyError("no such text")
+        return first_characters(text)
+
+    with pytest.raises(KeyError, match="no such text") as failed:
+        train(tmp_path, answer_of=fails_later)
+    assert "Its checkpoint was saved: once the cause is gone" in failed.value.__notes__[0]
+    resumed, _ = train(tmp_path, resume=True)
+    assert list(measured(resumed)) == [0, 3, 5, 6]
+    assert resumed.state.global_step == 6
+
+
 def test_unset_samples_and_cap_are_the_students_and_the_rollouts(tmp_path):
     args = make_trainer(tmp_path, dataset=rows(24), **FIELDS).args
     assert (args.monitor_base_samples, args.monitor_max_new_tokens) == (3, 8)
@@ -122,10 +156,30 @@ def test_a_killed_gated_run_ends_with_the_same_bits(gated):
         }
 
 
-def test_a_run_with_another_monitor_is_not_resumed(gated):
+@pytest.mark.parametrize(
+    ("field", "before", "now"),
+    [
+        ("monitor_samples", 3, 4),
+        ("temperature", 0.02, 1.0),
+        ("top_p", 1.0, 0.9),
+        ("top_k", 0, 5),
+        ("chat_template_kwargs", None, {"enable_thinking": False}),
+    ],
+)
+def test_a_run_whose_answers_are_sampled_otherwise_is_not_resumed(gated, field, before, now):
     directory, fields, _, _ = gated
-    with pytest.raises(ValueError, match=r"monitor: .*'monitor_samples': 3.*'monitor_samples': 4"):
-        train(directory, resume=str(directory / "checkpoint-3"), **{**fields, "monitor_samples": 4})
+    told = rf"monitor: .*'{field}': {before}.*'{field}': {re.escape(str(now))}"
+    with pytest.raises(ValueError, match=told):
+        train(directory, resume=str(directory / "checkpoint-3"), **{**fields, field: now})
+
+
+def test_a_run_that_resumes_has_the_answers_of_its_own_base(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    train(tmp_path, **fields)
+    # Another run begins in the same directory
+    train(tmp_path, answer_of=lambda text: "x", max_steps=1)
+    with pytest.raises(ValueError, match=r"base\.json: these are the base's answers of run \w+, and this is run"):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-2"), allow_changed_resume=True, **fields)
 
 
 def test_measuring_leaves_the_training_alone(tmp_path):
@@ -195,6 +249,54 @@ def test_too_few_rows_are_refused(tmp_path):
         AgreementMonitor(trainer, first_characters)
 
 
+def held_out(tmp_path, asked, trained):
+    fields = {name: value for name, value in FIELDS.items() if name != "monitor_prompts"}
+    trainer = make_trainer(tmp_path, dataset=trained, **fields, monitor_file="own.jsonl")
+    return attach_health(trainer, first_characters, monitor_dataset=asked)
+
+
+def with_prompts(change) -> Dataset:
+    return Dataset.from_list([{"prompt": change(row["prompt"][0])} for row in rows(8)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda message: [{**message, "content": f" {message['content']}\n"}],
+        lambda message: [{"role": "system", "content": "Answer."}, message],
+        lambda message: [{**message, "content": [{"type": "text", "text": message["content"]}]}],
+    ],
+)
+def test_a_training_prompt_is_found_whatever_is_around_it(tmp_path, change):
+    with pytest.raises(ValueError, match="8 of its prompts are training prompts, such as the file's prompt 0"):
+        held_out(tmp_path, with_prompts(change), rows(24))
+
+
+def test_rows_that_differ_in_the_system_message_alone_are_different_prompts(tmp_path):
+    def told(name: str, count: int) -> Dataset:
+        user = {"role": "user", "content": "Sum it up."}
+        return Dataset.from_list(
+            [{"prompt": [{"role": "system", "content": f"{name} {i}"}, user]} for i in range(count)]
+        )
+
+    assert held_out(tmp_path, told("held out", 8), told("trained", 24)).monitor is not None
+    with pytest.raises(ValueError, match="8 of its prompts are training prompts"):
+        held_out(tmp_path, told("trained", 8), told("trained", 24))
+
+
+def test_prompts_of_another_type_than_the_rows_are_refused(tmp_path):
+    texts = Dataset.from_dict({"prompt": [f"Now: {i}" for i in range(8)]})
+    with pytest.raises(ValueError, match="its prompts are texts, and the training prompts are lists of messages"):
+        held_out(tmp_path, texts, rows(24))
+
+
+def test_a_stream_is_said_not_to_be_checked(tmp_path, capsys):
+    held_out(tmp_path, rows(8), rows(24).to_iterable_dataset())
+    assert "The training rows are a stream, so whether one of these prompts is trained on was not checked" in (
+        capsys.readouterr().out
+    )
+
+
 def test_the_script_attaches_the_monitor(tmp_path, capsys):
     save_tiny(tmp_path / "model", "qwen3")
     lines = [json.dumps({"prompt": [{"role": "user", "content": f"What is {i} + 1?"}]}) for i in range(12)]
@@ -226,3 +328,17 @@ def test_sampling_fields_that_the_monitor_lacks_warn(tmp_path):
     trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, min_p=0.1, repetition_penalty=1.2)
     with pytest.warns(UserWarning, match="min_p, repetition_penalty has no effect on the answers to monitor prompts"):
         AgreementMonitor(trainer, first_characters)
+
+
+@pytest.mark.parametrize("template_opens", [True, False])
+def test_an_answer_that_is_cut_in_the_thinking_that_its_prompt_opened_does_not_vote(tmp_path, template_opens):
+    dataset = rows(24)
+    if template_opens:
+        # As templates of reasoning models end
+        dataset = Dataset.from_dict({"prompt": [f"{row['prompt'][0]['content']}\n<think>\n" for row in dataset]})
+    trainer = make_trainer(tmp_path, kind="qwen3", dataset=dataset, **FIELDS)
+    monitor = attach_health(trainer).monitor
+    texts = [["First \\boxed{3}, but wait", "So.</think>\\boxed{4}"]]
+    answers = [[tiny_tokenizer("qwen3")(text)["input_ids"] for text in row] for row in texts]
+    expected = [["" if template_opens else texts[0][0], "\\boxed{4}"]]
+    assert monitor._final_texts([0], texts, answers) == expected

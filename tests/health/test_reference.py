@@ -12,6 +12,7 @@ from trl_crisp.health.reference import (
     Votes,
     compare_agreement,
     count_votes,
+    final_texts,
     find_reference,
     write_references,
 )
@@ -80,9 +81,25 @@ def test_texts_vote_by_an_answer_line_only():
     assert [row[0] for row in votes.agrees] == [True, True, False]
 
 
+def test_a_text_that_hedges_does_not_agree():
+    (votes,) = count_votes(
+        [["Answer: Paris", "Answer: Rome or Paris or Berlin", "Answer: not Paris", "Answer: **PARIS**."]], "text"
+    )
+    assert [row[0] for row in votes.agrees] == [True, False, False, True]
+
+
 def test_what_is_said_in_the_thinking_does_not_vote():
     (votes,) = count_votes([["<think>Answer: 3</think>Answer: 4", "<think>Answer: 3"]], "math")
     assert votes.answers == ["4", None]
+
+
+def test_thinking_that_the_prompt_opened_and_that_is_cut_says_nothing():
+    texts = [["First \\boxed{3}, but wait", "So \\boxed{3}.</think>Answer: 4", "<think>\\boxed{3}", "Answer: 4"]]
+    (final,) = final_texts(texts, [[True, False, False, False]])
+    assert final == ["", "Answer: 4", "", "Answer: 4"]
+    (votes,) = count_votes([final], "math")
+    assert votes.answers == [None, "4", None, "4"]
+    assert [row[1] for row in votes.agrees] == [False, True, False, True]
 
 
 def test_a_function_of_the_user_finds_the_answers():

@@ -550,15 +550,15 @@ def test_a_file_that_does_not_exist_is_named(tmp_path):
         ({"solution": ["So \\boxed{\\frac{1}{2}}.", "\\boxed{3} or \\boxed{4}", "5"]}, ["\\frac{1}{2}", "4", "5"]),
         ({"answer": ["1", "2", "3"], "solution": ["a", "b", "c"]}, ["1", "2", "3"]),
         ({"answer": [1, 2.0, 0.5]}, ["1", "2", "0.5"]),
-        ({"answer": ["1", None, "3"]}, None),
-        ({"answer": ["1", "", "3"]}, None),
-        ({"other": ["1", "2", "3"]}, None),
+        ({"answer": ["1", None, "3"]}, ["1", None, "3"]),
+        ({"answer": ["1", "", "3"]}, ["1", None, "3"]),
+        ({"other": ["1", "2", "3"]}, [None, None, None]),
     ],
 )
 def test_right_answers_are_found_in_the_rows(cells, golds):
-    from trl_crisp.health.monitor_prompts import golds_of
+    from trl_crisp.evaluation.row_answers import find_golds
 
-    assert golds_of(Dataset.from_dict({"prompt": ["a", "b", "c"], **cells})) == golds
+    assert find_golds(list(Dataset.from_dict({"prompt": ["a", "b", "c"], **cells})))[1] == golds
 
 
 @pytest.mark.parametrize(

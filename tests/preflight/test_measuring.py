@@ -198,6 +198,17 @@ def test_answers_are_compared_by_value_without_a_function_of_the_user():
     assert found.plain.thinking is None
 
 
+def test_an_answer_that_is_cut_in_its_thinking_has_no_final_answer():
+    """The prompt has opened the thinking, so the text does not show it."""
+    cut = Sample("0", 1, r"First \boxed{3}, but wait", [1, 2], 2, False, "")
+    whole = Sample("0", 0, "So.</think>Answer: 3", [1, 2], 1, True, "")
+    kind = [[whole, cut]] * 2
+    found = measure(kind, [kind], [[1]] * 2, [[[1]] * 2], Labels(None, [None] * 2, "math", ""), None)
+    assert [reference.votes for reference in found.references] == [1, 1]
+    assert found.told_scores[0][0].agrees == [True, False]
+    assert found.told[0].final_answer == 0.5
+
+
 def test_texts_agree_by_their_answer_line():
     plain = math_samples([["Answer: Oslo", "Answer: oslo"]] * 2)
     told = math_samples([["It is Oslo.", "Answer: **Oslo**"]] * 2)

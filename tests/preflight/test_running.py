@@ -1,5 +1,6 @@
 """`trl-crisp preflight` from start to end: on the lab's trained model, which follows its instruction, and on tiny random ones."""
 
+import dataclasses
 import json
 import random
 import re
@@ -136,12 +137,15 @@ def test_the_reverse_kl_is_that_of_a_loop_over_the_kept_answers(lab):
     assert found["reverse_kl_reason"] is None
 
 
-def test_what_a_run_needs_is_computed_for_this_run(lab):
+def test_what_a_run_needs_is_computed_for_this_run(lab, capsys):
     directory, found, _ = lab
     run = found["run"]
     # 16 rows in steps of 4 rollouts
     assert (run["steps"], run["rollouts_per_step"]) == (4, 4)
     assert run["rollout_tokens"] == round(16 * found["plain"]["mean_tokens"])
+    print_preflight(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"It is for prompts of up to {run['prompt_tokens']:,} tokens, the longest of those asked" in said
     longest = max(
         len(lab_tokenizer().encode(text))
         for text in (found["first_prompts"][name] for name in ("plain", "be concise"))
@@ -456,3 +460,19 @@ def test_images_are_refused(chat, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="vision inputs are not supported"):
         run_preflight(chat, tmp_path / "out")
+
+
+def test_rows_that_are_too_long_and_rows_with_teacher_prompts_of_their_own_are_noted(chat, tmp_path):
+    path = Path(chat.dataset)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:3]:
+        row["teacher_prompt"] = [{"role": "user", "content": f"Briefly: {row['prompt'][0]['content']}"}]
+    rows += [{"prompt": [{"role": "user", "content": "Tell me more. " * 400}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run_preflight(dataclasses.replace(chat, max_prompt_length=2000), tmp_path / "out")
+    assert found["prompts"]["own_teacher_prompt"] == 3
+    assert any(note.startswith("3 of 8 prompts have a teacher prompt of their own") for note in found["notes"])
+    assert any(
+        note.startswith("The steps are those of all 9 rows: 1 of the 9 drawn are longer than max_prompt_length=2000")
+        for note in found["notes"]
+    )

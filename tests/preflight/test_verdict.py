@@ -3,8 +3,8 @@
 import pytest
 
 from trl_crisp.evaluation.metrics import Interval
-from trl_crisp.preflight.measuring import Counted, Effect
-from trl_crisp.preflight.verdict import Verdict, choose_judge, judge, recommend
+from trl_crisp.preflight.measuring import Effect
+from trl_crisp.preflight.verdict import Verdict, judge, recommend
 
 
 def interval(low: float, estimate: float, high: float) -> Interval:
@@ -94,27 +94,6 @@ def test_cut_answers_are_said_to_favour_short_ones(truncated, warns):
     found = judge("v1", effect(SHORTER, SAME), "agreement", 0.03, 32, truncated)
     assert found.kind == "shortens"
     assert ("But 25% of the plain answers were cut" in found.words) == warns
-
-
-def counted(agreement: float | None, accuracy: float | None) -> Counted:
-    return Counted(100.0, 0.0, 1.0, 1.0, 0.0, agreement, accuracy, None)
-
-
-@pytest.mark.parametrize(
-    ("labelled", "agreement", "accuracy", "judged_by"),
-    [
-        (16, 0.9, 0.8, "accuracy"),
-        (15, 0.9, 0.8, "agreement"),
-        (0, 0.9, None, "agreement"),
-        (0, None, None, None),
-        (32, None, 0.5, "accuracy"),
-        # What is hardly ever right cannot get worse by more than the margin
-        (32, 0.9, 0.03, "agreement"),
-        (32, 0.03, 0.03, None),
-    ],
-)
-def test_labels_win_over_agreement_if_half_of_the_prompts_have_them(labelled, agreement, accuracy, judged_by):
-    assert choose_judge(32, labelled, counted(agreement, accuracy), 0.03) == judged_by
 
 
 def verdicts(*kinds: str, judged_by="agreement") -> list[Verdict]:

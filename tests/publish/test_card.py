@@ -416,6 +416,14 @@ def test_accuracy_that_the_run_measured_and_lost_is_told(tmp_path, trained):
     assert "Accuracy of the same answers: 90.0% before, 0.0% after (-90.0 points [-90.0, -90.0])." in text
     assert "Accuracy was measured on the monitor prompts alone" in text
     assert "Accuracy was not measured" not in text
+    # Where no majority answers were found, accuracy is told alone
+    alone = [
+        {key: value for key, value in entry.items() if key != "eval_agreement" and "agreement_change" not in key}
+        for entry in log
+    ]
+    text = " ".join(make_card(facts(run=load_run(write_run(tmp_path / "alone", alone)), record=record)).text.split())
+    assert "50.0 after. Accuracy: 90.0% before, 0.0% after (-90.0 points [-90.0, -90.0])." in text
+    assert "Accuracy was measured on the monitor prompts alone" in text
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,13 @@ def test_accuracy_counts_before_agreement_and_a_benchmark_before_the_monitor():
     assert "accuracy on gsm8k fell: -20.0" in judge_run(run_of([agreement | labels, benchmark])).headline
 
 
+@pytest.mark.parametrize(("level", "told"), [(0.03, "agreement with the base fell"), (0.04, "accuracy")])
+def test_accuracy_that_cannot_fall_by_the_margin_leaves_the_verdict_to_agreement(level, told):
+    base = {"step": 0, "eval_agreement": 0.9, "eval_agreement_accuracy": level, "eval_agreement_mean_tokens": 100.0}
+    labels = measurement(20, 0.0, 0.01, key="eval_agreement_accuracy")
+    assert told in judge_run(run_of([base, measurement(20, -0.4, -0.3) | labels])).headline
+
+
 @pytest.mark.parametrize(
     ("status", "level", "headline"),
     [

@@ -1,5 +1,6 @@
 """Attaches what watches a run's health to a trainer, by one call."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ from datasets import Dataset
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.health.alerts import TrackerAlerts
 from trl_crisp.health.ending import EndOfRun
-from trl_crisp.health.guard import CollapseGuard
+from trl_crisp.health.guard import GUARD_ENTRIES, CollapseGuard
 from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor import AgreementMonitor
 from trl_crisp.health.signals import HealthSignals
@@ -67,6 +68,7 @@ def attach_health(
         sweet_spot = SweetSpot(trainer, source)
         trainer.add_callback(sweet_spot)
         trainer.is_over = lambda state: sweet_spot.reason_to_stop(state) is not None
+    _warn_of_a_short_log(args)
     signals = HealthSignals()
     guard = CollapseGuard(signals) if args.collapse_guard else None
     # Before the trackers and the line of the terminal, which report what the signals add to the log
@@ -82,3 +84,26 @@ def attach_health(
     health = Health(signals, guard, monitor, benchmark, sweet_spot)
     trainer.add_callback(EndOfRun(trainer, health))
     return health
+
+
+def _warn_of_a_short_log(args: Any) -> None:
+    """Warn if the signals, or the guard, read a log that has too few entries to say anything."""
+    way_out = "Set logging_strategy steps and logging_steps, such as 1."
+    if args.logging_strategy == "no":
+        guard = " and collapse_guard" if args.collapse_guard else ""
+        warnings.warn(
+            f"logging_strategy='no': the signals of health{guard} read the training's log, and there is none, so they have no effect. {way_out}",
+            stacklevel=3,
+        )
+    # The first entry is what later ones are compared with
+    elif (
+        args.logging_strategy == "epoch"
+        and args.collapse_guard
+        and args.max_steps <= 0
+        and args.num_train_epochs <= GUARD_ENTRIES
+    ):
+        warnings.warn(
+            f"collapse_guard has no effect: logging_strategy='epoch' with num_train_epochs={args.num_train_epochs:g} makes at most "
+            f"{GUARD_ENTRIES} log entries, and the guard needs one to compare with and {GUARD_ENTRIES} more. {way_out}",
+            stacklevel=3,
+        )

@@ -1,11 +1,10 @@
 """Measures during training how often the student still gives the base's own majority answers: accuracy seen without labels."""
 
 import itertools
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,27 @@ from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.prompts import check_positions
+from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.distance import ConciseBaseDistance, teacher_prompts_of
+from trl_crisp.health.judge import Judge, choose_judge, has_labels
+from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor_prompts import find_unreadable, take_prompts
 from trl_crisp.health.reference import (
+    Base,
     Reference,
     agrees,
     compare_agreement,
     count_votes,
+    final_texts,
     find_reference,
+    read_base,
     write_references,
 )
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement
+from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
@@ -41,6 +47,11 @@ _PREFIX = "eval_agreement"
 _CAP = "monitor_max_new_tokens (max_completion_length if unset)"
 # Ours: in the lab, 9% of cut answers make the change of agreement look 7 points better than it is, and 55% 20 points
 MAX_CUT_SHARE = 0.05
+_SUBJECTS: dict[Judge | None, str] = {
+    "accuracy": "accuracy on the monitor prompts",
+    "agreement": "agreement with the base's majority answers",
+    None: "agreement with the base's majority answers",
+}
 # Fields that shape the rollouts and that the evaluation's sampler does not have, with their values that change nothing
 _UNUSED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "min_p": (None, 0.0),
@@ -57,14 +68,19 @@ class AgreementMonitor(TrainerCallback):
     ([`~trl_crisp.health.reference`]). The references are in `output_dir/agreement/reference.jsonl`, which `trl-crisp eval --benchmark`
     reads. Every `monitor_steps` steps the student answers the prompts that have one `monitor_samples` times. Temperature, top_p and top_k are
     the rollouts', and `monitor_max_new_tokens` is the longest answer.
-    The log gets `eval_agreement` (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
-    (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds). If the
-    prompts have right answers, it also gets `eval_agreement_accuracy` of the same answers, with its change and interval in the same way.
+    The log gets how many prompts have a reference once (`eval_agreement_references`), and `eval_agreement` over these prompts (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
+    (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds). If half of
+    the prompts have right answers, the student answers these too, and the log gets `eval_agreement_accuracy` over them, with its change
+    and interval in the same way.
     With `monitor_distance` it gets `eval_agreement_distance_nats` ([`~trl_crisp.health.distance.ConciseBaseDistance`]) and the standard error
     over prompts, `eval_agreement_distance_standard_error_nats`.
 
     The monitor prompts are taken from the training rows and left out of them, or are those of `monitor_file`. If fewer than half of them
     get a reference, agreement is not measured, and a gate allows each refresh, with a message.
+
+    Accuracy judges whether the answers hold, unless the base's own is not above the margin; then agreement does
+    ([`~trl_crisp.health.judge.choose_judge`]). A line after the base's answers says so. The base's answers are also in
+    `output_dir/agreement/base.json`, for a resume.
 
     The rule of the gate: a due refresh is postponed while the last `eval_agreement_change` is below `-monitor_margin`.
 
@@ -102,10 +118,8 @@ class AgreementMonitor(TrainerCallback):
         self.every_steps: int = args.monitor_steps
         taken = take_prompts(args, trainer.train_dataset, monitor_dataset)
         trainer.train_dataset, prompts = taken.rows, taken.prompts
-        self._golds = self._readable(taken.golds)
-        self.subject = (
-            "accuracy on the monitor prompts" if self._golds else "agreement with the base's majority answers"
-        )
+        self._golds = self._usable(taken.golds)
+        self.subject = _SUBJECTS[None]
         self._tokenizer = tokenizer_of(trainer)
         self.settings = EvaluationSettings(
             model=trainer.model.config._name_or_path,
@@ -117,6 +131,7 @@ class AgreementMonitor(TrainerCallback):
             top_k=args.top_k or 0,
             max_new_tokens=args.monitor_max_new_tokens,
             seed=args.seed,
+            batch_size=_answers_at_once(args),
         )
         self._problems = [Problem(str(i), prompt, "", is_whole_prompt=True) for i, prompt in enumerate(prompts)]
         self._token_ids = trainer.prompt_pairs.tokenize_students(prompts, 0)
@@ -127,44 +142,68 @@ class AgreementMonitor(TrainerCallback):
             check_positions(trainer.model.config, self._problems, told, self.settings.max_new_tokens, _CAP)
             self._distance = ConciseBaseDistance(trainer, self._token_ids, told)
         self.references: dict[int, Reference] = {}
-        self._base_accuracies: dict[int, float] = {}
+        self._base_accuracies: Mapping[int, float] = {}
         self.is_on = True
+        self._failed: Exception | None = None
         if args.teacher_refresh_gate == "agreement":
             trainer.teacher.refresh_gate = self.allows_refresh
 
-    def _readable(self, golds: list[str | list[str]] | None) -> list[str | list[str]] | None:
-        if golds is None:
-            return None
+    def _usable(self, found: list[str | list[str] | None]) -> dict[int, str | list[str]]:
+        """Return the right answers by the number of the prompt; none if they are too few or cannot be graded, and print why."""
+        golds = {number: gold for number, gold in enumerate(found) if gold is not None}
+        if not golds:
+            return {}
+        if not has_labels(len(found), len(golds)):
+            self.trainer.accelerator.print(
+                f"Only {len(golds)} of {len(found)} monitor prompts have a right answer, and half of them need one, so accuracy is not measured "
+                "beside agreement."
+            )
+            return {}
         kind = self.trainer.args.monitor_grader
-        unreadable = find_unreadable(golds, kind, self.answer_of)
+        unreadable = find_unreadable(list(golds.values()), kind, self.answer_of)
         if unreadable is None:
             return golds
+        number, gold = list(golds.items())[unreadable]
         self.trainer.accelerator.print(
             f"The monitor prompts' answers cannot be graded as {kind!r}, so accuracy is not measured beside agreement: that of prompt "
-            f"{unreadable} is {str(golds[unreadable])[:80]!r}."
+            f"{number} is {str(gold)[:80]!r}."
         )
-        return None
+        return {}
 
     def describe_start(self) -> str:
         """Return what is measured."""
+        accuracy = ""
+        if self._golds:
+            is_all = len(self._golds) == len(self._problems)
+            accuracy = (
+                ", and their accuracy"
+                if is_all
+                else f", and the accuracy of the {len(self._golds)} that have a right answer"
+            )
+        unchecked = ""
+        if not isinstance(self.trainer.train_dataset, Dataset):
+            unchecked = (
+                " The training rows are a stream, so whether one of these prompts is trained on was not checked: what is trained on cannot be held "
+                "out."
+            )
         where = "left out of the training rows" if self.trainer.args.monitor_file is None else "of monitor_file"
         return (
             f"During training, agreement with the base's majority answers is measured: {len(self._problems)} prompts, {where}, "
             f"{self.trainer.args.monitor_base_samples} answers of the base to each, {self.settings.samples} at each "
-            f"measurement{', and their accuracy' if self._golds else ''}."
+            f"measurement{accuracy}.{unchecked}"
         )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        path = Path(args.output_dir or ".", "agreement", "reference.jsonl")
+        path = Path(args.output_dir or ".", "agreement", "base.json")
         if state.global_step == 0:
             if state.max_steps > 0:
                 if self._distance is not None:
                     self._distance.begin_run(path.parent)
                 self._ask_base(path)
         else:
-            self._read_references(path, state)
+            self._read_base(path, state)
             if self._distance is not None:
                 self._distance.resume_run(path.parent)
 
@@ -173,28 +212,33 @@ class AgreementMonitor(TrainerCallback):
         numbers = range(len(self._problems))
         texts, answers = self._sample(numbers, self.settings.seed, self.trainer.args.monitor_base_samples)
         found: list[Reference | None] = []
-        accuracies: list[float] | None = None
+        accuracies: dict[int, float] = {}
         if self.trainer.is_world_process_zero():
-            found = [
-                find_reference(votes) for votes in count_votes(texts, self.trainer.args.monitor_grader, self.answer_of)
-            ]
-            if self._golds is not None:
-                accuracies = [float(np.mean(row)) for row in self._right(texts, numbers)]
-            write_references(path, [problem.prompt for problem in self._problems], found, accuracies)
+            kind = self.trainer.args.monitor_grader
+            final = self._final_texts(numbers, texts, answers)
+            found = [find_reference(votes) for votes in count_votes(final, kind, self.answer_of)]
+            if self._golds:
+                right = self._right([texts[i] for i in self._golds])
+                accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
+            base = Base(self.trainer.run_id, [problem.prompt for problem in self._problems], found, accuracies)
+            base.write(path)
+            write_references(path.with_name("reference.jsonl"), base.prompts, found)
         found, accuracies = self._from_first((found, accuracies))
-        self.references = {i: reference for i, reference in enumerate(found) if reference is not None}
-        self._base_accuracies = {i: accuracies[i] for i in self.references} if accuracies is not None else {}
-        self._turn_off_without_references()
+        self._take_base(found, accuracies)
         self._warn_of_cut_answers(answers)
         asked = self._asked
         # Always, because a resumed run may need it
-        values = {f"{_PREFIX}_mean_tokens": _mean_tokens([answers[i] for i in asked])}
+        values = {
+            f"{_PREFIX}_mean_tokens": _mean_tokens([answers[i] for i in asked]),
+            f"{_PREFIX}_references": float(len(self.references)),
+        }
         values |= self._measure_distance(asked, [answers[i] for i in asked])
         if self.is_on:
             values[_PREFIX] = float(np.mean([one.base_agreement for one in self.references.values()]))
-        if self.is_on and self._base_accuracies:
+        if self._base_accuracies:
             values[f"{_PREFIX}_accuracy"] = float(np.mean(list(self._base_accuracies.values())))
         log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
+        self._tell_base(self.trainer.state)
 
     def _warn_of_cut_answers(self, answers: list[list[list[int]]]) -> None:
         cap = self.settings.max_new_tokens
@@ -208,60 +252,125 @@ class AgreementMonitor(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _read_references(self, path: Path, state: TrainerState) -> None:
+    def _read_base(self, path: Path, state: TrainerState) -> None:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: this run resumes after step {state.global_step}, and the base's answers are not there, so there is nothing to "
                 "compare with. Put the file back, or start again in another output_dir."
             )
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        self.references = {
-            int(line["id"]): Reference(line["answer"], line["votes"], line["base_agreement"]) for line in lines
-        }
-        self._base_accuracies = {int(line["id"]): line["base_accuracy"] for line in lines if "base_accuracy" in line}
-        for line in lines:
-            if int(line["id"]) >= len(self._problems) or self._problems[int(line["id"])].prompt != line["prompt"]:
-                raise ValueError(
-                    f"{path}: prompt {line['id']} is not the one that this run monitors. The rows, the monitor_file or the seed have changed: "
-                    "set them back, or start again in another output_dir."
-                )
-        if bool(self._golds) != bool(self._base_accuracies) and lines:
+        base = read_base(path)
+        if base.run_id != self.trainer.run_id:
             raise ValueError(
-                f"{path}: the right answers of the monitor prompts were {'known' if self._base_accuracies else 'not known'} when this run "
-                f"began, and now they are {'known' if self._golds else 'not known'}. Use the rows that it began with, or start again in another "
+                f"{path}: these are the base's answers of run {base.run_id}, and this is run {self.trainer.run_id}. Another run began in this "
+                "output_dir later, or the run to resume began in another one. Put the file of this run there, or start again in another "
                 "output_dir."
             )
-        self._turn_off_without_references()
+        prompts = [problem.prompt for problem in self._problems]
+        if base.prompts != prompts:
+            pairs = itertools.zip_longest(base.prompts, prompts)
+            first = next(number for number, (before, now) in enumerate(pairs) if before != now)
+            raise ValueError(
+                f"{path}: prompt {first} is not the one that this run monitors. The rows, the monitor_file or the seed have changed: "
+                "set them back, or start again in another output_dir."
+            )
+        if base.accuracies.keys() != self._golds.keys():
+            raise ValueError(
+                f"{path}: {len(base.accuracies)} of the monitor prompts had a right answer that was used when this run began, and now "
+                f"{len(self._golds)} have. Use the rows that it began with, or start again in another output_dir."
+            )
+        self._take_base(base.references, base.accuracies)
+        self._tell_base(state)
 
-    def _turn_off_without_references(self) -> None:
+    def _take_base(self, references: Sequence[Reference | None], accuracies: Mapping[int, float]) -> None:
+        self.references = {i: reference for i, reference in enumerate(references) if reference is not None}
+        self._base_accuracies = accuracies
         share = len(self.references) / len(self._problems)
         self.is_on = share >= MIN_SHARE_WITH_REFERENCE and len(self.references) > 1
+
+    def _tell_base(self, state: TrainerState) -> None:
+        """Print which levels of the base were measured, and what judges by them."""
+        args, count, known = self.trainer.args, len(self._problems), len(self.references)
+        base, judged_by = self._base_of(state), self.judged_by(state)
+        self.subject = _SUBJECTS[judged_by]
+        # A benchmark judges if there is one
+        stops = args.stop_at_sweet_spot and not self._has_benchmark
+        parts = []
         if self.is_on:
-            return
-        args = self.trainer.args
-        effects = ["agreement is not measured"]
-        effects += ["no refresh is postponed"] if args.teacher_refresh_gate is not None else []
-        effects += ["stop_at_sweet_spot does not end the run"] if args.stop_at_sweet_spot else []
-        self.trainer.accelerator.print(
-            f"The base has a majority answer to only {len(self.references)} of {len(self._problems)} monitor prompts, so "
-            f"{' and '.join(effects)}. The task may have no final answers that can be compared."
-        )
+            parts += [f"{known} of {count} have a majority answer of the base's (agreement {base[_PREFIX]:.1%})"]
+        if self._golds:
+            parts += [
+                f"{len(self._golds)} of {count} have a right answer (accuracy {base[f'{_PREFIX}_accuracy']:.1%})"
+            ]
+        told = [f"Monitor prompts: {', '.join(parts)}."] if parts else []
+        can_postpone = self.is_on and base[_PREFIX] > self.margin
+        effects = [] if self.is_on else ["agreement is not measured"]
+        effects += ["no refresh is postponed"] if args.teacher_refresh_gate is not None and not can_postpone else []
+        effects += ["stop_at_sweet_spot does not end the run"] if stops and judged_by is None else []
+        if not self.is_on:
+            told += [
+                f"The base has a majority answer to only {known} of {count} monitor prompts, so {' and '.join(effects)}. The task may have no "
+                "final answers that can be compared."
+            ]
+        elif not can_postpone:
+            told += [
+                f"Agreement is not above the margin of {100 * self.margin:g} points, so it cannot fall by more"
+                f"{''.join(f', and {effect}' for effect in effects)}."
+            ]
+        if self._golds and judged_by != "accuracy":
+            told += [
+                f"Accuracy is not above the margin of {100 * self.margin:g} points, so it cannot fall by more, and it does not judge. Check that "
+                "monitor_grader reads these answers."
+            ]
+        if judged_by is not None and not self._has_benchmark:
+            told += [f"Whether the answers hold is judged by {self.subject}."]
+        self.trainer.accelerator.print(" ".join(told))
+
+    @property
+    def _has_benchmark(self) -> bool:
+        return any(isinstance(one, BenchmarkCallback) for one in self.trainer.callback_handler.callbacks)
+
+    def _base_of(self, state: TrainerState) -> dict[str, float]:
+        """Return the log entry of the base; an empty one before it is measured."""
+        return next((log for log in state.log_history if f"{_PREFIX}_mean_tokens" in log), {})
+
+    def judged_by(self, state: TrainerState) -> Judge | None:
+        """Return which measure judges, from the log alone; `None` if none does."""
+        base = self._base_of(state)
+        levels = base.get(f"{_PREFIX}_accuracy"), base.get(_PREFIX)
+        return choose_judge(len(self._problems), len(self._golds), *levels, self.margin)
 
     @property
     def _measures(self) -> bool:
         # Lengths and distances need no reference
-        return self.is_on or self.trainer.args.target_reduction is not None or self._distance is not None
+        args = self.trainer.args
+        return self.is_on or bool(self._golds) or args.target_reduction is not None or self._distance is not None
 
     @property
     def _asked(self) -> list[int]:
-        return sorted(self.references) if self.is_on else list(range(len(self._problems)))
+        return sorted(self.references.keys() | self._golds.keys()) if self.is_on else list(range(len(self._problems)))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         steps = self.trainer.args.monitor_steps
         if self._measures and ((state.global_step + 1) % steps == 0 or state.global_step == state.max_steps):
-            self._measure(state)
+            try:
+                self._measure(state)
+            except Exception as error:
+                # Other processes wait for this one's answers, and would never come to save
+                if self.trainer.accelerator.num_processes > 1:
+                    raise
+                self._failed, control.should_save = error, True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._failed is None:
+            return
+        error, self._failed = self._failed, None
+        error.add_note(
+            f"The answers to the monitor prompts could not be measured after step {state.global_step}. Its checkpoint was saved: once the cause is "
+            "gone, go on with resume_from_checkpoint true; this one measurement is then missing."
+        )
+        raise error
 
     def _measure(self, state: TrainerState) -> None:
         start_s = time.monotonic()
@@ -270,27 +379,30 @@ class AgreementMonitor(TrainerCallback):
         distance = self._measure_distance(asked, answers)
         values: dict[str, float] = {}
         if self.trainer.is_world_process_zero():
-            base_tokens = next(
-                log[f"{_PREFIX}_mean_tokens"] for log in state.log_history if f"{_PREFIX}_mean_tokens" in log
-            )
+            base_tokens = self._base_of(state)[f"{_PREFIX}_mean_tokens"]
             mean_tokens = _mean_tokens(answers)
             values = {f"{_PREFIX}_mean_tokens": mean_tokens, f"{_PREFIX}_reduction": 1 - mean_tokens / base_tokens}
             values |= distance
+            texts_of = dict(zip(asked, texts, strict=True))
+            final_of = dict(zip(asked, self._final_texts(asked, texts, answers), strict=True))
             if self.is_on:
-                references = [self.references[i] for i in asked]
-                agreed = self._grade(texts, [one.answer for one in references], by_answer_line=True)
+                numbers = sorted(self.references)
+                references = [self.references[i] for i in numbers]
+                final = [final_of[i] for i in numbers]
+                agreed = self._grade(final, [one.answer for one in references], by_answer_line=True)
                 values |= _with_change(_PREFIX, agreed, compare_agreement(references, agreed))
-            if self.is_on and self._base_accuracies:
-                right = self._right(texts, asked)
-                base = [self._base_accuracies[i] for i in asked]
+            if self._golds:
+                right = self._right([texts_of[i] for i in self._golds])
+                base = [self._base_accuracies[i] for i in self._golds]
                 change = paired_bootstrap_difference(base, [float(np.mean(row)) for row in right])
                 values |= _with_change(f"{_PREFIX}_accuracy", right, change)
         values = self._from_first(values)
         log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
 
     def measurements(self, state: TrainerState) -> list[Measurement]:
-        """Return what was measured so far, with the change of accuracy if the prompts have right answers, else of agreement."""
-        key = f"{_PREFIX}_accuracy" if self._golds else _PREFIX
+        """Return what was measured so far, with the change of what judges ([`judged_by`])."""
+        judged_by = self.judged_by(state)
+        key = {"accuracy": f"{_PREFIX}_accuracy", "agreement": _PREFIX, None: "none"}[judged_by]
         return [
             Measurement(
                 int(log["step"]),
@@ -335,9 +447,25 @@ class AgreementMonitor(TrainerCallback):
             [[sample.token_ids for sample in by_prompt[i]] for i in asked],
         )
 
-    def _right(self, texts: Sequence[Sequence[str]], asked: Sequence[int]) -> list[list[bool]]:
-        assert self._golds is not None
-        return self._grade(texts, [self._golds[i] for i in asked], by_answer_line=False)
+    def _final_texts(
+        self, numbers: Sequence[int], texts: list[list[str]], answers: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[str]]:
+        """Return what the texts say after their thinking. The user's own function gets them whole."""
+        if self.answer_of is not None:
+            return texts
+        think_ids = find_think_ids(self._tokenizer)
+        is_all_thinking = [
+            [
+                0 < len(ids) == count_thinking_tokens(self._token_ids[number], ids, [1] * len(ids), think_ids)
+                for ids in row
+            ]
+            for number, row in zip(numbers, answers, strict=True)
+        ]
+        return final_texts(texts, is_all_thinking)
+
+    def _right(self, texts: Sequence[Sequence[str]]) -> list[list[bool]]:
+        """Return whether the texts are right, [prompts with a right answer, samples]."""
+        return self._grade(texts, list(self._golds.values()), by_answer_line=False)
 
     def _grade(
         self, texts: Sequence[Sequence[str]], golds: Sequence[str | list[str]], by_answer_line: bool
@@ -352,8 +480,8 @@ class AgreementMonitor(TrainerCallback):
             )
         # A text's first sentence may be right, but no two samples have the same one
         return [
-            [agrees(g, kind) if by_answer_line else g.correct for g in itertools.islice(grades, len(row))]
-            for row in texts
+            [agrees(g, str(gold), kind) if by_answer_line else g.correct for g in itertools.islice(grades, len(row))]
+            for row, gold in zip(texts, golds, strict=True)
         ]
 
     def _from_first(self, value: Any) -> Any:
@@ -375,6 +503,13 @@ class AgreementMonitor(TrainerCallback):
             f"points from the base's own, and monitor_margin allows {-100 * margin:.1f}."
         )
         return False
+
+
+def _answers_at_once(args: Any) -> int:
+    """Return how many answers need no more memory than the rollouts of a step do, which the run has room for."""
+    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    longer = max(1.0, args.monitor_max_new_tokens / args.max_completion_length)
+    return max(1, min(BATCH_ROWS, int(rollouts / longer)))
 
 
 def _mean_tokens(answers: Sequence[Sequence[Sequence[int]]]) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,20 @@ class MonitorPrompts:
 
     Attributes:
         prompts: As the student has them.
-        golds: The right answer to each prompt, as [`~trl_crisp.evaluation.grading.grade`] reads them; `None` if the rows have none.
+        golds: The right answer to each prompt, as [`~trl_crisp.evaluation.grading.grade`] reads it; `None` if its row has none.
         rows: The rows that are left to train on.
         monitored: The rows of the prompts, with all their columns.
     """
 
     prompts: list[Prompt]
-    golds: list[str | list[str]] | None
+    golds: list[str | list[str] | None]
     rows: Any
     monitored: Dataset
 
 
 def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None = None) -> MonitorPrompts:
     """
-    Return the prompts to monitor, and the training rows without them.
+    Return the prompts to monitor, and the training rows without them. A file's prompts cannot be compared with those of a stream.
 
     Args:
         args: The config; `monitor_prompts`, `monitor_file` and `seed` are read.
@@ -48,7 +48,8 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         monitor_dataset: The rows of `monitor_file`, with a column `prompt`. If `None`, the file is loaded.
 
     Raises:
-        ValueError: If the rows are a stream or too few, or if a prompt of the file is a training prompt.
+        ValueError: If the rows are a stream or too few, or if a prompt of the file is a training prompt (space around it and system messages
+            do not count), or of another type than those.
         FileNotFoundError: If there is no such file.
     """
     if args.monitor_file is None:
@@ -65,14 +66,45 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         )
     chosen = monitor_dataset.select(distinct[:wanted])
     if isinstance(train_dataset, Dataset):
-        trained = {key: number for number, key in enumerate(_keys(train_dataset))}
-        if shared := [(number, trained[key]) for number, key in enumerate(_keys(chosen)) if key in trained]:
-            raise ValueError(
-                f"monitor_file={args.monitor_file!r}: {len(shared)} of its prompts are training prompts, such as the file's prompt {shared[0][0]} "
-                f"(row {shared[0][1]} of the training rows). What is trained on cannot be held out: remove them from the file or from the rows, "
-                "or set monitor_prompts alone, which leaves prompts out of the rows."
-            )
-    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), train_dataset, chosen)
+        _check_held_out(args, list(chosen["prompt"]), list(train_dataset["prompt"]))
+    return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], train_dataset, chosen)
+
+
+def _check_held_out(args: Any, asked: list[Prompt], trained: list[Prompt]) -> None:
+    kinds = ["texts" if isinstance(prompts[0], str) else "lists of messages" for prompts in (asked, trained)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"monitor_file={args.monitor_file!r}: its prompts are {kinds[0]}, and the training prompts are {kinds[1]}. The chat template applies "
+            "to messages only, so the base would be asked otherwise than in training. Give the file's prompts in the form of the training rows."
+        )
+    # What the user says tells prompts apart, whatever the system message is, unless the rows differ elsewhere only
+    wholes, said = (list(map(text_of, trained)) for text_of in (_whole_text, _user_text))
+    text_of = _user_text if len(set(said)) == len(set(wholes)) else _whole_text
+    rows = {text_of(prompt): number for number, prompt in enumerate(trained)}
+    if shared := [(number, rows[text]) for number, prompt in enumerate(asked) if (text := text_of(prompt)) in rows]:
+        raise ValueError(
+            f"monitor_file={args.monitor_file!r}: {len(shared)} of its prompts are training prompts, such as the file's prompt {shared[0][0]} "
+            f"(row {shared[0][1]} of the training rows). What is trained on cannot be held out: remove them from the file or from the rows, "
+            "or set monitor_prompts alone, which leaves prompts out of the rows."
+        )
+
+
+def _user_text(prompt: Prompt) -> str:
+    messages = prompt if isinstance(prompt, str) else [one for one in prompt if one["role"] == "user"]
+    return _whole_text(messages)
+
+
+def _whole_text(prompt: Prompt) -> str:
+    """Return a prompt as text, without the space around its messages."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return json.dumps([[one["role"], _stripped(one.get("content"))] for one in prompt])
+
+
+def _stripped(content: Any) -> Any:
+    if isinstance(content, list):
+        return "".join(str(block.get("text") or "") for block in content).strip()
+    return content.strip() if isinstance(content, str) else content
 
 
 def load_monitor_file(path: str, script_args: CRISPScriptArguments | None = None) -> Dataset:
@@ -114,7 +146,7 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
     taken = {keys[row] for row in rows}
     chosen = train_dataset.select(rows)
     left = train_dataset.select([row for row, key in enumerate(keys) if key not in taken])
-    return MonitorPrompts(list(chosen["prompt"]), golds_of(chosen), left, chosen)
+    return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], left, chosen)
 
 
 def _keys(dataset: Dataset) -> list[str]:
@@ -126,15 +158,8 @@ def _first_rows(keys: list[str]) -> dict[str, int]:
     return {key: row for row, key in reversed(list(enumerate(keys)))}
 
 
-def golds_of(rows: Dataset) -> list[str | list[str]] | None:
-    """Return the right answer of each row ([`~trl_crisp.evaluation.row_answers.find_golds`]), or `None` if a row has none."""
-    _, golds, _ = find_golds(list(rows))
-    known = [gold for gold in golds if gold is not None]
-    return known if len(known) == len(rows) else None
-
-
 def find_unreadable(
-    golds: list[str | list[str]], kind: Kind, answer_of: Callable[[str], str | None] | None
+    golds: Sequence[str | list[str]], kind: Kind, answer_of: Callable[[str], str | None] | None
 ) -> int | None:
     """Return the number of the first right answer that answers cannot be graded by, or `None` if all are fine."""
     if answer_of is not None:

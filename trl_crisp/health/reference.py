@@ -4,8 +4,8 @@ Accuracy needs labels. Agreement with the base's majority answers does not, and 
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from trl_crisp.evaluation.grading import Grade, Grader, Kind
 from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
 from trl_crisp.evaluation.text_answers import after_thinking, words
 from trl_crisp.prompts.instructions import Prompt
+from trl_crisp.run.files import write_json
 
 # Ours: with one sample nothing can agree
 MIN_SAMPLES = 2
@@ -86,16 +87,37 @@ def count_votes(
             for j in range(len(row))
         ]
         grades = grader.grade_all([(texts[number][j], gold) for number, gold, j in jobs], kind)
-    right = {job for job, grade in zip(jobs, grades, strict=True) if agrees(grade, kind)}
+    right = {job for job, grade in zip(jobs, grades, strict=True) if agrees(grade, job[1], kind)}
     return [
         Votes(row, [[answer is not None and (number, answer, j) in right for answer in row] for j in range(len(row))])
         for number, row in enumerate(answers)
     ]
 
 
-def agrees(grade: Grade, kind: Kind) -> bool:
-    """Whether a graded sample gives the reference's answer. A text's first sentence is no final answer, so only its answer line counts."""
-    return grade.answer_correct if kind == "text" else grade.correct
+def agrees(grade: Grade, answer: str, kind: Kind) -> bool:
+    """
+    Whether a graded sample gives the reference's answer.
+
+    A text's first sentence is no final answer, so only its answer line counts, and it has to be the answer and no more: a line that names
+    several, or denies one, has the answer's words too.
+    """
+    if kind == "text":
+        return grade.answer is not None and words(grade.answer) == words(answer)
+    return grade.correct
+
+
+def final_texts(texts: Sequence[Sequence[str]], is_all_thinking: Sequence[Sequence[bool]]) -> list[list[str]]:
+    """
+    Return what each text says after its thinking, [prompts, samples]; an empty text if its thinking never ends.
+
+    Args:
+        texts: [prompts, samples].
+        is_all_thinking: [prompts, samples]. By the token ids, because a prompt may have opened the thinking that is not closed.
+    """
+    return [
+        ["" if thinks else after_thinking(text) for text, thinks in zip(row, flags, strict=True)]
+        for row, flags in zip(texts, is_all_thinking, strict=True)
+    ]
 
 
 def find_final_answers(texts: Sequence[Sequence[str]], kind: Kind, grader: Grader) -> list[list[str | None]]:
@@ -171,24 +193,18 @@ def write_references(
     path: Path,
     prompts: Sequence[Prompt],
     references: Sequence[Reference | None],
-    base_accuracies: Sequence[float] | None = None,
 ) -> int:
     """
     Write the prompts that have a reference as a file that `trl-crisp eval --benchmark FILE` reads.
 
     Args:
-        path: The .jsonl file. Each line has `id` (the prompt's number), `prompt` as it is, `answer`, `votes`, `base_agreement`, and
-            `base_accuracy` if it is known.
+        path: The .jsonl file. Each line has `id` (the prompt's number), `prompt` as it is, `answer`, `votes` and `base_agreement`.
         prompts: As the student has them.
         references: One for each prompt; those without one are left out.
-        base_accuracies: The share of the base's samples that are right, for each prompt.
 
     Returns:
         How many prompts were left out.
     """
-    accuracies = (
-        [{}] * len(prompts) if base_accuracies is None else [{"base_accuracy": one} for one in base_accuracies]
-    )
     lines = [
         {
             "id": str(number),
@@ -196,7 +212,6 @@ def write_references(
             "answer": reference.answer,
             "votes": reference.votes,
             "base_agreement": reference.base_agreement,
-            **accuracies[number],
         }
         for number, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
         if reference is not None
@@ -204,3 +219,46 @@ def write_references(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return len(prompts) - len(lines)
+
+
+@dataclass(frozen=True)
+class Base:
+    """
+    What the base's answers to the monitor prompts were, which a resumed run needs.
+
+    Attributes:
+        run_id: The run whose base it is ([`~trl_crisp.run.resumable.ResumableTrainer.run_id`]).
+        prompts: As the student has them.
+        references: One for each prompt, or `None`.
+        accuracies: The share of the base's samples that are right, by the number of the prompt; for those with a right answer.
+    """
+
+    run_id: str
+    prompts: list[Prompt]
+    references: list[Reference | None]
+    accuracies: Mapping[int, float]
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        lines = [
+            {
+                "prompt": prompt,
+                "reference": None if reference is None else asdict(reference),
+                "accuracy": self.accuracies.get(number),
+            }
+            for number, (prompt, reference) in enumerate(zip(self.prompts, self.references, strict=True))
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"run_id": self.run_id, "prompts": lines})
+
+
+def read_base(path: Path) -> Base:
+    """Read what [`Base.write`] wrote."""
+    read = json.loads(path.read_text(encoding="utf-8"))
+    lines = read["prompts"]
+    return Base(
+        read["run_id"],
+        [line["prompt"] for line in lines],
+        [None if line["reference"] is None else Reference(**line["reference"]) for line in lines],
+        {number: line["accuracy"] for number, line in enumerate(lines) if line["accuracy"] is not None},
+    )

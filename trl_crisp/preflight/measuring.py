@@ -22,6 +22,7 @@ from trl_crisp.health.reference import (
     agrees,
     compare_agreement,
     count_votes,
+    final_texts,
     find_final_answers,
     find_reference,
 )
@@ -156,7 +157,13 @@ def measure(
     kinds = [plain, *told]
     texts = [[[sample.text for sample in samples] for samples in kind] for kind in kinds]
     on_graded(0, len(kinds))
-    votes = count_votes(texts[0], labels.kind, answer_of)
+    # The user's own function gets the texts whole
+    final = (
+        texts
+        if answer_of is not None
+        else [final_texts(of, _all_thinking(k)) for of, k in zip(texts, kinds, strict=True)]
+    )
+    votes = count_votes(final[0], labels.kind, answer_of)
     references = [find_reference(one) for one in votes]
     known = [i for i, reference in enumerate(references) if reference is not None]
     has_agreement = len(known) >= max(2, MIN_SHARE_WITH_REFERENCE * len(references))
@@ -169,8 +176,8 @@ def measure(
         for number, of_kind in enumerate(texts):
             correct.append(compare.gives(of_kind, labels.golds, by_final_answer=False))
             if number > 0:
-                finals.append(compare.final_answers(of_kind))
-                agreed.append(compare.gives(of_kind, majorities, by_final_answer=True))
+                finals.append(compare.final_answers(final[number]))
+                agreed.append(compare.gives(final[number], majorities, by_final_answer=True))
             on_graded(number + 1, len(kinds))
     levels: list[float | None] = [
         float(np.mean([one.base_agreement for one in references if one is not None])) if has_agreement else None
@@ -209,6 +216,10 @@ def _some(value: Any) -> Any:
     return value
 
 
+def _all_thinking(kind: Samples) -> list[list[bool]]:
+    return [[0 < len(sample.token_ids) == sample.thinking_tokens for sample in samples] for samples in kind]
+
+
 def _lengths(kind: Samples) -> list[list[int]]:
     return [[len(sample.token_ids) for sample in samples] for samples in kind]
 
@@ -239,7 +250,10 @@ class _Comparison:
             found = [self.answer_of(text) in ([gold] if isinstance(gold, str) else gold) for text, gold in pairs]
         else:
             grades = self.grader.grade_all(pairs, self.kind)
-            found = [agrees(grade, self.kind) if by_final_answer else grade.correct for grade in grades]
+            found = [
+                agrees(grade, str(gold), self.kind) if by_final_answer else grade.correct
+                for (_, gold), grade in zip(pairs, grades, strict=True)
+            ]
         each = iter(found)
         return [None if gold is None else [next(each) for _ in row] for row, gold in zip(texts, golds, strict=True)]
 

@@ -21,8 +21,9 @@ Schema version 1. Shares are in [0, 1], lengths in tokens, intervals are paired 
 - `reverse_kl_reason`: why there is no reverse KL; `null` if there is
 - `recommendation`: [`~trl_crisp.preflight.verdict.Recommendation`]
 - `notes`: what limits these numbers, in words
-- `run`: `steps`, `rollouts_per_step` and `rollout_tokens` (at the plain prompt's mean length), the memory of the run on one GPU, by
-  part ([`~trl_crisp.models.memory.RunMemory`]), with `full` fine-tuning and with `lora`, or `null` and `memory_reason`
+- `run`: `steps` (of all rows, those that are too long among them), `rollouts_per_step` and `rollout_tokens` (at the plain prompt's mean
+  length), `prompt_tokens` (of the longest prompt asked, plain or told, for which the memory is computed), the memory of the run on one
+  GPU, by part ([`~trl_crisp.models.memory.RunMemory`]), with `full` fine-tuning and with `lora`, or `null` and `memory_reason`
 - `answers`: of each prompt its `row`, `label`, `reference` (the majority's answer, its votes and the leave-one-out level), and the
   scores of its answers ([`~trl_crisp.preflight.measuring.PromptScores`]), `plain` and by instruction (`told`)
 - `wall_s`: how long it took, in seconds
@@ -36,11 +37,12 @@ from typing import Any
 import torch
 
 from trl_crisp.evaluation.row_answers import Labels
+from trl_crisp.health.judge import choose_judge
 from trl_crisp.models.memory import NoEstimateError, estimate_memory
 from trl_crisp.preflight.asking import OWN_PROMPTS, Asking
 from trl_crisp.preflight.measuring import Measured
 from trl_crisp.preflight.settings import PreflightSettings
-from trl_crisp.preflight.verdict import MUCH_CUT, choose_judge, judge, recommend
+from trl_crisp.preflight.verdict import MUCH_CUT, judge, recommend
 from trl_crisp.prompts.instructions import looks_like_math, speaks_of_math
 from trl_crisp.run.files import write_json
 
@@ -78,7 +80,7 @@ def write_preflight(
     """
     count = len(asking.asked)
     names = [told.name for told in asking.told]
-    judged_by = choose_judge(count, labels.count, measured.plain, settings.margin)
+    judged_by = choose_judge(count, labels.count, measured.plain.accuracy, measured.plain.agreement, settings.margin)
     verdicts = [
         judge(name, effect, judged_by, settings.margin, count, measured.plain.truncated)
         for name, effect in zip(names, measured.effects, strict=True)
@@ -171,6 +173,17 @@ def _notes(settings: PreflightSettings, asking: Asking, measured: Measured) -> l
             f"The rows do not fill one step: there are {asking.rows}, and a step has {settings.rollouts_per_step} rollouts. Give more rows, or a "
             "smaller batch."
         )
+    if settings.max_steps is None and asking.dropped:
+        drawn = asking.dropped + len(asking.asked)
+        notes.append(
+            f"The steps are those of all {asking.rows:,} rows: {asking.dropped} of the {drawn} drawn are longer than "
+            f"max_prompt_length={settings.max_prompt_length} tokens, and training leaves such rows out, so it has fewer steps."
+        )
+    if 0 < asking.own_prompts < len(asking.asked):
+        notes.append(
+            f"{asking.own_prompts} of {len(asking.asked)} prompts have a teacher prompt of their own, which replaces the instruction, so these "
+            "numbers are of both kinds together. Measure the rows of each kind alone."
+        )
     share = sum(looks_like_math(one.columns["prompt"]) for one in asking.asked) / len(asking.asked)
     for told in asking.told:
         if told.name != OWN_PROMPTS and speaks_of_math(told.text) and share < 0.5:
@@ -188,7 +201,9 @@ def run_needs(settings: PreflightSettings, asking: Asking, config: Any) -> dict[
     Raises:
         ValueError: If the adapter does not fit the model.
     """
+    prompt_tokens = max(len(ids) for one in asking.asked for ids in (one.plain_ids, *one.told_ids))
     needs: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
         "steps": settings.max_steps or asking.rows // settings.rollouts_per_step,
         "rollouts_per_step": settings.rollouts_per_step,
         "full": None,
@@ -202,7 +217,7 @@ def run_needs(settings: PreflightSettings, asking: Asking, config: Any) -> dict[
         try:
             memory = estimate_memory(
                 config,
-                prompt_tokens=max(len(ids) for one in asking.asked for ids in (one.plain_ids, *one.told_ids)),
+                prompt_tokens=prompt_tokens,
                 completion_tokens=settings.max_completion_length,
                 micro_batch=settings.per_device_train_batch_size,
                 rollouts_at_once=settings.rollouts_per_step,

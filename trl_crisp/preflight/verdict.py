@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl_crisp.evaluation.metrics import Interval
-from trl_crisp.preflight.measuring import Counted, Effect
+from trl_crisp.health.judge import Judge
+from trl_crisp.preflight.measuring import Effect
 
 VerdictKind = Literal["shortens", "ignores", "lengthens", "answers otherwise", "uncertain"]
-Judge = Literal["accuracy", "agreement"]
 
 # Ours: fewer saved tokens than this are not worth a training, and a model that follows the instruction saves more
 MIN_REDUCTION = 0.05
-# Ours: labels judge if at least this share of the prompts has them, as many as need a reference for agreement
-MIN_SHARE_WITH_LABEL = 0.5
 # Ours: lengths that differ by less are equally short
 EQUALLY_SHORT = 0.02
 # Ours: with more cut answers than this, as in measuring during training, numbers say more about the cap than about the model
@@ -48,24 +46,6 @@ class Recommendation:
     words: str
 
 
-def choose_judge(prompts: int, labelled: int, plain: Counted, margin: float) -> Judge | None:
-    """
-    Return what says whether answers hold.
-
-    Labels win over agreement if at least half of the prompts (and two) have them. A level that is not above the margin cannot fall by more
-    than it, so it does not judge.
-
-    Args:
-        prompts, labelled: How many prompts were asked, and how many have a right answer.
-        plain: What is counted in the answers to the plain prompt.
-        margin: See [`~trl_crisp.preflight.settings.PreflightSettings`].
-    """
-    is_labelled = labelled >= max(2, MIN_SHARE_WITH_LABEL * prompts)
-    if is_labelled and plain.accuracy is not None and plain.accuracy > margin:
-        return "accuracy"
-    return "agreement" if plain.agreement is not None and plain.agreement > margin else None
-
-
 def judge(
     name: str, effect: Effect, judged_by: Judge | None, margin: float, prompts: int, plain_truncated: float
 ) -> Verdict:
@@ -81,7 +61,7 @@ def judge(
     Args:
         name: The instruction's name.
         effect: What it changes.
-        judged_by: See [`choose_judge`].
+        judged_by: See [`~trl_crisp.health.judge.choose_judge`].
         margin: See [`~trl_crisp.preflight.settings.PreflightSettings`].
         prompts: How many were asked.
         plain_truncated: The share of plain answers that were cut. If they are many, the words of `"shortens"` warn.

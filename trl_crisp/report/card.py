@@ -112,17 +112,19 @@ def make_card(facts: CardFacts) -> ModelCard:
 def _monitored(facts: CardFacts) -> dict[str, Any] | None:
     """
     Return what was measured on the monitor prompts at the model's step, before and after: `agreement` with the base's majority answers,
-    `accuracy` if the rows have right answers, and `tokens`. `None` if nothing was.
+    `accuracy`, each `None` if it was not, and `tokens`. `None` if neither was.
     """
     step = (facts.record or {}).get("step")
     if facts.run is None or not step:
         return None
-    agreement = _before_and_after(facts.run, step, "eval_agreement")
-    if agreement is None:
+    agreement, accuracy = (
+        _before_and_after(facts.run, step, key) for key in ("eval_agreement", "eval_agreement_accuracy")
+    )
+    if agreement is None and accuracy is None:
         return None
     return {
         "agreement": agreement,
-        "accuracy": _before_and_after(facts.run, step, "eval_agreement_accuracy"),
+        "accuracy": accuracy,
         "tokens": [facts.run.at(number, "eval_agreement_mean_tokens") for number in (0, step)],
     }
 

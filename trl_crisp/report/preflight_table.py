@@ -91,7 +91,8 @@ def print_preflight(results: dict[str, Any]) -> None:
         title = f"GPU memory of a run, GiB, estimated ({settings['dtype']} weights, cap {settings['max_completion_length']:,} tokens)"
         console.print(make_table(title, ["", *_PARTS.values()], rows))
         console.print(
-            "If vLLM samples the rollouts, its share comes on top of `update`, and the rollouts' cache is vLLM's.",
+            f"It is for prompts of up to {run['prompt_tokens']:,} tokens, the longest of those asked; a longer row needs more. If vLLM samples the "
+            "rollouts, its share comes on top of `update`, and the rollouts' cache is vLLM's.",
             markup=False,
         )
     lines = [

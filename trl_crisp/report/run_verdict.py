@@ -3,19 +3,20 @@
 from typing import Any
 
 from trl_crisp.report.run_log import RunLog
-from trl_crisp.report.verdict import Measured, Verdict, judge
+from trl_crisp.report.verdict import MARGIN, Measured, Verdict, judge
 
 
 def judge_run(run: RunLog, step: int | None = None) -> Verdict:
     """
     Return the verdict on a measured step or, if none is given, on the run's best checkpoint, or else on the last measured step.
 
-    The change of accuracy counts where it was measured, else that of agreement with the base's majority answers. The log has no
+    The change of accuracy counts where it was measured, else that of agreement with the base's majority answers. Accuracy of the base that
+    is not above the margin cannot fall by more, so agreement counts before it. The log has no
     interval of the reduction, so its estimate counts.
     """
     unhealthy = run.name if run.is_unhealthy else None
     for name in run.measured_names:
-        for key, subject in _subjects(name):
+        for key, subject in _subjects(run, name):
             changes = run.series(f"{key}_change")
             if not changes:
                 continue
@@ -41,12 +42,13 @@ def judge_run(run: RunLog, step: int | None = None) -> Verdict:
     return Verdict("no verdict", f"No verdict: accuracy was not measured{_rollouts(run)}", _last_reasons(run))
 
 
-def _subjects(name: str) -> list[tuple[str, str]]:
+def _subjects(run: RunLog, name: str) -> list[tuple[str, str]]:
+    """Return the keys of what was measured, the one that counts first."""
     if name == "eval_agreement":
-        return [
-            ("eval_agreement_accuracy", "accuracy on the monitor prompts"),
-            ("eval_agreement", "agreement with the base"),
-        ]
+        accuracy = ("eval_agreement_accuracy", "accuracy on the monitor prompts")
+        agreement = ("eval_agreement", "agreement with the base")
+        level = run.at(0, accuracy[0])
+        return [agreement, accuracy] if level is not None and level <= MARGIN else [accuracy, agreement]
     return [(f"{name}_accuracy", f"accuracy on {name.removeprefix('eval_')}")]
 
 
