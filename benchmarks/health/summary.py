@@ -158,5 +158,6 @@ def _differences(runs: Runs, frozen: Runs) -> dict[str, Any]:
         for sync in ("m50", "m20", "m10", "m5"):
             gated = runs.get(f"{form}-{sync}-gated", [])
             for label, others in (("ungated", runs.get(f"{form}-{sync}-ungated", [])), ("frozen", frozen[form])):
-                found[f"{form}-{sync}: gated - {label}"] = paired(gated, others)
+                if (difference := paired(gated, others))["seeds"]:
+                    found[f"{form}-{sync}: gated - {label}"] = difference
     return found

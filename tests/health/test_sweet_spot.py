@@ -74,7 +74,7 @@ def test_the_best_checkpoint_is_the_shortest_that_holds(tmp_path, seed):
 class Given:
     """Measurements that are given: (tokens, kind) by step; the base has 100 tokens."""
 
-    margin, subject, every_steps = MARGIN, "agreement", 1
+    margin, subject, every_steps, saves_held = MARGIN, "agreement", 1, True
 
     def __init__(self, given):
         self.given = given
@@ -350,6 +350,12 @@ def test_the_last_that_held_is_saved_and_kept(tmp_path, is_resumed):
     lost = describe_lost(trainer, health_of(spot, guard))
     assert f"{tmp_path}/checkpoint-2 is the last checkpoint that held when it was measured: use it, or go on" in lost
     assert f"--resume_from_checkpoint {tmp_path}/checkpoint-2" in lost
+
+
+def test_a_benchmark_saves_no_more_than_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(Given, "saves_held", False)
+    run(tmp_path, HELD, stop_at_sweet_spot=False, max_steps=5, save_strategy="no")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1"}
 
 
 def test_a_checkpoint_of_another_run_is_not_the_last_that_held(tmp_path):

@@ -145,6 +145,8 @@ class BenchmarkCallback(TrainerCallback):
         require_math_verify()
         self.trainer, self.settings = trainer, replace(settings, engine=engine_name(trainer))
         self.every_steps, self.margin, self.progress = every_steps, max_accuracy_drop, progress
+        # Only the best one: a run that only reports a benchmark writes as many checkpoints as its config says
+        self.saves_held = False
         self.benchmark = load_asked(settings)
         self.name = Path(settings.benchmark).stem
         self.subject = f"accuracy on {self.name}"

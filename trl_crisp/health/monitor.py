@@ -93,7 +93,7 @@ class AgreementMonitor(TrainerCallback):
     Attributes:
         references: By the number of the monitor prompt.
         is_on: Whether agreement is measured.
-        margin, subject, every_steps: See [`~trl_crisp.health.sweet_spot.Source`].
+        margin, subject, every_steps, saves_held: See [`~trl_crisp.health.sweet_spot.Source`].
 
     Raises:
         ValueError: If the rows are a stream or too few, a monitor prompt is trained on, the model is sharded by FSDP, or the rollouts call
@@ -116,6 +116,7 @@ class AgreementMonitor(TrainerCallback):
         self.trainer, self.answer_of, self.progress = trainer, answer_of, progress
         self.margin: float = args.monitor_margin
         self.every_steps: int = args.monitor_steps
+        self.saves_held = True
         taken = take_prompts(args, trainer.train_dataset, monitor_dataset)
         trainer.train_dataset, prompts = taken.rows, taken.prompts
         self._golds = self._usable(taken.golds)

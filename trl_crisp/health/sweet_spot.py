@@ -47,11 +47,13 @@ class Source(Protocol):
         margin: How far the change may be below the base's own, as a share: 0.03 is three points.
         subject: What is measured, in words.
         every_steps: Optimizer steps between two measurements.
+        saves_held: Whether each measured step that holds is saved, to go back to if the run is lost.
     """
 
     margin: float
     subject: str
     every_steps: int
+    saves_held: bool
 
     def measurements(self, state: TrainerState) -> list[Measurement]:
         """Return what was measured so far, without the base's own, from the log alone."""
@@ -132,7 +134,8 @@ class SweetSpot(TrainerCallback):
     Finds the best checkpoint by what a source measures, and ends the run there if the config says so.
 
     - The best checkpoint is the measured step with the fewest mean tokens, fewer than the base's, whose change holds ([`holds`]).
-    - Each measured step that holds is saved, and `save_total_limit` keeps the last of them, to go back to if the run is lost.
+    - With agreement on, each measured step that holds is saved, and `save_total_limit` keeps the last of them, to go back to if the
+      run is lost.
     - `stop_at_sweet_spot` ends the run once the change has fallen ([`has_fallen`]). When such a run ends, by this or at its last step, the
       trainer's model gets the weights of the best checkpoint, so these are what is saved and pushed.
     - `target_reduction` ends the run once the measured mean length has fallen by that share.
@@ -172,7 +175,7 @@ class SweetSpot(TrainerCallback):
         if not measured or measured[-1].step != state.global_step:
             return
         offer_best(args, state, control, measured[-1], self.source.margin)
-        if holds(measured[-1], self.source.margin):
+        if self.source.saves_held and holds(measured[-1], self.source.margin):
             # What to go back to if the run is lost later
             control.should_save = True
             self.trainer.kept_checkpoint = _checkpoint(args, state.global_step)
