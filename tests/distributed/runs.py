@@ -222,7 +222,7 @@ def pushed_weights(student: torch.nn.Module, accelerator: Any) -> dict[str, torc
 class BestIsTheFirst:
     """Measurements that are given: the first step is the shortest that holds."""
 
-    margin, subject, every_steps = 0.03, "agreement", 1
+    margin, subject, every_steps, saves_held = 0.03, "agreement", 1, True
 
     def measurements(self, state):
         tokens = {1: 50, 2: 60, 3: 70}
