@@ -45,7 +45,7 @@ from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 MIN_SHARE_WITH_REFERENCE = 0.5
 _PREFIX = "eval_agreement"
 _CAP = "monitor_max_new_tokens (max_completion_length if unset)"
-# Ours: in the lab, 9% of cut answers make the change of agreement look 7 points better than it is, and 55% 20 points
+# Ours: in the lab, 9% of cut answers make the change of agreement look 7 points better than it is, and 54% 19 points
 MAX_CUT_SHARE = 0.05
 _SUBJECTS: dict[Judge | None, str] = {
     "accuracy": "accuracy on the monitor prompts",
