@@ -68,10 +68,11 @@ class AgreementMonitor(TrainerCallback):
     ([`~trl_crisp.health.reference`]). The references are in `output_dir/agreement/reference.jsonl`, which `trl-crisp eval --benchmark`
     reads. Every `monitor_steps` steps the student answers the prompts that have one `monitor_samples` times. Temperature, top_p and top_k are
     the rollouts', and `monitor_max_new_tokens` is the longest answer.
-    The log gets how many prompts have a reference once (`eval_agreement_references`), and `eval_agreement` over these prompts (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval
-    (`_change_low`, `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds). If half of
-    the prompts have right answers, the student answers these too, and the log gets `eval_agreement_accuracy` over them, with its change
-    and interval in the same way.
+    Once, the log gets how many prompts have a reference (`eval_agreement_references`). At each measurement it gets `eval_agreement` over these
+    prompts (a share), `eval_agreement_change` from the base's own level with the ends of its paired 95% interval (`_change_low`,
+    `_change_high`), `eval_agreement_mean_tokens`, `eval_agreement_reduction` and `eval_agreement_runtime` (seconds). If half of the prompts
+    have right answers, the student answers these too, and the log gets `eval_agreement_accuracy` over them, with its change and interval in
+    the same way.
     With `monitor_distance` it gets `eval_agreement_distance_nats` ([`~trl_crisp.health.distance.ConciseBaseDistance`]) and the standard error
     over prompts, `eval_agreement_distance_standard_error_nats`.
 
