@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.health.__main__ import LAB_RESULTS, without_nan
+from benchmarks.health.__main__ import without_nan
 from benchmarks.health.answers import AnswerCode, answer_of
 from benchmarks.health.measured import load, points_of, reference_of
 from benchmarks.health.outcomes import accuracy_changes, gate_decisions, paired, stop_outcome
@@ -16,7 +16,7 @@ from benchmarks.health.power import Frequencies, reference_and_level, simulate
 from benchmarks.health.run import run, write_run
 from benchmarks.health.settings import MONITOR_SAMPLES, SETTINGS, planned_runs
 from benchmarks.health.stopping import GATE_RULES, PLANNED, STOP_RULES, Seen, seen_in, shortest_that_holds, stop_at
-from benchmarks.health.summary import load_lab_frozen, summarize
+from benchmarks.health.summary import summarize
 from benchmarks.health.tables import tables, with_tables
 from benchmarks.health.tracking import errors, hard_third, left_by_the_cap, wrong_majority
 from trl_crisp.health.sweet_spot import Measurement, has_fallen
@@ -329,14 +329,14 @@ def test_the_committed_runs_are_of_the_plan_and_agree_with_the_monitor():
             # How often is measured changes nothing in the run
             same = {**SETTINGS[name].config, "seed": result["seed"], "monitor_steps": config["monitor_steps"]}
             assert config == same
-            base, points = points_of(result, config["monitor_samples"])
+            base, points = points_of(result, SETTINGS[name].base_samples or config["monitor_samples"])
             assert base.level.mean() == pytest.approx(result["measurements"][0]["agreement"], abs=1e-5)
             changes = [one["agreement_change"] for one in result["measurements"][1:]]
             assert [float(point.change.mean()) for point in points] == pytest.approx(changes, abs=1e-5)
 
 
 def test_the_committed_summary_and_tables_are_made_from_the_committed_runs():
-    summary = without_nan(summarize(load(RESULTS), load_lab_frozen(LAB_RESULTS)))
+    summary = without_nan(summarize(load(RESULTS)))
     assert json.loads((RESULTS / "summary.json").read_text(encoding="utf-8")) == json.loads(json.dumps(summary))
     readme = Path("benchmarks/README.md").read_text(encoding="utf-8")
     assert with_tables(readme, summary) == readme

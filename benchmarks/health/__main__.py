@@ -7,12 +7,11 @@ from typing import Any
 
 from benchmarks.health.figure import draw
 from benchmarks.health.measured import load
-from benchmarks.health.summary import load_lab_frozen, summarize
+from benchmarks.health.summary import summarize
 from benchmarks.health.tables import tables, with_tables
 from trl_crisp.run.files import write_json
 
 RESULTS = Path("benchmarks/results/health")
-LAB_RESULTS = Path("benchmarks/results/lab")
 
 
 def without_nan(value: Any) -> Any:
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="replace the text between the tables' markers in this file")
     args = parser.parse_args()
     runs = load(args.directory)
-    summary = without_nan(summarize(runs, load_lab_frozen(LAB_RESULTS)))
+    summary = without_nan(summarize(runs))
     write_json(args.directory / "summary.json", summary)
     if args.readme:
         args.readme.write_text(with_tables(args.readme.read_text(encoding="utf-8"), summary), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.health.measured import Runs
@@ -15,10 +14,10 @@ from benchmarks.health.settings import (
     MONITOR_SAMPLES,
     MORE_BASE_SAMPLES,
     SETTINGS,
+    Setting,
 )
 from benchmarks.health.stopping import PLANNED
 from benchmarks.health.tracking import errors, hard_third, left_by_the_cap, wrong_majority
-from benchmarks.lab.table import load as load_lab
 
 FORMS = ("tradeoff", "stability")
 BASES = ("full", "75", "50")
@@ -31,31 +30,15 @@ DESIGNS = tuple(
     for base_samples in (5, 16)
     for prompts, samples in ((64, 2), (64, 5), (128, 2), (128, 5), (256, 2), (256, 5))
 )
-# The lab's runs with a frozen teacher: 200 steps and 100 steps. They have no monitor, and train on all rows
-LAB_FROZEN = {"tradeoff": "long-frozen", "stability": "stability-frozen"}
 
 
-def load_lab_frozen(directory: Path) -> Runs:
-    """Return the lab's runs with a frozen teacher by form, with the measurement at their end as this experiment's runs have it."""
-    results = load_lab(directory)
-    return {
-        form: [{"seed": run["seed"], "final": run["plain"]} for run in results[name]]
-        for form, name in LAB_FROZEN.items()
-    }
-
-
-def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
-    """
-    Return the summary, as it is committed.
-
-    Args:
-        runs: This experiment's runs.
-        frozen: From `load_lab_frozen`.
-    """
+def summarize(runs: Runs) -> dict[str, Any]:
+    """Return the summary, as it is committed, of the runs."""
     everything = [run for results in runs.values() for run in results]
-    # The runs with more answers are the same students as those of another setting: they only tell what more answers bring
+    # The runs with more answers are the same students as those of another setting: they only tell what more answers bring. Those of
+    # the strict gate have another margin, and more answers of the base
     many = [run for run in everything if _samples(run) > MONITOR_SAMPLES]
-    usual = [run for run in everything if _samples(run) == MONITOR_SAMPLES]
+    usual = [run for name, results in runs.items() if _is_usual(SETTINGS[name]) for run in results]
     by_base = {f"{form}, {base}": group for form in FORMS for base in BASES if (group := _of(usual, form, base))}
     full = [run for run in usual if run["protocol"]["base"] == "full"]
     by_samples = dict.fromkeys(SAMPLES, full) | ({MANY_SAMPLES: many} if many else {})
@@ -101,8 +84,7 @@ def summarize(runs: Runs, frozen: Runs) -> dict[str, Any]:
             and (SETTINGS[name].base, SETTINGS[name].samples) == ("full", MONITOR_SAMPLES)
             and SETTINGS[name].sync_steps != 1
         },
-        "lab_frozen": {form: _lab_ends(results) for form, results in frozen.items()},
-        "gate_differences": _differences(runs, frozen),
+        "gate_differences": _differences(runs),
         "gate_rules": {
             f"{margin:g}": gate_decisions(
                 [run for run in full if run["protocol"]["arm"] != "frozen" and _sync(run) > 1], margin
@@ -144,20 +126,16 @@ def _sync(run: dict[str, Any]) -> int:
     return run["protocol"]["config"]["teacher_sync_steps"]
 
 
-def _lab_ends(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    return {
-        "seeds": [run["seed"] for run in results],
-        "tokens": [run["final"]["all"]["mean_tokens"] for run in results],
-        "accuracy": [run["final"]["all"]["accuracy"] for run in results],
-    }
+def _is_usual(setting: Setting) -> bool:
+    return (setting.samples, setting.base_samples, setting.margin) == (MONITOR_SAMPLES, None, MONITOR_MARGIN)
 
 
-def _differences(runs: Runs, frozen: Runs) -> dict[str, Any]:
+def _differences(runs: Runs) -> dict[str, Any]:
     found = {}
     for form in FORMS:
-        for sync in ("m50", "m20", "m10", "m5"):
-            gated = runs.get(f"{form}-{sync}-gated", [])
-            for label, others in (("ungated", runs.get(f"{form}-{sync}-ungated", [])), ("frozen", frozen[form])):
-                if (difference := paired(gated, others))["seeds"]:
-                    found[f"{form}-{sync}: gated - {label}"] = difference
+        for gated in ("m50-gated", "m20-gated", "m20-strict-gated", "m10-gated", "m5-gated"):
+            sync = gated.split("-")[0]
+            for label, others in (("ungated", f"{form}-{sync}-ungated"), ("frozen", f"{form}-frozen")):
+                if (difference := paired(runs.get(f"{form}-{gated}", []), runs.get(others, [])))["seeds"]:
+                    found[f"{form}-{gated.removesuffix('-gated')}: gated - {label}"] = difference
     return found

@@ -1,5 +1,6 @@
 """The tables of benchmarks/README.md, from the summary of the health experiment."""
 
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -216,16 +217,6 @@ def _gate(summary: dict[str, Any]) -> str:
                 ", ".join(f"{done}/{due}" for done, due in zip(one["refreshes"], one["due"], strict=True)),
             )
             for name, one in summary["gate"].items()
-        ]
-        + [
-            (
-                f"{form}-frozen, of the lab",
-                str(len(one["seeds"])),
-                _mean(one["tokens"], ".1f"),
-                _mean((100 * value for value in one["accuracy"]), ".1f"),
-                "",
-            )
-            for form, one in summary["lab_frozen"].items()
         ],
     )
 
@@ -265,7 +256,8 @@ def _gate_rules(summary: dict[str, Any]) -> str:
 
 def _stop(summary: dict[str, Any]) -> str:
     columns = (
-        "run",
+        "setting",
+        "seeds",
         "stops after step",
         "names step",
         "tokens %",
@@ -278,16 +270,13 @@ def _stop(summary: dict[str, Any]) -> str:
     )
     rows = []
     for name, outcomes in summary["stop"].items():
-        for one in outcomes:
-            cells = [f"{name}, seed {one['seed']}", str(one["stopped_at"] or "")]
-            for key in ("named", "best"):
-                cells += [
-                    str(one[key]["step"]),
-                    f"{100 * one[key]['tokens']:.0f}",
-                    _points(one[key]["accuracy_change"]),
-                ]
-            cells += [f"{100 * one['end']['tokens']:.0f}", _points(one["end"]["accuracy_change"])]
-            rows.append(tuple(cells))
+        cells = [name, str(len(outcomes)), ", ".join(str(one["stopped_at"] or "none") for one in outcomes)]
+        for key in ("named", "best", "end"):
+            if key != "end":
+                cells.append(", ".join(str(one[key]["step"]) for one in outcomes))
+            cells.append(f"{100 * statistics.mean(one[key]['tokens'] for one in outcomes):.0f}")
+            cells.append(_points(statistics.mean(one[key]["accuracy_change"] for one in outcomes)))
+        rows.append(tuple(cells))
     return markdown(columns, rows)
 
 

@@ -1,12 +1,10 @@
-"""The base's majority answers: who agrees with whom, ties, the base's own level, and the file that an evaluation reads."""
+"""The base's majority answers: who agrees with whom, ties, and the base's own level."""
 
 import itertools
-import json
 from collections import Counter
 
 import pytest
 
-from trl_crisp.evaluation.problems import load_benchmark
 from trl_crisp.health.reference import (
     Reference,
     Votes,
@@ -14,7 +12,6 @@ from trl_crisp.health.reference import (
     count_votes,
     final_texts,
     find_reference,
-    write_references,
 )
 
 
@@ -120,19 +117,3 @@ def test_the_change_is_paired_over_prompts():
     assert (change.low, change.high) == (pytest.approx(-0.5), pytest.approx(0.6))
     # The same level on every prompt has no spread, however different the prompts are
     assert compare_agreement(references, [[True] * 5, [True, True, False, False, False]]).low == pytest.approx(0.0)
-
-
-def test_an_evaluation_reads_the_file_with_prompts_as_they_are(tmp_path):
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1 + 1?"}]
-    others = [{"role": "user", "content": "1 + 2?"}]
-    path = tmp_path / "deep" / "reference.jsonl"
-    assert (
-        write_references(path, [messages, others, others], [Reference("2", 4, 0.8), None, Reference("3", 5, 1.0)]) == 1
-    )
-    benchmark = load_benchmark(str(path))
-    assert [(problem.id, problem.prompt, problem.answer) for problem in benchmark.problems] == [
-        ("0", messages, "2"),
-        ("2", others, "3"),
-    ]
-    assert benchmark.kind == "math"
-    assert [json.loads(line)["base_agreement"] for line in path.read_text(encoding="utf-8").splitlines()] == [0.8, 1.0]

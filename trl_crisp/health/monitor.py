@@ -19,25 +19,22 @@ from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
 from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.prompts import check_positions
-from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.base_answers import Base, read_base, write_references
 from trl_crisp.health.distance import ConciseBaseDistance, teacher_prompts_of
 from trl_crisp.health.judge import Judge, choose_judge, has_labels
 from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor_prompts import find_unreadable, take_prompts
 from trl_crisp.health.reference import (
-    Base,
     Reference,
     agrees,
     compare_agreement,
     count_votes,
     final_texts,
     find_reference,
-    read_base,
-    write_references,
 )
-from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
-from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
+from trl_crisp.health.run_engine import check_lengths, engine_name
+from trl_crisp.health.student_answers import answers_at_once, check_sampling, log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
 
@@ -51,12 +48,6 @@ _SUBJECTS: dict[Judge | None, str] = {
     "accuracy": "accuracy on the monitor prompts",
     "agreement": "agreement with the base's majority answers",
     None: "agreement with the base's majority answers",
-}
-# Fields that shape the rollouts and that the evaluation's sampler does not have, with their values that change nothing
-_UNUSED_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "min_p": (None, 0.0),
-    "repetition_penalty": (1.0,),
-    "generation_kwargs": (None, {}),
 }
 
 
@@ -111,7 +102,7 @@ class AgreementMonitor(TrainerCallback):
         monitor_dataset: Dataset | None = None,
     ) -> None:
         args = trainer.args
-        _check_sampling(trainer)
+        check_sampling(trainer)
         if answer_of is None and args.monitor_grader == "math":
             require_math_verify()
         self.trainer, self.answer_of, self.progress = trainer, answer_of, progress
@@ -133,7 +124,7 @@ class AgreementMonitor(TrainerCallback):
             top_k=args.top_k or 0,
             max_new_tokens=args.monitor_max_new_tokens,
             seed=args.seed,
-            batch_size=_answers_at_once(args),
+            batch_size=answers_at_once(args),
         )
         self._problems = [Problem(str(i), prompt, "", is_whole_prompt=True) for i, prompt in enumerate(prompts)]
         self._token_ids = trainer.prompt_pairs.tokenize_students(prompts, 0)
@@ -255,31 +246,8 @@ class AgreementMonitor(TrainerCallback):
             )
 
     def _read_base(self, path: Path, state: TrainerState) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: this run resumes after step {state.global_step}, and the base's answers are not there, so there is nothing to "
-                "compare with. Put the file back, or start again in another output_dir."
-            )
-        base = read_base(path)
-        if base.run_id != self.trainer.run_id:
-            raise ValueError(
-                f"{path}: these are the base's answers of run {base.run_id}, and this is run {self.trainer.run_id}. Another run began in this "
-                "output_dir later, or the run to resume began in another one. Put the file of this run there, or start again in another "
-                "output_dir."
-            )
-        prompts = [problem.prompt for problem in self._problems]
-        if base.prompts != prompts:
-            pairs = itertools.zip_longest(base.prompts, prompts)
-            first = next(number for number, (before, now) in enumerate(pairs) if before != now)
-            raise ValueError(
-                f"{path}: prompt {first} is not the one that this run monitors. The rows, the monitor_file or the seed have changed: "
-                "set them back, or start again in another output_dir."
-            )
-        if base.accuracies.keys() != self._golds.keys():
-            raise ValueError(
-                f"{path}: {len(base.accuracies)} of the monitor prompts had a right answer that was used when this run began, and now "
-                f"{len(self._golds)} have. Use the rows that it began with, or start again in another output_dir."
-            )
+        base = read_base(path, state.global_step)
+        base.check(path, self.trainer.run_id, [problem.prompt for problem in self._problems], self._golds.keys())
         self._take_base(base.references, base.accuracies)
         self._tell_base(state)
 
@@ -507,13 +475,6 @@ class AgreementMonitor(TrainerCallback):
         return False
 
 
-def _answers_at_once(args: Any) -> int:
-    """Return how many answers need no more memory than the rollouts of a step do, which the run has room for."""
-    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    longer = max(1.0, args.monitor_max_new_tokens / args.max_completion_length)
-    return max(1, min(BATCH_ROWS, int(rollouts / longer)))
-
-
 def _mean_tokens(answers: Sequence[Sequence[Sequence[int]]]) -> float:
     return float(np.mean([np.mean([len(ids) for ids in row]) for row in answers]))
 
@@ -525,21 +486,3 @@ def _with_change(name: str, flags: Sequence[Sequence[bool]], change: Interval) -
         f"{name}_change_low": change.low,
         f"{name}_change_high": change.high,
     }
-
-
-def _check_sampling(trainer: Any) -> None:
-    if not can_answer(trainer):
-        raise ValueError(
-            "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, set use_vllm, or train with "
-            "DeepSpeed."
-        )
-    if trainer.tools:
-        raise ValueError(
-            "monitor_prompts: answers that call tools cannot be sampled here, so agreement would be measured on other answers than the "
-            "rollouts. Leave it unset."
-        )
-    if ignored := [name for name, plain in _UNUSED_SAMPLING.items() if getattr(trainer.args, name) not in plain]:
-        warnings.warn(
-            f"{', '.join(ignored)} has no effect on the answers to monitor prompts, of the base and of the student; it shapes the rollouts only.",
-            stacklevel=4,
-        )

@@ -3,10 +3,8 @@
 Accuracy needs labels. Agreement with the base's majority answers does not, and it falls when accuracy falls.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,8 +12,6 @@ from trl_crisp.evaluation.answers import find_answer, find_box, find_letter
 from trl_crisp.evaluation.grading import Grade, Grader, Kind
 from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
 from trl_crisp.evaluation.text_answers import after_thinking, words
-from trl_crisp.prompts.instructions import Prompt
-from trl_crisp.run.files import write_json
 
 # Ours: with one sample nothing can agree
 MIN_SAMPLES = 2
@@ -187,78 +183,3 @@ def compare_agreement(references: Sequence[Reference], agreed: Sequence[Sequence
     """
     base = [reference.base_agreement for reference in references]
     return paired_bootstrap_difference(base, [float(np.mean(row)) for row in agreed])
-
-
-def write_references(
-    path: Path,
-    prompts: Sequence[Prompt],
-    references: Sequence[Reference | None],
-) -> int:
-    """
-    Write the prompts that have a reference as a file that `trl-crisp eval --benchmark FILE` reads.
-
-    Args:
-        path: The .jsonl file. Each line has `id` (the prompt's number), `prompt` as it is, `answer`, `votes` and `base_agreement`.
-        prompts: As the student has them.
-        references: One for each prompt; those without one are left out.
-
-    Returns:
-        How many prompts were left out.
-    """
-    lines = [
-        {
-            "id": str(number),
-            "prompt": prompt,
-            "answer": reference.answer,
-            "votes": reference.votes,
-            "base_agreement": reference.base_agreement,
-        }
-        for number, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
-        if reference is not None
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    return len(prompts) - len(lines)
-
-
-@dataclass(frozen=True)
-class Base:
-    """
-    What the base's answers to the monitor prompts were, which a resumed run needs.
-
-    Attributes:
-        run_id: The run whose base it is ([`~trl_crisp.run.resumable.ResumableTrainer.run_id`]).
-        prompts: As the student has them.
-        references: One for each prompt, or `None`.
-        accuracies: The share of the base's samples that are right, by the number of the prompt; for those with a right answer.
-    """
-
-    run_id: str
-    prompts: list[Prompt]
-    references: list[Reference | None]
-    accuracies: Mapping[int, float]
-
-    def write(self, path: Path) -> None:
-        """Write it as JSON."""
-        lines = [
-            {
-                "prompt": prompt,
-                "reference": None if reference is None else asdict(reference),
-                "accuracy": self.accuracies.get(number),
-            }
-            for number, (prompt, reference) in enumerate(zip(self.prompts, self.references, strict=True))
-        ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"run_id": self.run_id, "prompts": lines})
-
-
-def read_base(path: Path) -> Base:
-    """Read what [`Base.write`] wrote."""
-    read = json.loads(path.read_text(encoding="utf-8"))
-    lines = read["prompts"]
-    return Base(
-        read["run_id"],
-        [line["prompt"] for line in lines],
-        [None if line["reference"] is None else Reference(**line["reference"]) for line in lines],
-        {number: line["accuracy"] for number, line in enumerate(lines) if line["accuracy"] is not None},
-    )

@@ -2,6 +2,7 @@
 
 import copy
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,16 @@ from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.sample_file import Sample
 from trl_crisp.evaluation.sample_problems import all_draws, sample_problems
+from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.settings import EvaluationSettings
-from trl_crisp.health.run_engine import run_engine
+from trl_crisp.health.run_engine import can_answer, run_engine
+
+# Fields that shape the rollouts and that the evaluation's sampler does not have, with their values that change nothing
+_UNUSED_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "generation_kwargs": (None, {}),
+}
 
 
 def sample_student(
@@ -63,6 +72,37 @@ def sample_student(
         everyones = gather_object(kept) if accelerator.num_processes > 1 else kept
         samples = [sample for _, sample in sorted(everyones, key=lambda pair: pair[0])]
         return engine, samples, time.monotonic() - start_s
+
+
+def check_sampling(trainer: Any) -> None:
+    """
+    Check that answers to monitor prompts can be sampled as the rollouts are; warn of fields that shape the rollouts only.
+
+    Raises:
+        ValueError: If FSDP shards the model, or the rollouts call tools.
+    """
+    if not can_answer(trainer):
+        raise ValueError(
+            "monitor_prompts: answers cannot be sampled from a model that FSDP has sharded. Leave it unset, set use_vllm, or train with "
+            "DeepSpeed."
+        )
+    if trainer.tools:
+        raise ValueError(
+            "monitor_prompts: answers that call tools cannot be sampled here, so agreement would be measured on other answers than the "
+            "rollouts. Leave it unset."
+        )
+    if ignored := [name for name, plain in _UNUSED_SAMPLING.items() if getattr(trainer.args, name) not in plain]:
+        warnings.warn(
+            f"{', '.join(ignored)} has no effect on the answers to monitor prompts, of the base and of the student; it shapes the rollouts only.",
+            stacklevel=4,
+        )
+
+
+def answers_at_once(args: Any) -> int:
+    """Return how many answers need no more memory than the rollouts of a step do, which the run has room for."""
+    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    longer = max(1.0, args.monitor_max_new_tokens / args.max_completion_length)
+    return max(1, min(BATCH_ROWS, int(rollouts / longer)))
 
 
 def log_values(trainer: Trainer, values: dict[str, float]) -> None:

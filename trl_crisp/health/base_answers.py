@@ -1,0 +1,138 @@
+"""The base's answers to the monitor prompts: kept before the first step, read by a resume, and refused if they are another run's."""
+
+import itertools
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trl_crisp.health.reference import Reference
+from trl_crisp.prompts.instructions import Prompt
+from trl_crisp.run.files import write_json
+
+
+def write_references(
+    path: Path,
+    prompts: Sequence[Prompt],
+    references: Sequence[Reference | None],
+) -> int:
+    """
+    Write the prompts that have a reference as a file that `trl-crisp eval --benchmark FILE` reads.
+
+    Args:
+        path: The .jsonl file. Each line has `id` (the prompt's number), `prompt` as it is, `answer`, `votes` and `base_agreement`.
+        prompts: As the student has them.
+        references: One for each prompt; those without one are left out.
+
+    Returns:
+        How many prompts were left out.
+    """
+    lines = [
+        {
+            "id": str(number),
+            "prompt": prompt,
+            "answer": reference.answer,
+            "votes": reference.votes,
+            "base_agreement": reference.base_agreement,
+        }
+        for number, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
+        if reference is not None
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return len(prompts) - len(lines)
+
+
+@dataclass(frozen=True)
+class Base:
+    """
+    What the base's answers to the monitor prompts were, which a resumed run needs.
+
+    Attributes:
+        run_id: The run whose base it is ([`~trl_crisp.run.resumable.ResumableTrainer.run_id`]).
+        prompts: As the student has them.
+        references: One for each prompt, or `None`.
+        accuracies: The share of the base's samples that are right, by the number of the prompt; for those with a right answer.
+    """
+
+    run_id: str
+    prompts: list[Prompt]
+    references: list[Reference | None]
+    accuracies: Mapping[int, float]
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        lines = [
+            {
+                "prompt": prompt,
+                "reference": None if reference is None else asdict(reference),
+                "accuracy": self.accuracies.get(number),
+            }
+            for number, (prompt, reference) in enumerate(zip(self.prompts, self.references, strict=True))
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"run_id": self.run_id, "prompts": lines})
+
+    def check(self, path: Path, run_id: str, prompts: Sequence[Prompt], labelled: Collection[int]) -> None:
+        """
+        Check that these are the answers that a resumed run began with.
+
+        Args:
+            path: Where they were read, for the error message.
+            run_id: The run's.
+            prompts: Its monitor prompts, as the student has them.
+            labelled: The numbers of its monitor prompts whose right answers are used.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        if self.run_id != run_id:
+            raise ValueError(
+                f"{path}: these are the base's answers of run {self.run_id}, and this is run {run_id}. Another run began in this output_dir "
+                "later, or the run to resume began in another one. Put the file of this run there, or start again in another output_dir."
+            )
+        if self.prompts != list(prompts):
+            pairs = itertools.zip_longest(self.prompts, prompts)
+            first = next(number for number, (before, now) in enumerate(pairs) if before != now)
+            raise ValueError(
+                f"{path}: prompt {first} is not the one that this run monitors. The rows, the monitor_file or the seed have changed: "
+                "set them back, or start again in another output_dir."
+            )
+        if self.accuracies.keys() != set(labelled):
+            raise ValueError(
+                f"{path}: {len(self.accuracies)} of the monitor prompts had a right answer that was used when this run began, and now "
+                f"{len(labelled)} have. Use the rows that it began with, or start again in another output_dir."
+            )
+
+
+def read_base(path: Path, step: int) -> Base:
+    """
+    Read what [`Base.write`] wrote.
+
+    Args:
+        path: The file.
+        step: The run resumes after this step, for the error messages.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is damaged.
+    """
+    way_out = "Put the file back, or start again in another output_dir."
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: this run resumes after step {step}, and the base's answers are not there, so there is nothing to compare with. {way_out}"
+        )
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        lines = read["prompts"]
+        return Base(
+            read["run_id"],
+            [line["prompt"] for line in lines],
+            [None if line["reference"] is None else Reference(**line["reference"]) for line in lines],
+            {number: line["accuracy"] for number, line in enumerate(lines) if line["accuracy"] is not None},
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: this run resumes after step {step}, and the file of the base's answers is damaged ({type(error).__name__}: {error}), so "
+            f"there is nothing to compare with. {way_out}"
+        ) from error
