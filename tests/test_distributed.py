@@ -267,6 +267,22 @@ def test_the_distance_of_two_processes_is_that_of_one(launch, request, tmp_path)
     assert outcome.is_restored
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("sampling", "process 1: RuntimeError: no memory is left"),
+        ("grading", "process 0: ValueError: no such answer"),
+    ],
+)
+def test_a_measurement_that_fails_on_one_process_ends_all_after_a_checkpoint(ddp, what, message):
+    outcomes = ddp["failing"][what]
+    assert len(outcomes) == 2
+    for error, note, is_saved in outcomes:
+        assert error == message
+        assert "could not be measured after step 1. Its checkpoint was saved" in note
+        assert is_saved
+
+
 def test_zero3_has_no_distance_and_says_so(zero3):
     assert "monitor_distance: DeepSpeed ZeRO-3 partitions the weights" in zero3["distance"]
 

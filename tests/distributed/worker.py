@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.distributed import distance, fsdp2, runs
+from tests.distributed import distance, failing, fsdp2, runs
 from tests.distributed.runs import (
     LATER_EPOCH_RUNS,
     RECORDED_RUNS,
@@ -41,6 +41,7 @@ def ddp(directory: Path) -> Outcomes:
     outcomes |= {"saved": train(SAVING_RUN, directory), "resumed": _resume(SAVING_RUN, directory)}
     outcomes |= _resumed_in_a_later_epoch(LATER_EPOCH_RUNS, directory)
     outcomes["distance"] = distance.measure(directory / "distance")
+    outcomes["failing"] = failing.fail(directory / "failing")
     return outcomes
 
 

@@ -216,6 +216,9 @@ def test_without_the_first_adapter_a_run_is_not_resumed(tmp_path):
     attached(tmp_path, model=lora(), **{**fields, "monitor_distance": False})[0].train()
     with pytest.raises(ValueError, match=r"is the first adapter of run .*, and this is run"):
         attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=resume)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"start_adapter\.safetensors: .* is damaged \(.*Put the file back"):
+        attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=resume)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"start_adapter\.safetensors: .*leave monitor_distance unset"):
         attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=resume)

@@ -188,6 +188,23 @@ def test_a_killed_run_resumes_with_the_base_that_it_measured(measured, files, tm
     assert measurements(again.state.log_history) == measurements(measured.state.log_history)
 
 
+def test_a_measurement_that_fails_leaves_a_checkpoint(files, tmp_path):
+    trainer = trainer_of(files, tmp_path, save_steps=100)
+    trainer.add_callback(BenchmarkCallback(trainer, settings(files), every_steps=2))
+    # A file where the directory of the results belongs
+    in_the_way = tmp_path / "evaluation" / "own" / "step-2"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("")
+    with pytest.raises(OSError, match="step-2") as failed:
+        trainer.train()
+    assert "could not be measured after step 2. Its checkpoint was saved" in failed.value.__notes__[0]
+    in_the_way.unlink()
+    again = trainer_of(files, tmp_path, save_steps=100)
+    again.add_callback(BenchmarkCallback(again, settings(files), every_steps=2))
+    again.train(resume_from_checkpoint=True)
+    assert list(measurements(again.state.log_history)) == [0, 4]
+
+
 def test_the_best_is_the_shortest_of_those_that_keep_the_accuracy(files, tmp_path):
     # Step 2 is the shortest, and too wrong; step 4 is shorter than step 1 and exactly two points off
     given = {0: (0.90, 100.0), 1: (0.95, 80.0), 2: (0.87, 40.0), 3: (0.90, 85.0), 4: (0.88, 60.0), 5: (0.90, 70.0)}

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from trl_crisp.health.failures import measure_on_all
 from trl_crisp.loss.divergence import logits_of, output_head
 from trl_crisp.models.hidden_states import evaluation_mode, last_hidden_state
 
@@ -81,7 +82,7 @@ class ConciseBaseDistance:
 
         Raises:
             FileNotFoundError: If it is not there.
-            ValueError: If it is that of another run.
+            ValueError: If it is damaged, or that of another run.
         """
         if not is_peft_model(self._model):
             return
@@ -91,8 +92,14 @@ class ConciseBaseDistance:
                 f"{path}: monitor_distance measures from the weights that the run began with, and its first adapter is not there. Put the file "
                 "back, leave monitor_distance unset, or start again in another output_dir."
             )
-        with safe_open(path, "pt") as file:
-            run_id = file.metadata()["run_id"]
+        try:
+            with safe_open(path, "pt") as file:
+                run_id = (file.metadata() or {}).get("run_id")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: monitor_distance measures from the weights that the run began with, and this file of its first adapter is damaged "
+                f"({error}). Put the file back, leave monitor_distance unset, or start again in another output_dir."
+            ) from error
         if run_id != self.trainer.run_id:
             raise ValueError(
                 f"{path} is the first adapter of run {run_id}, and this is run {self.trainer.run_id}, which began without monitor_distance or "
@@ -109,6 +116,9 @@ class ConciseBaseDistance:
         Args:
             numbers: The numbers of at least two prompts.
             answers: The token ids of the answers to each of them, [prompts, answers], with as many answers to each.
+
+        Raises:
+            MeasurementError: If one of several processes fails.
         """
         accelerator = self.trainer.accelerator
         asked = [(number, answer) for number, own in zip(numbers, answers, strict=True) for answer in own]
@@ -116,12 +126,14 @@ class ConciseBaseDistance:
         order = sorted(range(len(asked)), key=lambda i: len(self._prompts[asked[i][0]]) + len(asked[i][1]))
         mine = order[accelerator.process_index :: accelerator.num_processes]
         own_answers = [asked[i][1] for i in mine]
-        student = self._log_probs([self._prompts[asked[i][0]] for i in mine], own_answers)
-        with self._start_weights():
-            base = self._log_probs([self._teacher_prompts[asked[i][0]] for i in mine], own_answers)
-        found = [(i, ours - bases) for i, ours, bases in zip(mine, student, base, strict=True)]
-        if accelerator.num_processes > 1:
-            found = gather_object(found)
+
+        def measure_mine() -> list[tuple[int, float]]:
+            student = self._log_probs([self._prompts[asked[i][0]] for i in mine], own_answers)
+            with self._start_weights():
+                base = self._log_probs([self._teacher_prompts[asked[i][0]] for i in mine], own_answers)
+            return [(i, ours - bases) for i, ours, bases in zip(mine, student, base, strict=True)]
+
+        found = measure_on_all(self.trainer, measure_mine)
         by_prompt = np.reshape([nats for _, nats in sorted(found)], (len(numbers), -1)).mean(axis=1)
         return float(by_prompt.mean()), float(by_prompt.std(ddof=1) / np.sqrt(len(numbers)))
 

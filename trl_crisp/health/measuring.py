@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from trl_crisp.evaluation.comparison import compare
 from trl_crisp.evaluation.engines import Engine
@@ -24,6 +23,7 @@ from trl_crisp.evaluation.sample_file import Sample, SampleFile
 from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.scoring import score_samples
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.failures import SavesFirst, measure_on_first
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, find_best, offer_best
@@ -89,7 +89,7 @@ class BenchmarkArguments:
             )
 
 
-class BenchmarkCallback(TrainerCallback):
+class BenchmarkCallback(SavesFirst):
     """
     Measures accuracy and tokens on a benchmark: of the base before the first step, every `every_steps` steps, and at the last step.
 
@@ -211,12 +211,13 @@ class BenchmarkCallback(TrainerCallback):
     ) -> None:
         if state.global_step % self.every_steps and state.global_step != state.max_steps:
             return
-        accuracy, mean_tokens = self._measure(args, state)
-        base = self.measured(state)[0]
-        now = Measurement(
-            state.global_step, mean_tokens, 1 - mean_tokens / base["mean_tokens"], accuracy - base["accuracy"]
-        )
-        offer_best(args, state, control, now, self.margin)
+        with self.saves_first(control):
+            accuracy, mean_tokens = self._measure(args, state)
+            base = self.measured(state)[0]
+            now = Measurement(
+                state.global_step, mean_tokens, 1 - mean_tokens / base["mean_tokens"], accuracy - base["accuracy"]
+            )
+            offer_best(args, state, control, now, self.margin)
 
     def measured(self, state: TrainerState) -> list[dict[str, float]]:
         """Return step, accuracy and mean_tokens of each measurement so far, the base's first."""
@@ -272,24 +273,22 @@ class BenchmarkCallback(TrainerCallback):
         trainer, start_s = self.trainer, time.monotonic()
         directory = self._directory(args, state.global_step)
         first = trainer.is_world_process_zero()
-        base = load_results(self._directory(args, 0)) if first and state.global_step else None
-        # An earlier run, or one that was killed, may have left samples of other weights
-        if first and directory.is_dir():
-            shutil.rmtree(directory)
         with self.progress() if first else nullcontext(None) as on_progress:  # type: ignore[attr-defined]
             engine, samples, wall_s = sample_student(
                 trainer, self._tokenizer, self.benchmark.problems, self._prompts, self.settings, on_progress
             )
-            shared: list[dict[str, Any] | None] = [None]
-            if first:
+
+            def score() -> dict[str, Any]:
+                base = load_results(self._directory(args, 0)) if state.global_step else None
+                # An earlier run, or one that was killed, may have left samples of other weights
+                if directory.is_dir():
+                    shutil.rmtree(directory)
                 results = self._score_and_write(engine, samples, wall_s, state.global_step, directory, on_progress)
                 budget = self.settings.max_new_tokens
                 change = compare(base, results, budget)["accuracy_change"] if base is not None else None
-                shared = [{**results["summary"][str(budget)]["all"], "change": change}]
-        if trainer.accelerator.num_processes > 1:
-            shared = broadcast_object_list(shared)
-        summary = shared[0]
-        assert summary is not None
+                return {**results["summary"][str(budget)]["all"], "change": change}
+
+            summary = measure_on_first(trainer, score)
         base_tokens = next((point["mean_tokens"] for point in self.measured(state)), summary["mean_tokens"])
         values = {
             "accuracy": summary["accuracy"],

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_crisp.evaluation.grading import Grader, require_math_verify
 from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
@@ -22,6 +21,7 @@ from trl_crisp.evaluation.prompts import check_positions
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.base_answers import Base, read_base, write_references
 from trl_crisp.health.distance import ConciseBaseDistance, teacher_prompts_of
+from trl_crisp.health.failures import SavesFirst, measure_on_first
 from trl_crisp.health.judge import Judge, choose_judge, has_labels
 from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor_prompts import find_unreadable, take_prompts
@@ -51,7 +51,7 @@ _SUBJECTS: dict[Judge | None, str] = {
 }
 
 
-class AgreementMonitor(TrainerCallback):
+class AgreementMonitor(SavesFirst):
     """
     Measures agreement with the base's own majority answers, and decides about due refreshes by it.
 
@@ -137,7 +137,6 @@ class AgreementMonitor(TrainerCallback):
         self.references: dict[int, Reference] = {}
         self._base_accuracies: Mapping[int, float] = {}
         self.is_on = True
-        self._failed: Exception | None = None
         if args.teacher_refresh_gate == "agreement":
             trainer.teacher.refresh_gate = self.allows_refresh
 
@@ -204,19 +203,7 @@ class AgreementMonitor(TrainerCallback):
         start_s = time.monotonic()
         numbers = range(len(self._problems))
         texts, answers = self._sample(numbers, self.settings.seed, self.trainer.args.monitor_base_samples)
-        found: list[Reference | None] = []
-        accuracies: dict[int, float] = {}
-        if self.trainer.is_world_process_zero():
-            kind = self.trainer.args.monitor_grader
-            final = self._final_texts(numbers, texts, answers)
-            found = [find_reference(votes) for votes in count_votes(final, kind, self.answer_of)]
-            if self._golds:
-                right = self._right([texts[i] for i in self._golds])
-                accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
-            base = Base(self.trainer.run_id, [problem.prompt for problem in self._problems], found, accuracies)
-            base.write(path)
-            write_references(path.with_name("reference.jsonl"), base.prompts, found)
-        found, accuracies = self._from_first((found, accuracies))
+        found, accuracies = measure_on_first(self.trainer, lambda: self._write_base(path, texts, answers))
         self._take_base(found, accuracies)
         self._warn_of_cut_answers(answers)
         asked = self._asked
@@ -232,6 +219,20 @@ class AgreementMonitor(TrainerCallback):
             values[f"{_PREFIX}_accuracy"] = float(np.mean(list(self._base_accuracies.values())))
         log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
         self._tell_base(self.trainer.state)
+
+    def _write_base(
+        self, path: Path, texts: list[list[str]], answers: list[list[list[int]]]
+    ) -> tuple[list[Reference | None], dict[int, float]]:
+        """Return the references and the accuracies of the base's answers, and write them."""
+        kind = self.trainer.args.monitor_grader
+        final = self._final_texts(range(len(self._problems)), texts, answers)
+        found = [find_reference(votes) for votes in count_votes(final, kind, self.answer_of)]
+        right = self._right([texts[i] for i in self._golds]) if self._golds else []
+        accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
+        base = Base(self.trainer.run_id, [problem.prompt for problem in self._problems], found, accuracies)
+        base.write(path)
+        write_references(path.with_name("reference.jsonl"), base.prompts, found)
+        return found, accuracies
 
     def _warn_of_cut_answers(self, answers: list[list[list[int]]]) -> None:
         cap = self.settings.max_new_tokens
@@ -324,50 +325,38 @@ class AgreementMonitor(TrainerCallback):
     ) -> None:
         steps = self.trainer.args.monitor_steps
         if self._measures and ((state.global_step + 1) % steps == 0 or state.global_step == state.max_steps):
-            try:
+            with self.saves_first(control):
                 self._measure(state)
-            except Exception as error:
-                # Other processes wait for this one's answers, and would never come to save
-                if self.trainer.accelerator.num_processes > 1:
-                    raise
-                self._failed, control.should_save = error, True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._failed is None:
-            return
-        error, self._failed = self._failed, None
-        error.add_note(
-            f"The answers to the monitor prompts could not be measured after step {state.global_step}. Its checkpoint was saved: once the cause is "
-            "gone, go on with resume_from_checkpoint true; this one measurement is then missing."
-        )
-        raise error
 
     def _measure(self, state: TrainerState) -> None:
         start_s = time.monotonic()
         asked = self._asked
         texts, answers = self._sample(asked, self.settings.seed + state.global_step, self.settings.samples)
         distance = self._measure_distance(asked, answers)
-        values: dict[str, float] = {}
-        if self.trainer.is_world_process_zero():
-            base_tokens = self._base_of(state)[f"{_PREFIX}_mean_tokens"]
-            mean_tokens = _mean_tokens(answers)
-            values = {f"{_PREFIX}_mean_tokens": mean_tokens, f"{_PREFIX}_reduction": 1 - mean_tokens / base_tokens}
-            values |= distance
-            texts_of = dict(zip(asked, texts, strict=True))
-            final_of = dict(zip(asked, self._final_texts(asked, texts, answers), strict=True))
-            if self.is_on:
-                numbers = sorted(self.references)
-                references = [self.references[i] for i in numbers]
-                final = [final_of[i] for i in numbers]
-                agreed = self._grade(final, [one.answer for one in references], by_answer_line=True)
-                values |= _with_change(_PREFIX, agreed, compare_agreement(references, agreed))
-            if self._golds:
-                right = self._right([texts_of[i] for i in self._golds])
-                base = [self._base_accuracies[i] for i in self._golds]
-                change = paired_bootstrap_difference(base, [float(np.mean(row)) for row in right])
-                values |= _with_change(f"{_PREFIX}_accuracy", right, change)
-        values = self._from_first(values)
+        values = measure_on_first(self.trainer, lambda: self._values(state, asked, texts, answers)) | distance
         log_values(self.trainer, {**values, f"{_PREFIX}_runtime": time.monotonic() - start_s})
+
+    def _values(
+        self, state: TrainerState, asked: Sequence[int], texts: list[list[str]], answers: list[list[list[int]]]
+    ) -> dict[str, float]:
+        """Return lengths, agreement and accuracy of the student's answers, against the base's."""
+        mean_tokens = _mean_tokens(answers)
+        base_tokens = self._base_of(state)[f"{_PREFIX}_mean_tokens"]
+        values = {f"{_PREFIX}_mean_tokens": mean_tokens, f"{_PREFIX}_reduction": 1 - mean_tokens / base_tokens}
+        texts_of = dict(zip(asked, texts, strict=True))
+        final_of = dict(zip(asked, self._final_texts(asked, texts, answers), strict=True))
+        if self.is_on:
+            numbers = sorted(self.references)
+            references = [self.references[i] for i in numbers]
+            final = [final_of[i] for i in numbers]
+            agreed = self._grade(final, [one.answer for one in references], by_answer_line=True)
+            values |= _with_change(_PREFIX, agreed, compare_agreement(references, agreed))
+        if self._golds:
+            right = self._right([texts_of[i] for i in self._golds])
+            base = [self._base_accuracies[i] for i in self._golds]
+            change = paired_bootstrap_difference(base, [float(np.mean(row)) for row in right])
+            values |= _with_change(f"{_PREFIX}_accuracy", right, change)
+        return values
 
     def measurements(self, state: TrainerState) -> list[Measurement]:
         """Return what was measured so far, with the change of what judges ([`judged_by`])."""
@@ -453,11 +442,6 @@ class AgreementMonitor(TrainerCallback):
             [agrees(g, str(gold), kind) if by_answer_line else g.correct for g in itertools.islice(grades, len(row))]
             for row, gold in zip(texts, golds, strict=True)
         ]
-
-    def _from_first(self, value: Any) -> Any:
-        if self.trainer.accelerator.num_processes == 1:
-            return value
-        return broadcast_object_list([value])[0]
 
     def allows_refresh(self, step: int) -> bool:
         """Return whether a refresh that is due at the start of a step may happen; print why, if it may not."""

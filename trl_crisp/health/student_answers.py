@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.utils import gather_object
 from transformers import Trainer
 
 from trl_crisp.evaluation.engines import Engine
@@ -16,6 +15,7 @@ from trl_crisp.evaluation.sample_file import Sample
 from trl_crisp.evaluation.sample_problems import all_draws, sample_problems
 from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.failures import measure_on_all
 from trl_crisp.health.run_engine import can_answer, run_engine
 
 # Fields that shape the rollouts and that the evaluation's sampler does not have, with their values that change nothing
@@ -47,30 +47,34 @@ def sample_student(
 
     Returns:
         The engine, the samples of all processes in the order of sampling, and the seconds that sampling took.
+
+    Raises:
+        MeasurementError: If one of several processes fails.
     """
-    accelerator = trainer.accelerator
     with run_engine(trainer, tokenizer) as (engine, share):
         start_s = time.monotonic()
         draws = all_draws(len(prompts), settings.samples)
         mine = range(share.number, len(draws), share.of)
-        own: list[tuple[int, Sample]] = []
 
         def tell(done: int, note: str) -> None:
             if on_progress is not None:
                 on_progress("sampling", done, len(mine), note)
 
-        sample_problems(
-            engine,
-            problems,
-            prompts,
-            [draws[index] for index in mine],
-            settings,
-            lambda index, sample: own.append((mine[index], sample)),
-            tell,
-        )
-        kept = own if share.keeps else []
-        everyones = gather_object(kept) if accelerator.num_processes > 1 else kept
-        samples = [sample for _, sample in sorted(everyones, key=lambda pair: pair[0])]
+        def sample_mine() -> list[tuple[int, Sample]]:
+            own: list[tuple[int, Sample]] = []
+            sample_problems(
+                engine,
+                problems,
+                prompts,
+                [draws[index] for index in mine],
+                settings,
+                lambda index, sample: own.append((mine[index], sample)),
+                tell,
+            )
+            return own if share.keeps else []
+
+        found = measure_on_all(trainer, sample_mine)
+        samples = [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
         return engine, samples, time.monotonic() - start_s
 
 
