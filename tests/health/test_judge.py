@@ -1,14 +1,18 @@
 """Which measure judges: labels where there are enough and they can fall, else agreement; in its rule and in runs."""
 
+import json
+
 import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from tests.health.test_sweet_spot import QUESTIONS, answering_model
 from tests.helpers import make_trainer
+from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.attach import attach_health
 from trl_crisp.health.ending import describe_end
 from trl_crisp.health.judge import choose_judge
+from trl_crisp.health.measuring import BenchmarkCallback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The global batch is",
@@ -143,27 +147,62 @@ def test_accuracy_is_that_of_all_prompts_with_a_right_answer(models, tmp_path, c
     assert health.monitor._asked == list(range(8))
 
 
-def test_a_benchmark_judges_before_the_monitor(models, tmp_path, capsys):
-    # Neither measure can fall here, and the stop is not the monitor's
-    import json
-
-    from trl_crisp import BenchmarkCallback
-    from trl_crisp.evaluation.settings import EvaluationSettings
-
+def train_with_benchmark(tmp_path, model, golds, answer_of=None, **fields):
+    """Train at a rate at which one step destroys the model, with a benchmark of these right answers."""
     file = tmp_path / "held_out.jsonl"
-    file.write_text("".join(json.dumps({"question": q, "answer": "12"}) + "\n" for q in list(QUESTIONS)[:8]))
     rows = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    lines = [json.dumps({**row, "answer": gold}) for row, gold in zip(rows, golds, strict=False)]
+    file.write_text("".join(f"{line}\n" for line in lines))
+    defaults = {
+        **{"temperature": 0.2, "max_completion_length": 24, "learning_rate": 0.5, "max_steps": 3},
+        **{"stop_at_sweet_spot": True, "monitor_samples": 2, "monitor_steps": 1},
+    }
+    if "monitor_prompts" not in fields:
+        defaults = {name: value for name, value in defaults.items() if not name.startswith("monitor")}
     trainer = make_trainer(
         tmp_path / "run",
-        model=AutoModelForCausalLM.from_pretrained(models[0], dtype="float32"),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
         dataset=Dataset.from_list(rows),
-        **{"monitor_prompts": 8, "monitor_samples": 2, "max_completion_length": 24, "max_steps": 1},
-        stop_at_sweet_spot=True,
+        **defaults | fields,
     )
-    settings = EvaluationSettings(str(models[0]), str(file), samples=1, max_new_tokens=24)
-    trainer.add_callback(BenchmarkCallback(trainer, settings))
-    attach_health(trainer, lambda text: None)
+    settings = EvaluationSettings(str(model), str(file), samples=1, max_new_tokens=24, temperature=0.2)
+    trainer.add_callback(BenchmarkCallback(trainer, settings, every_steps=1))
+    health = attach_health(trainer, answer_of)
     trainer.train()
+    return trainer, health
+
+
+def test_a_benchmark_judges_before_the_monitor(models, tmp_path, capsys):
+    # Agreement stays at 100%
+    trainer, health = train_with_benchmark(tmp_path, models[0], ["12"] * 8, lambda _: "same", monitor_prompts=8)
     out = capsys.readouterr().out
-    assert "only 0 of 8 monitor prompts, so agreement is not measured. The task may" in out
     assert "is judged by" not in out
+    assert "Training ends after step 2: accuracy on held_out is -100.0 points from the base's" in out
+    assert logged(trainer, "eval_agreement") == {0: 1.0, 1: 1.0, 2: 1.0}
+    assert health.sweet_spot.is_lost(trainer.state)
+
+
+def test_a_benchmark_that_the_base_does_not_meet_leaves_the_stop_to_the_monitor(models, tmp_path, capsys):
+    trainer, health = train_with_benchmark(tmp_path, models[0], ["77"] * 8, monitor_prompts=8)
+    out = capsys.readouterr().out
+    assert (
+        "Whether the answers hold is not judged by accuracy on held_out: the base's own, 0.0%, is not above the margin of 1 points, so it cannot "
+        "fall by more.\n" in out
+    )
+    assert "Whether the answers hold is judged by agreement with the base's majority answers." in out
+    assert "Training ends after step 2: agreement with the base's majority answers is -100.0 points" in out
+    assert trainer.state.best_global_step is None
+    assert health.sweet_spot.is_lost(trainer.state)
+
+
+@pytest.mark.parametrize(("golds", "why"), [(["77"] * 8, "0.0%, is not above"), (["12"], "one problem is too few")])
+def test_a_benchmark_that_cannot_judge_names_no_best_step(models, tmp_path, capsys, golds, why):
+    trainer, health = train_with_benchmark(tmp_path, models[0], golds)
+    out = capsys.readouterr().out
+    assert why in out
+    assert "No step is the best. stop_at_sweet_spot does not end the run." in out
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (3, None)
+    assert "Nothing says whether the answers hold (" in describe_end(trainer, health)
+    assert "No measured step can be the best checkpoint by accuracy on held_out: " in health.benchmark.describe_best(
+        trainer.state
+    )

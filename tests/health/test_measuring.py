@@ -260,11 +260,11 @@ def flags(files: Path, output_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def test_the_script_measures_and_names_the_best(files, tmp_path, capsys):
+def test_the_script_measures_and_says_why_no_step_is_the_best(files, tmp_path, capsys):
     main(*parse_args(flags(files, tmp_path, "--eval_benchmark_steps", "1", "--eval_benchmark_limit", "3")))
     said = capsys.readouterr()
-    assert "est checkpoint" in said.out
-    assert "with at most 1 points of accuracy below it" in said.out
+    why = "the base's own, 0.0%, is not above the margin of 1 points, so it cannot fall by more"
+    assert f"No measured step can be the best checkpoint by accuracy on own: {why}." in said.out
     assert "sampling: 3/3" in said.err
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert list(measurements(state["log_history"])) == [0, 1, 2]

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,9 @@ class Given:
 
     def measurements(self, state):
         return [measured(s, kind, tokens) for s, (tokens, kind) in self.given.items() if s <= state.global_step]
+
+    def why_not(self, state):
+        return None
 
 
 class Source(Given, TrainerCallback):
@@ -193,21 +197,28 @@ def test_a_run_without_a_step_that_holds_is_lost(tmp_path):
 
 
 class Removes(TrainerCallback):
-    """Removes the best checkpoint before the end."""
+    """Removes the best checkpoint, or its weights, before the end."""
+
+    def __init__(self, pattern):
+        self.pattern = pattern
 
     def on_train_end(self, args, state, control, **kwargs):
-        shutil.rmtree(state.best_model_checkpoint)
+        for path in Path(state.best_model_checkpoint).glob(self.pattern):
+            path.unlink()
 
 
 def health_of(spot, guard=None):
     return Health(HealthSignals(), guard, None, None, spot)
 
 
+@pytest.mark.parametrize("pattern", ["*", "model.safetensors"])
 @pytest.mark.parametrize("fallen", [True, False])
-def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, fallen):
+def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, fallen, pattern):
     given = GIVEN if fallen else {2: (70, "small"), 4: (80, "fine")}
-    trainer, spot = run(tmp_path, given, callbacks=[Removes()], max_steps=4)
+    trainer, spot = run(tmp_path, given, callbacks=[Removes(pattern)], max_steps=4)
     assert spot.loaded_step is None
+    # What is said to be saved is what is saved
+    assert trainer.model_step == 4
     lost = describe_lost(trainer, health_of(spot))
     if fallen:
         assert "not saved as the result" in lost
@@ -251,6 +262,29 @@ def test_a_best_checkpoint_of_another_run_is_not_taken(tmp_path):
     assert trainer.state.global_step == 5
     assert spot.loaded_step is None
     assert "that of step 1, no longer exists" in describe_lost(trainer, health_of(spot))
+
+
+def test_a_best_checkpoint_of_another_run_at_the_recorded_path_is_not_taken(tmp_path):
+    given = {1: (60, "fine"), 4: (40, "fallen"), 5: (40, "fallen")}
+    run(tmp_path / "one", given, max_steps=3, save_strategy="steps", save_steps=1)
+    shutil.copytree(tmp_path / "one", tmp_path / "three")
+    shutil.rmtree(tmp_path / "three" / "checkpoint-1")
+    # The path in the state is that of the first directory, in which another run is now
+    shutil.rmtree(tmp_path / "one")
+    run(tmp_path / "one", given, max_steps=2)
+    trainer, spot = run(tmp_path / "three", given, resume=str(tmp_path / "three" / "checkpoint-3"))
+    assert trainer.state.global_step == 5
+    assert spot.loaded_step is None
+
+
+def test_a_target_that_a_fallen_run_reaches_is_told(tmp_path):
+    given = {1: (60, "fallen"), 2: (40, "fallen")}
+    trainer, spot = run(tmp_path, given, stop_at_sweet_spot=False, target_reduction=0.6)
+    assert trainer.state.global_step == 2
+    assert (
+        "step 2 was the last. There agreement is -6.0 points from the base's, which is more than noise: do not use it unmeasured."
+        in describe_end(trainer, health_of(spot))
+    )
 
 
 def test_another_step_takes_the_place_of_a_best_checkpoint_that_is_gone(tmp_path):
@@ -436,6 +470,10 @@ def test_health_is_attached_once_and_owns_the_best_checkpoint(tmp_path):
     other = make_trainer(tmp_path, dataset=rows(24), monitor_prompts=8, metric_for_best_model="loss")
     with pytest.raises(ValueError, match="monitor_prompts finds the best checkpoint by a rule of its own"):
         attach_health(other, str)
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+    third = make_trainer(tmp_path, dataset=rows(24), eval_dataset=rows(4), monitor_prompts=8, **plateau)
+    with pytest.raises(ValueError, match="lr_scheduler_type='reduce_lr_on_plateau' makes transformers find one"):
+        attach_health(third, str)
 
 
 # The training script, with a model that has learned to answer
@@ -619,7 +657,7 @@ def test_a_target_is_measured_where_answers_cannot_be_compared(tmp_path, capsys)
     line = describe_end(trainer, health)
     assert "tokens (" in line
     assert line.endswith(
-        "Neither accuracy nor agreement was measured after step 0, so no step can be recommended; step 3 was the last."
+        "Nothing says whether the answers hold (agreement is not measured), so no step can be recommended; step 3 was the last."
     )
     assert describe_lost(trainer, health) is None
 

@@ -64,8 +64,8 @@ def attach_health(
         trainer.add_callback(monitor)
         trainer.accelerator.print(monitor.describe_start())
     sweet_spot = None
-    if (source := benchmark or monitor) is not None:
-        sweet_spot = SweetSpot(trainer, source)
+    if sources := [one for one in (benchmark, monitor) if one is not None]:
+        sweet_spot = SweetSpot(trainer, *sources)
         trainer.add_callback(sweet_spot)
         trainer.is_over = lambda state: sweet_spot.reason_to_stop(state) is not None
     _warn_of_a_short_log(args)

@@ -114,14 +114,20 @@ def _advice(trainer: Any, health: Health) -> str:
         if guard is None or guard.stopped_at_step is None:
             return result
         return f"{result} By its signals the run looked lost after step {guard.stopped_at_step}: {'; '.join(guard.reasons)}."
-    if all(math.isnan(one.change) for one in sweet_spot.source.measurements(state)):
-        return f"Neither accuracy nor agreement was measured after step 0, so no step can be recommended; step {state.global_step} was the last."
+    source = sweet_spot.source(state)
+    if all(math.isnan(one.change) for one in source.measurements(state)):
+        why = source.why_not(state) or "nothing was measured after step 0"
+        return f"Nothing says whether the answers hold ({why}), so no step can be recommended; step {state.global_step} was the last."
+    dropped = ""
+    if sweet_spot.has_dropped(state):
+        change = source.measurements(state)[-1].change
+        dropped = f" There {source.subject} is {100 * change:+.1f} points from the base's, which is more than noise: do not use it unmeasured."
     if state.best_global_step is None:
-        return f"No measured step is shorter than the base and holds, so there is none to recommend; step {state.global_step} was the last."
+        return f"No measured step is shorter than the base and holds, so there is none to recommend; step {state.global_step} was the last.{dropped}"
     if state.best_global_step == state.global_step:
         return f"The result is the model of step {state.global_step}, which is the best measured."
     best = state.best_model_checkpoint or "its checkpoint no longer exists"
-    return f"The result is the model of step {state.global_step}; the best measured is that of step {state.best_global_step}: {best}."
+    return f"The result is the model of step {state.global_step}; the best measured is that of step {state.best_global_step}: {best}.{dropped}"
 
 
 def describe_lost(trainer: Any, health: Health) -> str | None:

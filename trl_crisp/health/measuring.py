@@ -24,6 +24,7 @@ from trl_crisp.evaluation.sampling import BATCH_ROWS
 from trl_crisp.evaluation.scoring import score_samples
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.failures import SavesFirst, measure_on_first
+from trl_crisp.health.judge import choose_judge, has_labels
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, find_best, offer_best
@@ -179,6 +180,11 @@ class BenchmarkCallback(SavesFirst):
             )
         elif self.trainer.is_world_process_zero():
             self._check_protocol(args)
+        if self.measured(state) and (why := self.why_not(state)) is not None:
+            monitored, stops = self.trainer.args.is_monitored, self.trainer.args.stop_at_sweet_spot
+            effect = " No step is the best." if not monitored else ""
+            effect += " stop_at_sweet_spot does not end the run." if stops and not monitored else ""
+            self.trainer.accelerator.print(f"Whether the answers hold is not judged by {self.subject}: {why}.{effect}")
 
     def _check_protocol(self, args: TrainingArguments) -> None:
         base = load_results(self._directory(args, 0))
@@ -212,12 +218,8 @@ class BenchmarkCallback(SavesFirst):
         if state.global_step % self.every_steps and state.global_step != state.max_steps:
             return
         with self.saves_first(control):
-            accuracy, mean_tokens = self._measure(args, state)
-            base = self.measured(state)[0]
-            now = Measurement(
-                state.global_step, mean_tokens, 1 - mean_tokens / base["mean_tokens"], accuracy - base["accuracy"]
-            )
-            offer_best(args, state, control, now, self.margin)
+            self._measure(args, state)
+            offer_best(args, state, control, self.measurements(state)[-1], self.margin)
 
     def measured(self, state: TrainerState) -> list[dict[str, float]]:
         """Return step, accuracy and mean_tokens of each measurement so far, the base's first."""
@@ -228,18 +230,30 @@ class BenchmarkCallback(SavesFirst):
             if keys["accuracy"] in log
         ]
 
+    def why_not(self, state: TrainerState) -> str | None:
+        """Return why accuracy cannot say whether the answers hold, in words, or `None` if it can ([`~trl_crisp.health.judge`])."""
+        problems = len(self.benchmark.problems)
+        if (base := next(iter(self.measured(state)), None)) is None:
+            return "the base was not measured"
+        if choose_judge(problems, problems, base["accuracy"], None, self.margin) == "accuracy":
+            return None
+        if not has_labels(problems, problems):
+            return "one problem is too few"
+        return f"the base's own, {base['accuracy']:.1%}, is not above the margin of {100 * self.margin:g} points, so it cannot fall by more"
+
     def measurements(self, state: TrainerState) -> list[Measurement]:
-        """Return what was measured so far, without the base's own."""
+        """Return what was measured so far, without the base's own. If accuracy cannot judge ([`why_not`]), no change is known."""
         base, *others = self.measured(state) or [{}]
         key = f"eval_{self.name}_accuracy_change_high"
         highs = {log["step"]: log[key] for log in state.log_history if key in log}
+        judges = self.why_not(state) is None
         return [
             Measurement(
                 int(point["step"]),
                 point["mean_tokens"],
                 1 - point["mean_tokens"] / base["mean_tokens"],
-                point["accuracy"] - base["accuracy"],
-                highs.get(point["step"], math.nan),
+                point["accuracy"] - base["accuracy"] if judges else math.nan,
+                highs.get(point["step"], math.nan) if judges else math.nan,
             )
             for point in others
         ]
@@ -260,6 +274,8 @@ class BenchmarkCallback(SavesFirst):
                 "raise eval_benchmark_max_new_tokens."
             )
         was = f"the base had {base['accuracy']:.1%} with {base['mean_tokens']:,.0f} tokens"
+        if (why := self.why_not(state)) is not None:
+            return f"No measured step can be the best checkpoint by {self.subject}: {why}.{warning}"
         if state.best_global_step is None:
             return f"No measured step qualifies as the best checkpoint ({rule}; {was}).{warning}"
         best = measured[state.best_global_step]
@@ -269,7 +285,7 @@ class BenchmarkCallback(SavesFirst):
             f"{best['mean_tokens']:,.0f} tokens; {was}.{warning}"
         )
 
-    def _measure(self, args: TrainingArguments, state: TrainerState) -> tuple[float, float]:
+    def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
         trainer, start_s = self.trainer, time.monotonic()
         directory = self._directory(args, state.global_step)
         first = trainer.is_world_process_zero()
@@ -299,7 +315,6 @@ class BenchmarkCallback(SavesFirst):
             "runtime": time.monotonic() - start_s,
         }
         log_values(trainer, {f"eval_{self.name}_{key}": value for key, value in values.items()})
-        return values["accuracy"], values["mean_tokens"]
 
     def _score_and_write(
         self,

@@ -263,8 +263,9 @@ class AgreementMonitor(SavesFirst):
         args, count, known = self.trainer.args, len(self._problems), len(self.references)
         base, judged_by = self._base_of(state), self.judged_by(state)
         self.subject = _SUBJECTS[judged_by]
-        # A benchmark judges if there is one
-        stops = args.stop_at_sweet_spot and not self._has_benchmark
+        # A benchmark judges before this, if it can
+        is_judge = not self._benchmark_judges(state)
+        stops = args.stop_at_sweet_spot and is_judge
         parts = []
         if self.is_on:
             parts += [f"{known} of {count} have a majority answer of the base's (agreement {base[_PREFIX]:.1%})"]
@@ -292,13 +293,13 @@ class AgreementMonitor(SavesFirst):
                 f"Accuracy is not above the margin of {100 * self.margin:g} points, so it cannot fall by more, and it does not judge. Check that "
                 "monitor_grader reads these answers."
             ]
-        if judged_by is not None and not self._has_benchmark:
+        if judged_by is not None and is_judge:
             told += [f"Whether the answers hold is judged by {self.subject}."]
         self.trainer.accelerator.print(" ".join(told))
 
-    @property
-    def _has_benchmark(self) -> bool:
-        return any(isinstance(one, BenchmarkCallback) for one in self.trainer.callback_handler.callbacks)
+    def _benchmark_judges(self, state: TrainerState) -> bool:
+        callbacks = self.trainer.callback_handler.callbacks
+        return any(isinstance(one, BenchmarkCallback) and one.why_not(state) is None for one in callbacks)
 
     def _base_of(self, state: TrainerState) -> dict[str, float]:
         """Return the log entry of the base; an empty one before it is measured."""
@@ -357,6 +358,12 @@ class AgreementMonitor(SavesFirst):
             change = paired_bootstrap_difference(base, [float(np.mean(row)) for row in right])
             values |= _with_change(f"{_PREFIX}_accuracy", right, change)
         return values
+
+    def why_not(self, state: TrainerState) -> str | None:
+        """Return why neither accuracy nor agreement can say whether the answers hold, in words, or `None` if one can."""
+        if self.judged_by(state) is not None:
+            return None
+        return "neither accuracy nor agreement is above the margin" if self.is_on else "agreement is not measured"
 
     def measurements(self, state: TrainerState) -> list[Measurement]:
         """Return what was measured so far, with the change of what judges ([`judged_by`])."""

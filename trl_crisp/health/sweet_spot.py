@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
+from trl_crisp.run.checkpoints import has_weights
 from trl_crisp.run.identity import run_id_of
 
 # Ours: of healthy runs of 15 measurements (128 prompts x 5 answers, simulated), one would end 7%, two end 0%, and three miss more
@@ -59,6 +61,10 @@ class Source(Protocol):
         """Return what was measured so far, without the base's own, from the log alone."""
         ...
 
+    def why_not(self, state: TrainerState) -> str | None:
+        """Return why it cannot say whether the answers hold, in words, or `None` if it can. It follows from the log alone."""
+        ...
+
 
 def holds(measured: Measurement, margin: float) -> bool:
     """Whether the change is not below the base by more than the margin. False if it is unknown."""
@@ -83,10 +89,15 @@ def has_fallen(measured: Sequence[Measurement], margin: float) -> bool:
 
 def check_sole_owner(args: TrainingArguments, field_name: str) -> None:
     """Raise `ValueError` if transformers would choose a best checkpoint too."""
+    rule = f"{field_name} finds the best checkpoint by a rule of its own"
+    if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        raise ValueError(
+            f"{rule}, and lr_scheduler_type='reduce_lr_on_plateau' makes transformers find one by a metric. Set another lr_scheduler_type, such "
+            "as constant."
+        )
     if args.load_best_model_at_end or args.metric_for_best_model:
         raise ValueError(
-            f"{field_name} finds the best checkpoint by a rule of its own, and so do load_best_model_at_end and "
-            "metric_for_best_model. Leave out one of the two."
+            f"{rule}, and so do load_best_model_at_end and metric_for_best_model. Leave out one of the two."
         )
 
 
@@ -109,24 +120,32 @@ def offer_best(
 
 def find_best(trainer: Any, args: TrainingArguments, state: TrainerState) -> None:
     """
-    Set `best_model_checkpoint` to where the best step's checkpoint is now, or to `None` if it no longer exists.
+    Set `best_model_checkpoint` to where the best step's checkpoint is now, or to `None` if it no longer exists. All processes call it.
 
     A state records the path as it was then. Since then `output_dir` may have moved, or may be written in another way.
     """
     if state.best_global_step is None:
         return
     recorded = state.best_model_checkpoint
-    if (own := own_checkpoint(trainer, args, state.best_global_step)) is not None:
-        state.best_model_checkpoint = str(own)
-    elif recorded is not None and not Path(recorded).is_dir():
-        state.best_model_checkpoint = None
+    found = own_checkpoint(trainer, args, state.best_global_step)
+    if found is None and recorded is not None and _is_own(trainer, Path(recorded)):
+        found = Path(recorded)
+    is_there = [found is not None]
+    if trainer.accelerator.num_processes > 1:
+        # Each process loads it from its own disk, and all of them must decide alike
+        is_there = gather_object(is_there)
+    state.best_model_checkpoint = str(found) if all(is_there) else None
 
 
 def own_checkpoint(trainer: Any, args: TrainingArguments, step: int) -> Path | None:
-    """Return the checkpoint of a step in `output_dir`, or `None` if there is none, or it is of another run."""
+    """Return the checkpoint of a step in `output_dir`, or `None` if there is none with weights, or it is of another run."""
     path = _checkpoint(args, step)
+    return path if _is_own(trainer, path) else None
+
+
+def _is_own(trainer: Any, path: Path) -> bool:
     # With save_only_model a checkpoint does not say whose it is
-    return path if path.is_dir() and run_id_of(path) in (None, trainer.run_id) else None
+    return has_weights(path) and run_id_of(path) in (None, trainer.run_id)
 
 
 class SweetSpot(TrainerCallback):
@@ -142,15 +161,20 @@ class SweetSpot(TrainerCallback):
 
     Args:
         trainer: A [`~trl_crisp.CRISPTrainer`]; use [`~trl_crisp.health.attach.attach_health`].
-        source: What measures the student. Its callback must come before this one.
+        sources: What measures the student. The first that can say whether the answers hold decides; if none can, the first one's lengths
+            count. Their callbacks must come before this one.
 
     Attributes:
         loaded_step: The step of the best checkpoint whose weights the model has, `None` if it has those of the last step.
     """
 
-    def __init__(self, trainer: Any, source: Source) -> None:
-        self.trainer, self.source = trainer, source
+    def __init__(self, trainer: Any, *sources: Source) -> None:
+        self.trainer, self.sources = trainer, sources
         self.loaded_step: int | None = None
+
+    def source(self, state: TrainerState) -> Source:
+        """Return what decides."""
+        return next((one for one in self.sources if one.why_not(state) is None), self.sources[0])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,12 +182,12 @@ class SweetSpot(TrainerCallback):
         self.loaded_step = None
         find_best(self.trainer, args, state)
         self.trainer.kept_checkpoint = self.last_held(args, state)
-        needed_steps = MEASUREMENTS_IN_A_ROW * self.source.every_steps
-        is_short = 0 < state.max_steps < needed_steps
-        if self.trainer.args.stop_at_sweet_spot and is_short and state.is_world_process_zero:
+        source, stops = self.source(state), self.trainer.args.stop_at_sweet_spot
+        needed_steps = MEASUREMENTS_IN_A_ROW * source.every_steps
+        if stops and 0 < state.max_steps < needed_steps and state.is_world_process_zero:
             warnings.warn(
                 f"stop_at_sweet_spot cannot end this run before its last step: it has {state.max_steps} steps, and the rule needs "
-                f"{MEASUREMENTS_IN_A_ROW} measurements, one every {self.source.every_steps} steps. Measure more often (monitor_steps, "
+                f"{MEASUREMENTS_IN_A_ROW} measurements, one every {source.every_steps} steps. Measure more often (monitor_steps, "
                 "eval_benchmark_steps).",
                 stacklevel=2,
             )
@@ -171,11 +195,12 @@ class SweetSpot(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        measured = self.source.measurements(state)
+        source = self.source(state)
+        measured = source.measurements(state)
         if not measured or measured[-1].step != state.global_step:
             return
-        offer_best(args, state, control, measured[-1], self.source.margin)
-        if self.source.saves_held and holds(measured[-1], self.source.margin):
+        offer_best(args, state, control, measured[-1], source.margin)
+        if source.saves_held and holds(measured[-1], source.margin):
             # What to go back to if the run is lost later
             control.should_save = True
             self.trainer.kept_checkpoint = _checkpoint(args, state.global_step)
@@ -185,17 +210,18 @@ class SweetSpot(TrainerCallback):
 
     def reason_to_stop(self, state: TrainerState) -> str | None:
         """Return why the run ends at its current step, in words, or `None`. It follows from the log, so a resumed run agrees."""
-        measured = self.source.measurements(state)
+        source = self.source(state)
+        measured = source.measurements(state)
         if not measured or measured[-1].step != state.global_step:
             return None
         args, last = self.trainer.args, measured[-1]
         target = args.target_reduction
         if target is not None and last.reduction >= target - _ROUNDING:
             return f"answers are {last.reduction:.0%} shorter than the base's (target_reduction={target:g})."
-        if args.stop_at_sweet_spot and has_fallen(measured, self.source.margin):
+        if args.stop_at_sweet_spot and has_fallen(measured, source.margin):
             return (
-                f"{self.source.subject} is {100 * last.change:+.1f} points from the base's, and more than "
-                f"{100 * self.source.margin:g} points below it at {MEASUREMENTS_IN_A_ROW} measurements in a row (stop_at_sweet_spot)."
+                f"{source.subject} is {100 * last.change:+.1f} points from the base's, and more than "
+                f"{100 * source.margin:g} points below it at {MEASUREMENTS_IN_A_ROW} measurements in a row (stop_at_sweet_spot)."
             )
         return None
 
@@ -217,10 +243,13 @@ class SweetSpot(TrainerCallback):
 
     def is_worried(self, state: TrainerState) -> bool:
         """Whether the run would end if the next measurement were like the last one. Then no checkpoint should be uploaded."""
-        measured = self.source.measurements(state)
-        return (
-            self.trainer.args.stop_at_sweet_spot and bool(measured) and is_sure_drop(measured[-1], self.source.margin)
-        )
+        return self.trainer.args.stop_at_sweet_spot and self.has_dropped(state)
+
+    def has_dropped(self, state: TrainerState) -> bool:
+        """Whether the last measurement is a sure drop ([`is_sure_drop`])."""
+        source = self.source(state)
+        measured = source.measurements(state)
+        return bool(measured) and is_sure_drop(measured[-1], source.margin)
 
     def is_lost(self, state: TrainerState) -> bool:
         """Whether the run has ended, its last measurement is a sure drop ([`is_sure_drop`]), and no measured step qualifies as its result."""
@@ -229,7 +258,8 @@ class SweetSpot(TrainerCallback):
 
     def last_held(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """Return the run's latest checkpoint on disk whose measurement holds."""
-        held = [one for one in self.source.measurements(state) if holds(one, self.source.margin)]
+        source = self.source(state)
+        held = [one for one in source.measurements(state) if holds(one, source.margin)]
         checkpoints = (own_checkpoint(self.trainer, args, one.step) for one in reversed(held))
         return next((path for path in checkpoints if path is not None), None)
 

@@ -20,6 +20,7 @@ from trl_crisp.run.files import write_json
 FILES_FILE = "checkpoint_files.json"
 RUN_FILE = "crisp_run.json"
 TRAINER_STATE_FILE = "trainer_state.json"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*", "adapter_model*", "global_step*")
 
 
 def seal(checkpoint: str | Path) -> None:
@@ -49,6 +50,11 @@ def find_fault(checkpoint: str | Path) -> str | None:
         if path.stat().st_size != size_bytes:
             return f"its {name} has {path.stat().st_size} bytes instead of {size_bytes}"
     return None
+
+
+def has_weights(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has the student's weights, or an adapter's: whole, in parts, or as DeepSpeed and FSDP write them."""
+    return any(next(Path(checkpoint).glob(pattern), None) is not None for pattern in _WEIGHTS)
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
