@@ -11,7 +11,7 @@ import pytest
 from benchmarks.health.__main__ import without_nan
 from benchmarks.health.answers import AnswerCode, answer_of
 from benchmarks.health.measured import load, points_of, reference_of
-from benchmarks.health.outcomes import accuracy_changes, gate_decisions, paired, stop_outcome
+from benchmarks.health.outcomes import accuracy_changes, gate_decisions, paired, paired_with_stop, stop_outcome
 from benchmarks.health.power import Frequencies, reference_and_level, simulate
 from benchmarks.health.run import run, write_run
 from benchmarks.health.settings import MONITOR_SAMPLES, SETTINGS, planned_runs
@@ -220,6 +220,17 @@ def test_differences_are_paired_by_seed():
     # Differences 0 and -0.1: t(1) = 12.706, standard error 0.05
     assert found["accuracy"] == pytest.approx((-0.05, 12.706 * 0.05), rel=1e-4)
     assert found["tokens"] == pytest.approx((-0.5, 0.0))
+
+
+def test_what_the_stop_names_is_compared_with_the_end_of_the_other():
+    one, other = made_up_run(0), made_up_run(0, right=0.8)
+    stopped, end = stop_outcome(one, PLANNED, 0.03), stop_outcome(other, PLANNED, 0.03)["end"]
+    assert stopped["named"]["step"] != stopped["end"]["step"]
+    found = paired_with_stop([one, {**one, "seed": 7}], [other], 0.03)
+    assert found["seeds"] == 1
+    expected = stopped["named"]["all_accuracy_change"] - end["all_accuracy_change"]
+    assert found["accuracy"][0] == pytest.approx(expected)
+    assert found["tokens"][0] == pytest.approx(stopped["named"]["tokens"] / end["tokens"] - 1)
 
 
 def seen(*changes: float, half: float = 0.02) -> list[Seen]:

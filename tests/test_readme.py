@@ -250,19 +250,24 @@ def test_the_guides_sentence_on_agreement_is_the_experiments_summary():
     right = {name: 100 * one["accuracy"] for name, one in summary["bases"].items()}
     full = [name for name in errors if name.endswith("full")]
     assert max(errors[name] for name in full) <= 2
-    assert {f"{right[name]:.0f}" for name in full} == {"93"}
-    assert "within 2 points of that of the true accuracy for bases that are 93% right" in words
+    assert {f"{right[name]:.0f}" for name in full} == {"92", "93"}
+    assert "within 2 points of that of the true accuracy for bases that are 92% and 93% right" in words
     worst = max(errors, key=errors.__getitem__)
     assert f"at worst {errors[worst]:.1f} points off for one that is {right[worst]:.0f}% right" in words
-    differences = summary["gate_differences"]
+    differences = {
+        name: one for name, one in summary["gate_differences"].items() if re.search("-m(10|20): gated", name)
+    }
     saved = [100 * one["accuracy"][0] for name, one in differences.items() if name.endswith("ungated")]
-    lost = [-100 * one["accuracy"][0] for name, one in differences.items() if name.endswith("frozen")]
-    fewer = [-100 * one["tokens"][0] for name, one in differences.items() if name.endswith("frozen")]
+    lost = [-100 * one["accuracy"][0] for name, one in differences.items() if name.endswith("gated - frozen")]
+    fewer = [-100 * one["tokens"][0] for name, one in differences.items() if name.endswith("gated - frozen")]
+    stopped = [100 * one["accuracy"][0] for name, one in differences.items() if "stopped" in name]
     assert f"saves {math.floor(min(saved))} to {max(saved):.0f} points" in words
     assert (
         f"ends {min(lost):.0f} to {max(lost):.0f} points below it, with {min(fewer):.0f}% to {max(fewer):.0f}% fewer tokens"
         in words
     )
+    assert len(stopped) == 4
+    assert f"is at most {-min(stopped):.0f} points below it" in words
 
 
 def test_the_gaps_of_engines_are_the_measured_ones():

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.health.answers import RIGHT
 from benchmarks.health.measured import codes_of, shares
-from benchmarks.health.stopping import GATE_RULES, STOP_RULES, seen_in, shortest_that_holds, stop_at
+from benchmarks.health.stopping import GATE_RULES, PLANNED, STOP_RULES, seen_in, shortest_that_holds, stop_at
 from benchmarks.lab.table import mean_interval
 
 # A model is called healthy if its accuracy is at most so far below the base's
@@ -66,6 +66,22 @@ def paired(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> di
     if pairs:
         found["accuracy"] = mean_interval([a["accuracy"] - b["accuracy"] for a, b in pairs])
         found["tokens"] = mean_interval([a["mean_tokens"] / b["mean_tokens"] - 1 for a, b in pairs])
+    return found
+
+
+def paired_with_stop(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], margin: float) -> dict[str, Any]:
+    """
+    Return the differences between what the stop names in the runs of one setting, and the last measurement of another's, as [`paired`] does.
+
+    Accuracy is that of [`accuracy_changes`]. Its monitor answers also chose the checkpoint, so it is a little too good.
+    """
+    named = {run["seed"]: stop_outcome(run, PLANNED, margin)["named"] for run in one}
+    ends = {run["seed"]: stop_outcome(run, PLANNED, margin)["end"] for run in other}
+    pairs = [(named[seed], ends[seed]) for seed in named.keys() & ends.keys()]
+    found: dict[str, Any] = {"seeds": len(pairs)}
+    if pairs:
+        found["accuracy"] = mean_interval([a["all_accuracy_change"] - b["all_accuracy_change"] for a, b in pairs])
+        found["tokens"] = mean_interval([a["tokens"] / b["tokens"] - 1 for a, b in pairs])
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.health.measured import Runs
-from benchmarks.health.outcomes import ends, gate_decisions, is_healthy, paired, stop_outcome, stops
+from benchmarks.health.outcomes import ends, gate_decisions, is_healthy, paired, paired_with_stop, stop_outcome, stops
 from benchmarks.health.power import calculate, frequencies_of, rule_chances
 from benchmarks.health.settings import (
     MANY_SAMPLES,
@@ -138,4 +138,7 @@ def _differences(runs: Runs) -> dict[str, Any]:
             for label, others in (("ungated", f"{form}-{sync}-ungated"), ("frozen", f"{form}-frozen")):
                 if (difference := paired(runs.get(f"{form}-{gated}", []), runs.get(others, [])))["seeds"]:
                     found[f"{form}-{gated.removesuffix('-gated')}: gated - {label}"] = difference
+            stopped = paired_with_stop(runs.get(f"{form}-{gated}", []), runs.get(f"{form}-frozen", []), MONITOR_MARGIN)
+            if stopped["seeds"]:
+                found[f"{form}-{gated.removesuffix('-gated')}: gated and stopped - frozen"] = stopped
     return found

@@ -1,7 +1,7 @@
 """The tables of benchmarks/README.md, from the summary of the health experiment."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.lab.table import markdown, mean_interval
@@ -221,6 +221,11 @@ def _gate(summary: dict[str, Any]) -> str:
     )
 
 
+def _difference(interval: Sequence[float], seeds: int) -> str:
+    # One seed has no interval
+    return f"{100 * interval[0]:+.1f}" + (f" ± {100 * interval[1]:.1f}" if seeds > 1 else "")
+
+
 def _differences(summary: dict[str, Any]) -> str:
     columns = ("difference", "seeds", "accuracy, points", "tokens %")
     return markdown(
@@ -229,7 +234,7 @@ def _differences(summary: dict[str, Any]) -> str:
             (
                 name,
                 str(one["seeds"]),
-                *(f"{100 * one[key][0]:+.1f} ± {100 * one[key][1]:.1f}" for key in ("accuracy", "tokens")),
+                *(_difference(one[key], one["seeds"]) for key in ("accuracy", "tokens")),
             )
             for name, one in summary["gate_differences"].items()
             if one["seeds"]
