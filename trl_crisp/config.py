@@ -467,6 +467,11 @@ class CRISPConfig(DistillationConfig):
             self.teacher_update_rate = 0.005
 
     @property
+    def rollouts_per_step(self) -> int:
+        """How many rows an optimizer step reads, on all processes: the global batch."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def is_monitored(self) -> bool:
         """Whether agreement is measured."""
         return self.monitor_prompts is not None or self.monitor_file is not None
@@ -551,7 +556,7 @@ class CRISPConfig(DistillationConfig):
             )
 
     def _warn_off_paper(self) -> None:
-        global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        global_batch_size = self.rollouts_per_step
         if global_batch_size != PAPER_GLOBAL_BATCH_SIZE:
             self._warn(
                 f"The global batch is {global_batch_size} rollouts ({self.per_device_train_batch_size} per device x "

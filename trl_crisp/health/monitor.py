@@ -110,7 +110,7 @@ class AgreementMonitor(SavesFirst):
         self.every_steps: int = args.monitor_steps
         self.saves_held = True
         taken = take_prompts(args, trainer.train_dataset, monitor_dataset)
-        trainer.train_dataset, prompts = taken.rows, taken.prompts
+        prompts = taken.prompts
         self._golds = self._usable(taken.golds)
         self.subject = _SUBJECTS[None]
         self._tokenizer = tokenizer_of(trainer)
@@ -137,6 +137,8 @@ class AgreementMonitor(SavesFirst):
         self.references: dict[int, Reference] = {}
         self._base_accuracies: Mapping[int, float] = {}
         self.is_on = True
+        # The trainer changes last, so that it is as it was if something above is refused
+        trainer.train_dataset = taken.rows
         if args.teacher_refresh_gate == "agreement":
             trainer.teacher.refresh_gate = self.allows_refresh
 
