@@ -29,6 +29,14 @@ PAPER_TEACHER_SYNC_STEPS = 50
 PAPER_LEARNING_RATE = 1e-6
 # Ours: with fewer prompts the mean agreement says nothing
 MIN_MONITOR_PROMPTS = 8
+# Fields of the monitor that count something, and what to give
+_MONITOR_COUNTS = {
+    "monitor_prompts": 64,
+    "monitor_samples": 5,
+    "monitor_base_samples": 16,
+    "monitor_max_new_tokens": 1024,
+    "monitor_steps": PAPER_TEACHER_SYNC_STEPS,
+}
 # Each tracker and the package that it needs
 _TRACKER_PACKAGES = {
     **{
@@ -510,6 +518,10 @@ class CRISPConfig(DistillationConfig):
             self._check_gate()
 
     def _check_monitor_values(self) -> None:
+        for name, example in _MONITOR_COUNTS.items():
+            # The remainder of NaN and infinity is NaN
+            if (value := getattr(self, name)) is not None and value % 1:
+                raise ValueError(f"{name}={value} must be a whole number, such as {example}.")
         if self.monitor_prompts is not None and self.monitor_prompts < MIN_MONITOR_PROMPTS:
             raise ValueError(
                 f"monitor_prompts={self.monitor_prompts}: the agreement on so few prompts says nothing. Give at least "

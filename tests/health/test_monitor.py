@@ -221,6 +221,12 @@ def test_a_gate_that_is_not_attached_is_refused(tmp_path):
         ({"monitor_max_new_tokens": 0}, "monitor_max_new_tokens=0 must be at least 1"),
         ({"monitor_margin": 3.0}, "a number from 0 to below 1"),
         ({"monitor_steps": 0}, "at least 1"),
+        ({"monitor_prompts": 8.5}, r"monitor_prompts=8\.5 must be a whole number, such as 64"),
+        ({"monitor_samples": 2.5}, r"monitor_samples=2\.5 must be a whole number"),
+        ({"monitor_base_samples": 2.5}, r"monitor_base_samples=2\.5 must be a whole number"),
+        ({"monitor_max_new_tokens": 2.5}, r"monitor_max_new_tokens=2\.5 must be a whole number"),
+        ({"monitor_steps": 2.5}, r"monitor_steps=2\.5 must be a whole number"),
+        ({"monitor_steps": float("nan")}, "monitor_steps=nan must be a whole number"),
         ({"monitor_grader": "essay"}, "'math', 'choice', 'text'"),
         ({"teacher_refresh_gate": "length"}, "Set 'agreement'"),
         ({"teacher_refresh_gate": "agreement", "monitor_prompts": None}, "Set monitor_prompts"),
@@ -404,3 +410,26 @@ def test_each_measurement_draws_its_own_random_numbers(tmp_path, monkeypatch):
     assert list(drawn) == [0, 1, 2, 3]
     assert all(len(answers) == 8 for answers in drawn.values())
     assert len({str(answers) for answers in drawn.values()}) == 4
+
+
+def test_a_final_answer_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"answer_of returned \(1, 2\), of type tuple\. Return the final answer as a str"
+    ):
+        train(tmp_path, answer_of=lambda text: (1, 2))
+
+
+def test_with_a_function_of_the_users_any_of_several_right_answers_is_right(tmp_path, capsys):
+    right = [["12", "a dozen"] if i % 2 else ["7", "x"] for i in range(8)]
+    asked = Dataset.from_list([{**row, "answer": one} for row, one in zip(rows(8, "Now: "), right, strict=True)])
+    fields = {name: value for name, value in FIELDS.items() if name != "monitor_prompts"} | {"max_steps": 1}
+    trainer = make_trainer(tmp_path, dataset=rows(24), **fields, monitor_file="own.jsonl")
+    attach_health(trainer, lambda text: "a dozen", monitor_dataset=asked)
+    trainer.train()
+    assert "cannot be graded" not in capsys.readouterr().out
+    assert [
+        log["eval_agreement_accuracy"] for log in trainer.state.log_history if "eval_agreement_accuracy" in log
+    ] == [
+        0.5,
+        0.5,
+    ]

@@ -48,7 +48,7 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         monitor_dataset: The rows of `monitor_file`, with a column `prompt`. If `None`, the file is loaded.
 
     Raises:
-        ValueError: If the rows are a stream or too few, if those that are left do not fill a step, or if a prompt of the file is a training prompt (space around it and system messages
+        ValueError: If `monitor_dataset` has no prompts, if the rows are a stream or too few, if those that are left do not fill a step, or if a prompt of the file is a training prompt (space around it and system messages
             do not count), or of another type than those.
         FileNotFoundError: If there is no such file.
     """
@@ -56,6 +56,7 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         return _from_training_rows(args, train_dataset)
     if monitor_dataset is None:
         monitor_dataset = load_monitor_file(args.monitor_file)
+    _check_columns(monitor_dataset)
     distinct = sorted(_first_rows(_keys(list(monitor_dataset["prompt"]))).values())
     wanted = len(distinct) if args.monitor_prompts is None else args.monitor_prompts
     if len(distinct) < max(wanted, MIN_MONITOR_PROMPTS):
@@ -68,6 +69,19 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
     if isinstance(train_dataset, Dataset):
         _check_held_out(args, list(chosen["prompt"]), list(train_dataset["prompt"]))
     return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], train_dataset, chosen)
+
+
+def _check_columns(monitor_dataset: Any) -> None:
+    if not isinstance(monitor_dataset, Dataset):
+        raise ValueError(
+            f"monitor_dataset is a {type(monitor_dataset).__name__}, and has to be a datasets.Dataset. Make one of a list of rows by "
+            "`Dataset.from_list(rows)`, and take one split of a DatasetDict."
+        )
+    if "prompt" not in (columns := monitor_dataset.column_names):
+        raise ValueError(
+            f"monitor_dataset has no column 'prompt'; it has {', '.join(columns) or 'none'}. Rename the column that holds the prompts, such as "
+            "`monitor_dataset.rename_column('question', 'prompt')`."
+        )
 
 
 def _check_held_out(args: Any, asked: list[Prompt], trained: list[Prompt]) -> None:
@@ -167,12 +181,8 @@ def _first_rows(keys: list[str]) -> dict[str, int]:
     return {key: row for row, key in reversed(list(enumerate(keys)))}
 
 
-def find_unreadable(
-    golds: Sequence[str | list[str]], kind: Kind, answer_of: Callable[[str], str | None] | None
-) -> int | None:
+def find_unreadable(golds: Sequence[str | list[str]], kind: Kind) -> int | None:
     """Return the number of the first right answer that answers cannot be graded by, or `None` if all are fine."""
-    if answer_of is not None:
-        return next((number for number, gold in enumerate(golds) if not isinstance(gold, str)), None)
     if kind == "text":
         fits = [all(words(one) for one in ([gold] if isinstance(gold, str) else gold)) for gold in golds]
     elif kind == "choice":
