@@ -29,6 +29,14 @@ PAPER_TEACHER_SYNC_STEPS = 50
 PAPER_LEARNING_RATE = 1e-6
 # Ours: with fewer prompts the mean agreement says nothing
 MIN_MONITOR_PROMPTS = 8
+# Fields of the monitor that count something, and what to give
+_MONITOR_COUNTS = {
+    "monitor_prompts": 64,
+    "monitor_samples": 5,
+    "monitor_base_samples": 16,
+    "monitor_max_new_tokens": 1024,
+    "monitor_steps": PAPER_TEACHER_SYNC_STEPS,
+}
 # Each tracker and the package that it needs
 _TRACKER_PACKAGES = {
     **{
@@ -467,6 +475,11 @@ class CRISPConfig(DistillationConfig):
             self.teacher_update_rate = 0.005
 
     @property
+    def rollouts_per_step(self) -> int:
+        """How many rows an optimizer step reads, on all processes: the global batch."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def is_monitored(self) -> bool:
         """Whether agreement is measured."""
         return self.monitor_prompts is not None or self.monitor_file is not None
@@ -505,6 +518,10 @@ class CRISPConfig(DistillationConfig):
             self._check_gate()
 
     def _check_monitor_values(self) -> None:
+        for name, example in _MONITOR_COUNTS.items():
+            # The remainder of NaN and infinity is NaN
+            if (value := getattr(self, name)) is not None and value % 1:
+                raise ValueError(f"{name}={value} must be a whole number, such as {example}.")
         if self.monitor_prompts is not None and self.monitor_prompts < MIN_MONITOR_PROMPTS:
             raise ValueError(
                 f"monitor_prompts={self.monitor_prompts}: the agreement on so few prompts says nothing. Give at least "
@@ -551,7 +568,7 @@ class CRISPConfig(DistillationConfig):
             )
 
     def _warn_off_paper(self) -> None:
-        global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        global_batch_size = self.rollouts_per_step
         if global_batch_size != PAPER_GLOBAL_BATCH_SIZE:
             self._warn(
                 f"The global batch is {global_batch_size} rollouts ({self.per_device_train_batch_size} per device x "

@@ -63,3 +63,11 @@ def test_a_kind_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"column 'answer'.*row 0: the answer '12' is not a letter"):
         find_labels([{"answer": "12"}], "choice")
     assert find_labels([{"answer": "12"}], "text").kind == "text"
+
+
+def test_with_a_function_of_the_users_any_right_answer_fits():
+    labels = find_labels([{"answer": ["1", "2"]}, {"answer": "(1, 2)"}], None, has_answer_of=True)
+    assert (labels.golds, labels.kind) == ([["1", "2"], "(1, 2)"], "text")
+    assert labels.reason == "answer_of finds them, and two are the same if they are equal"
+    with pytest.raises(ValueError, match="only texts can have several right answers"):
+        find_labels([{"answer": ["1", "2"]}], None)

@@ -221,6 +221,12 @@ def test_a_gate_that_is_not_attached_is_refused(tmp_path):
         ({"monitor_max_new_tokens": 0}, "monitor_max_new_tokens=0 must be at least 1"),
         ({"monitor_margin": 3.0}, "a number from 0 to below 1"),
         ({"monitor_steps": 0}, "at least 1"),
+        ({"monitor_prompts": 8.5}, r"monitor_prompts=8\.5 must be a whole number, such as 64"),
+        ({"monitor_samples": 2.5}, r"monitor_samples=2\.5 must be a whole number"),
+        ({"monitor_base_samples": 2.5}, r"monitor_base_samples=2\.5 must be a whole number"),
+        ({"monitor_max_new_tokens": 2.5}, r"monitor_max_new_tokens=2\.5 must be a whole number"),
+        ({"monitor_steps": 2.5}, r"monitor_steps=2\.5 must be a whole number"),
+        ({"monitor_steps": float("nan")}, "monitor_steps=nan must be a whole number"),
         ({"monitor_grader": "essay"}, "'math', 'choice', 'text'"),
         ({"teacher_refresh_gate": "length"}, "Set 'agreement'"),
         ({"teacher_refresh_gate": "agreement", "monitor_prompts": None}, "Set monitor_prompts"),
@@ -247,6 +253,51 @@ def test_too_few_rows_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, dataset=rows(8), **FIELDS)
     with pytest.raises(ValueError, match="have 8 different prompts, so none would be left"):
         AgreementMonitor(trainer, first_characters)
+
+
+def test_rows_that_do_not_fill_a_step_without_the_monitor_prompts_are_refused(tmp_path):
+    for steps in (4, -1):
+        trainer = make_trainer(tmp_path, dataset=rows(11), **{**FIELDS, "max_steps": steps})
+        with pytest.raises(
+            ValueError,
+            match=r"monitor_prompts=8 leaves 3 of the 11 rows to train on, and a step needs 4\. Give more rows",
+        ):
+            attach_health(trainer, first_characters)
+    trainer = make_trainer(tmp_path, dataset=rows(12), **FIELDS)
+    assert attach_health(trainer, first_characters).monitor is not None
+
+
+def test_a_refused_monitor_leaves_the_trainer_as_it_was(tmp_path):
+    fields = {"teacher_refresh_gate": "agreement", "monitor_max_new_tokens": 100_000}
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, **fields)
+    with pytest.raises(ValueError, match="monitor_max_new_tokens"):
+        attach_health(trainer, first_characters)
+    assert len(trainer.train_dataset) == 24
+    assert trainer.teacher.refresh_gate is None
+    trainer.args.monitor_max_new_tokens = 8
+    attach_health(trainer, first_characters)
+    assert len(trainer.train_dataset) == 16
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_a_row_that_differs_from_a_monitor_prompt_only_around_it_is_left_out(tmp_path, system):
+    def again(row) -> dict:
+        message = {**row["prompt"][0], "content": f" {row['prompt'][0]['content']}\n"}
+        return {"prompt": [{"role": "system", "content": "Answer."}, message] if system else [message]}
+
+    once = list(rows(24))
+    # A system message counts if some rows differ in nothing else
+    trainer = make_trainer(tmp_path, dataset=Dataset.from_list([*once, *map(again, once)]), **FIELDS)
+    monitor = AgreementMonitor(trainer, first_characters)
+    asked = [problem.prompt[-1]["content"].strip() for problem in monitor._problems]
+    trained = [(len(prompt), prompt[-1]["content"].strip()) for prompt in trainer.train_dataset["prompt"]]
+    assert len(set(asked)) == 8
+    if system:
+        assert len(trained) == 40
+        assert len({tuple(map(str, problem.prompt)) for problem in monitor._problems}) == 8
+    else:
+        assert len(trained) == 32
+        assert not {text for _, text in trained} & set(asked)
 
 
 def held_out(tmp_path, asked, trained):
@@ -342,3 +393,43 @@ def test_an_answer_that_is_cut_in_the_thinking_that_its_prompt_opened_does_not_v
     answers = [[tiny_tokenizer("qwen3")(text)["input_ids"] for text in row] for row in texts]
     expected = [["" if template_opens else texts[0][0], "\\boxed{4}"]]
     assert monitor._final_texts([0], texts, answers) == expected
+
+
+def test_each_measurement_draws_its_own_random_numbers(tmp_path, monkeypatch):
+    """An unchanged student must not draw the very answers that made the majority."""
+    drawn, sample = {}, AgreementMonitor._sample
+
+    def kept(self, *args):
+        found = sample(self, *args)
+        drawn[self.trainer.state.global_step] = found[1]
+        return found
+
+    monkeypatch.setattr(AgreementMonitor, "_sample", kept)
+    fields = {"learning_rate": 0.0, "temperature": 1.0, "monitor_steps": 1, "max_steps": 3}
+    train(tmp_path, answer_of=lambda text: "a", **fields)
+    assert list(drawn) == [0, 1, 2, 3]
+    assert all(len(answers) == 8 for answers in drawn.values())
+    assert len({str(answers) for answers in drawn.values()}) == 4
+
+
+def test_a_final_answer_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"answer_of returned \(1, 2\), of type tuple\. Return the final answer as a str"
+    ):
+        train(tmp_path, answer_of=lambda text: (1, 2))
+
+
+def test_with_a_function_of_the_users_any_of_several_right_answers_is_right(tmp_path, capsys):
+    right = [["12", "a dozen"] if i % 2 else ["7", "x"] for i in range(8)]
+    asked = Dataset.from_list([{**row, "answer": one} for row, one in zip(rows(8, "Now: "), right, strict=True)])
+    fields = {name: value for name, value in FIELDS.items() if name != "monitor_prompts"} | {"max_steps": 1}
+    trainer = make_trainer(tmp_path, dataset=rows(24), **fields, monitor_file="own.jsonl")
+    attach_health(trainer, lambda text: "a dozen", monitor_dataset=asked)
+    trainer.train()
+    assert "cannot be graded" not in capsys.readouterr().out
+    assert [
+        log["eval_agreement_accuracy"] for log in trainer.state.log_history if "eval_agreement_accuracy" in log
+    ] == [
+        0.5,
+        0.5,
+    ]

@@ -619,7 +619,7 @@ def test_right_answers_are_found_in_the_rows(cells, golds):
 def test_answers_that_cannot_be_graded_are_found(kind, golds, unreadable):
     from trl_crisp.health.monitor_prompts import find_unreadable
 
-    assert find_unreadable(golds, kind, None) == unreadable
+    assert find_unreadable(golds, kind) == unreadable
 
 
 def test_answers_that_cannot_be_graded_leave_agreement_alone(tmp_path, capsys):

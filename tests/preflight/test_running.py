@@ -243,6 +243,8 @@ def test_the_command_prints_tables_and_verdicts_and_says_when_agreement_is_off(t
     for one in found["instructions"]:
         assert one["verdict"]["words"] in unfolded
         assert one["verdict"]["judged_by"] is None
+        # All answers are cut, which hides what the instruction does
+        assert one["verdict"]["kind"] in ("uncertain", "lengthens")
         assert one["counted"]["agreement"] is None
     assert found["recommendation"]["words"] in unfolded
     assert "plain answers: 16/16" in said.err
@@ -250,6 +252,29 @@ def test_the_command_prints_tables_and_verdicts_and_says_when_agreement_is_off(t
     assert {path.name[:5] for path in (tmp_path / "out" / "samples").iterdir()} == {"plain", "v1.js", "text-"}
     # <think> is a token of this model
     assert found["plain"]["thinking"] is not None
+
+
+def test_with_a_function_of_the_users_any_of_several_right_answers_is_right(tiny, tmp_path):
+    lines = (tiny / "rows.jsonl").read_text().splitlines()
+    rows = [{**json.loads(line), "answer": ["a", "b"] if i % 2 else ["c", "d"]} for i, line in enumerate(lines)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = PreflightSettings(
+        model=str(tiny / "model"),
+        dataset=str(tmp_path / "rows.jsonl"),
+        instructions=("v1",),
+        prompts=8,
+        samples=2,
+        max_completion_length=4,
+        grader="math",
+    )
+    with pytest.warns(UserWarning, match="grader='math' has no effect with answer_of"):
+        found = run_preflight(settings, tmp_path / "out", answer_of=lambda text: "b")
+    assert found["prompts"]["with_label"] == 8
+    for one in found["answers"]:
+        assert one["plain"]["correct"] == [one["label"] == ["a", "b"]] * 2
+    # The answers are on disk
+    with pytest.raises(TypeError, match="answer_of returned 7, of type int"):
+        run_preflight(settings, tmp_path / "out", answer_of=lambda text: 7)
 
 
 def test_it_resumes_and_more_prompts_start_from_the_answers_that_are_there(tiny, tmp_path, capsys):

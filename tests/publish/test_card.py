@@ -17,7 +17,8 @@ from tests.helpers import config, make_trainer, rows
 from tests.report.made_results import training_log, write_evaluation, write_run
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from trl_crisp import INSTRUCTIONS, CRISPConfig, CRISPTrainer
-from trl_crisp.publish.run_card import _adapter_of
+from trl_crisp.health.attach import attach_health
+from trl_crisp.publish.run_card import _adapter_of, describe_training
 from trl_crisp.report.card import CardFacts, code_fence, make_card
 from trl_crisp.report.card_metadata import leaderboard_entry
 from trl_crisp.report.card_results import load_card_results
@@ -183,6 +184,13 @@ def test_a_base_on_the_hub_is_linked(tmp_path, tuning):
     assert "[org/base](https://huggingface.co/org/base)" in text
     assert "[org/rows](https://huggingface.co/datasets/org/rows)" in text
     assert "# Model Card for my-model" in text
+
+
+def test_monitor_prompts_are_not_counted_as_rows_that_are_trained_on(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), monitor_prompts=8)
+    assert describe_training(trainer)["dataset"]["rows"] == 24
+    attach_health(trainer, lambda text: text)
+    assert describe_training(trainer)["dataset"]["rows"] == 16
 
 
 @pytest.mark.parametrize(
@@ -371,15 +379,25 @@ def test_a_leaderboard_gets_whole_benchmarks_in_percent(tmp_path, protocol, prob
 def test_agreement_and_health_of_the_run_are_told_at_the_models_step(tmp_path, trained):
     record = read_record(trained.full.args.output_dir)
     run = load_run(write_run(tmp_path, training_log(20)))
-    event = {"step": 19, "status": "watch", "reasons": ["rollouts are long"]}
-    run = dataclasses.replace(run, events=[event])
+    events = [
+        {"step": step, "status": "watch", "reasons": [reason]}
+        for step, reason in ((9, "rollouts are long"), (19, "rollouts are longer"))
+    ]
+    # Watched from step 9 on
+    log = [{**entry, "health/status": 1.0} if entry["step"] >= 9 else entry for entry in run.log_history]
+    run = dataclasses.replace(run, log_history=log, events=events)
     text = " ".join(make_card(facts(run=run, record={**record, "step": 10})).text.split())
     assert (
         "left out of training: 100 tokens before, 70.0 after. Agreement with the base's majority answers: 80.0% of the base's own answers, "
         "79.0% of this model's (-1.0 points [-2.5, +1.0])." in text
     )
     assert "Agreement with the base is no accuracy." in text
-    assert "- The training's signals at its end: watch (rollouts are long)" in text
+    assert "- The training's signals at step 10: watch (rollouts are long)" in text
+    assert "- The training's signals at step 7: healthy " in " ".join(
+        make_card(facts(run=run, record={**record, "step": 7})).text.split()
+    )
+    text = " ".join(make_card(facts(run=run, record={**record, "step": 20})).text.split())
+    assert "- The training's signals at its end: watch (rollouts are longer)" in text
     # Nothing was measured at that step
     assert "Agreement with the base's" not in make_card(facts(run=run, record={**record, "step": 7})).text
 

@@ -398,6 +398,39 @@ def test_runs_of_one_directory_name_are_named_by_what_differs_and_one_run_twice_
 
 
 @pytest.mark.parametrize(
+    ("place", "record", "level"),
+    [
+        ("checkpoint-10", None, "use"),
+        ("checkpoint-20", None, "caution"),
+        # The run took its best checkpoint back
+        (".", {"run_id": "r", "step": 10}, "use"),
+        (".", {"run_id": "r", "step": 20}, "caution"),
+        (".", {"run_id": "other", "step": 10}, "caution"),
+        (".", None, "caution"),
+    ],
+)
+def test_the_signals_at_the_step_of_the_model_count(tmp_path, place, record, level):
+    log = [{**entry, "health/status": 2.0 if entry["step"] > 10 else 0.0} for entry in training_log()]
+    directory = write_run(tmp_path / "run", log)
+    (directory / "_crisp_run.json").write_text(json.dumps({"run_id": "r"}))
+    if record is not None:
+        (directory / "crisp_training.json").write_text(json.dumps(record))
+    base, after = (
+        write_evaluation(
+            tmp_path / name,
+            lambda i, j, tokens=tokens: (tokens + i, i % 4 > 0),
+            weights=name,
+            problems=130,
+            samples=1,
+            protocol={"model": model},
+        )
+        for name, tokens, model in (("b", 800, "base"), ("a", 300, str(directory / place)))
+    )
+    (judged,) = page_module.judge_results(load_compared([base, after]), page_module._load_runs([directory]))
+    assert judged.verdict.level == level
+
+
+@pytest.mark.parametrize(
     ("given", "model", "cautious"),
     [
         ("real1", "{root}/real1", ["a1"]),

@@ -22,7 +22,8 @@ def test_a_run_is_read_as_it_was_left(tmp_path):
     assert run.events == [event]
     assert run.series("eval_agreement_mean_tokens") == [(0, 100.0), (10, 70.0), (20, 40.0)]
     assert run.describe_end() == "The run ended at step 20 of 50."
-    assert not run.is_unhealthy
+    assert not run.is_unhealthy_at(20)
+    assert run.saved_step is None
 
 
 def test_values_that_are_not_finite_are_left_out(tmp_path):

@@ -4,6 +4,8 @@ from trl_crisp.report.run_log import RunLog
 from trl_crisp.report.run_verdict import judge_run
 from trl_crisp.report.verdict import Measured, judge
 
+UNHEALTHY = "The signals of the training run were unhealthy at its end."
+
 
 def interval(estimate, low, high):
     return {"estimate": estimate, "low": low, "high": high}
@@ -115,11 +117,11 @@ def test_each_reason_is_told():
     worst = measured(
         accuracy=interval(-0.2, -0.25, -0.15), reduction=interval(-0.3, -0.4, -0.2), repeats_shares=(0.0, 0.8)
     )
-    assert judge(worst, unhealthy_run="run").reasons == (
+    assert judge(worst, unhealthy=UNHEALTHY).reasons == (
         "Accuracy fell by 20.0 points, more than the margin of 3, and the interval is below zero.",
         "Answers are longer than the base's.",
         "Most answers end in repetition: 80%, before 0%.",
-        "The signals of the training run were unhealthy at its end.",
+        UNHEALTHY,
     )
 
 
@@ -130,11 +132,11 @@ def test_a_measurement_that_shows_nothing_says_what_to_measure():
         "A loss of up to 84.2 points of accuracy is not excluded. Measure more problems.",
     )
     nothing = measured(accuracy=ZERO, base_level=0.0, cut_shares=(1.0, 0.0))
-    assert judge(nothing, unhealthy_run="run").reasons == (
+    assert judge(nothing, unhealthy=UNHEALTHY).reasons == (
         "Accuracy of the base is 0.0%, so it has nothing to lose, and nothing shows that right answers are kept. Measure problems that the base "
         "solves.",
         "Many answers were cut at the budget: 100% before, 0% after. Lengths and accuracy then speak of the cap; raise --max-new-tokens.",
-        "The signals of the training run were unhealthy at its end.",
+        UNHEALTHY,
     )
     assert judge(measured(accuracy=ZERO, problems=None)).reasons == (
         "Accuracy changed on no problem, and an interval without width shows nothing.",
@@ -147,11 +149,28 @@ def test_a_run_of_which_the_base_agreed_with_nothing_has_no_verdict():
 
 
 def test_a_run_that_ended_unhealthy_calls_for_caution():
-    verdict = judge(measured(), unhealthy_run="run")
+    verdict = judge(measured(), unhealthy=UNHEALTHY)
     assert (verdict.level, verdict.reasons) == (
         "caution",
-        ("The signals of the training run were unhealthy at its end.",),
+        (UNHEALTHY,),
     )
+
+
+def test_a_healthy_best_checkpoint_is_not_held_responsible_for_the_runs_end():
+    statuses = [{"step": step, "health/status": status} for step, status in ((5, 2.0), (10, 0.0), (20, 2.0))]
+    measurements = [measurement(step, 0.0, 0.01) for step in (5, 10, 20)]
+    events = [
+        {"step": 5, "status": "unhealthy", "reasons": ["early"]},
+        {"step": 20, "status": "unhealthy", "reasons": ["late"]},
+    ]
+    run = run_of([*measurements, *statuses], best_step=10, events=events)
+    assert judge_run(run).level == judge_run(run, 10).level == "use"
+    assert judge_run(run, 5).reasons == ("The signals of the training run were unhealthy at step 5.",)
+    assert judge_run(run, 20).reasons == (UNHEALTHY,)
+    # Without a measurement the signals alone say so
+    found = judge_run(run_of(statuses, events=events), 7)
+    assert found.headline == "Do not use this checkpoint: the signals of the training were unhealthy at step 7"
+    assert found.reasons[0] == "Step 5, unhealthy: early."
 
 
 def run_of(entries, best_step=None, events=()):

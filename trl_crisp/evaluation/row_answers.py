@@ -70,13 +70,14 @@ def find_golds(rows: Sequence[dict[str, Any]]) -> tuple[str | None, list[str | l
     return None, [None] * len(rows), reason
 
 
-def find_labels(rows: Sequence[dict[str, Any]], asked_kind: Kind | None) -> Labels:
+def find_labels(rows: Sequence[dict[str, Any]], asked_kind: Kind | None, has_answer_of: bool = False) -> Labels:
     """
     Find the right answers of rows ([`find_golds`]), and how they are compared.
 
     Args:
         rows: The rows whose prompts are asked.
         asked_kind: Overrides the kind.
+        has_answer_of: Whether the user's own function finds final answers, and compares them as texts. Then any right answer fits.
 
     Raises:
         ValueError: If `asked_kind` does not fit the answers; the message has the row.
@@ -84,6 +85,8 @@ def find_labels(rows: Sequence[dict[str, Any]], asked_kind: Kind | None) -> Labe
     column, golds, reason = find_golds(rows)
     if column is None:
         return Labels(None, golds, asked_kind or "math", reason)
+    if has_answer_of:
+        return Labels(column, golds, "text", "answer_of finds them, and two are the same if they are equal")
     known = [gold for gold in golds if gold]
     kind, why = kind_of_file(known, asked_kind, f"column {column!r}, among the rows with an answer")
     return Labels(column, golds, kind, why)

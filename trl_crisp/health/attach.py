@@ -1,5 +1,6 @@
 """Attaches what watches a run's health to a trainer, by one call."""
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,13 +8,14 @@ from typing import Any
 
 from datasets import Dataset
 
+from trl_crisp.config import CRISPConfig
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.health.alerts import TrackerAlerts
 from trl_crisp.health.ending import EndOfRun
-from trl_crisp.health.guard import GUARD_ENTRIES, CollapseGuard
+from trl_crisp.health.guard import GUARD_ENTRIES, GUARD_STEPS, CollapseGuard
 from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor import AgreementMonitor
-from trl_crisp.health.signals import HealthSignals
+from trl_crisp.health.signals import WINDOW_STEPS, HealthSignals
 from trl_crisp.health.sweet_spot import SweetSpot, check_sole_owner
 from trl_crisp.health.watchers import Health
 
@@ -68,7 +70,9 @@ def attach_health(
         sweet_spot = SweetSpot(trainer, *sources)
         trainer.add_callback(sweet_spot)
         trainer.is_over = lambda state: sweet_spot.reason_to_stop(state) is not None
-    _warn_of_a_short_log(args)
+    _warn_of_no_effect(args, answer_of, monitor_dataset)
+    _warn_of_a_short_log(trainer)
+    _warn_of_a_gate_without_refreshes(trainer)
     signals = HealthSignals()
     guard = CollapseGuard(signals) if args.collapse_guard else None
     # Before the trackers and the line of the terminal, which report what the signals add to the log
@@ -86,8 +90,44 @@ def attach_health(
     return health
 
 
-def _warn_of_a_short_log(args: Any) -> None:
+def _warn_of_no_effect(args: Any, answer_of: Any, monitor_dataset: Dataset | None) -> None:
+    """Warn of arguments that nothing reads."""
+    told = []
+    if monitor_dataset is not None and args.monitor_file is None:
+        told.append(
+            "monitor_dataset has no effect without monitor_file: set that to the name of its file, or to any name."
+        )
+    if answer_of is not None and not args.is_monitored:
+        told.append("answer_of has no effect without monitor_prompts or monitor_file: nothing asks for final answers.")
+    if answer_of is not None and args.is_monitored and args.monitor_grader != CRISPConfig.monitor_grader:
+        told.append(f"monitor_grader={args.monitor_grader!r} has no effect with answer_of, which replaces it.")
+    for message in told:
+        warnings.warn(message, stacklevel=3)
+
+
+def _most_steps(trainer: Any) -> float:
+    """Return how many steps a run has at most; infinity if that cannot be known before it starts."""
+    args, rows = trainer.args, trainer.train_dataset
+    if args.max_steps > 0:
+        return float(args.max_steps)
+    if not isinstance(rows, Dataset):
+        return math.inf
+    return math.ceil(args.num_train_epochs * math.ceil(len(rows) / args.rollouts_per_step))
+
+
+def _warn_of_a_gate_without_refreshes(trainer: Any) -> None:
+    args, steps = trainer.args, _most_steps(trainer)
+    if args.teacher_refresh_gate is not None and args.teacher_sync_steps > steps:
+        warnings.warn(
+            f"teacher_refresh_gate={args.teacher_refresh_gate!r} has no effect: the first refresh is due at step {args.teacher_sync_steps}, and the "
+            f"run has at most {steps:g} steps. Lower teacher_sync_steps, or leave the gate unset.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_a_short_log(trainer: Any) -> None:
     """Warn if the signals, or the guard, read a log that has too few entries to say anything."""
+    args, steps = trainer.args, _most_steps(trainer)
     way_out = "Set logging_strategy steps and logging_steps, such as 1."
     if args.logging_strategy == "no":
         guard = " and collapse_guard" if args.collapse_guard else ""
@@ -95,15 +135,33 @@ def _warn_of_a_short_log(args: Any) -> None:
             f"logging_strategy='no': the signals of health{guard} read the training's log, and there is none, so they have no effect. {way_out}",
             stacklevel=3,
         )
+        return
+    if not args.collapse_guard:
+        return
+    if args.logging_strategy == "epoch":
+        epochs = _most_epochs(trainer)
+        entries, cause = epochs, f"logging_strategy='epoch' in at most {epochs:g} epochs"
+    elif WINDOW_STEPS + GUARD_STEPS <= steps < math.inf:
+        # Below 1 it is a share of the steps
+        every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * steps)
+        entries, cause = steps // every, f"logging_steps={args.logging_steps:g} in at most {steps:g} steps"
+    else:
+        # The guard stops no shorter run, however often that logs
+        return
     # The first entry is what later ones are compared with
-    elif (
-        args.logging_strategy == "epoch"
-        and args.collapse_guard
-        and args.max_steps <= 0
-        and args.num_train_epochs <= GUARD_ENTRIES
-    ):
+    if entries <= GUARD_ENTRIES:
         warnings.warn(
-            f"collapse_guard has no effect: logging_strategy='epoch' with num_train_epochs={args.num_train_epochs:g} makes at most "
-            f"{GUARD_ENTRIES} log entries, and the guard needs one to compare with and {GUARD_ENTRIES} more. {way_out}",
+            f"collapse_guard has no effect: {cause} makes at most {entries:g} log entries, and the guard needs one to compare with and "
+            f"{GUARD_ENTRIES} more. {way_out}",
             stacklevel=3,
         )
+
+
+def _most_epochs(trainer: Any) -> float:
+    """Return how many epochs a run begins at most; infinity if that cannot be known before it starts."""
+    args, rows = trainer.args, trainer.train_dataset
+    if args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    if not isinstance(rows, Dataset):
+        return math.inf
+    return math.ceil(args.max_steps / max(1, len(rows) // args.rollouts_per_step))

@@ -28,6 +28,7 @@ from trl_crisp.health.monitor_prompts import find_unreadable, take_prompts
 from trl_crisp.health.reference import (
     Reference,
     agrees,
+    checked,
     compare_agreement,
     count_votes,
     final_texts,
@@ -78,7 +79,7 @@ class AgreementMonitor(SavesFirst):
 
     Args:
         trainer: A [`~trl_crisp.CRISPTrainer`]; use [`~trl_crisp.health.attach.attach_health`].
-        answer_of: Returns the final answer of a text, or `None`. It replaces `monitor_grader`.
+        answer_of: Returns the final answer of a text, or `None`. It replaces `monitor_grader`. Of several right answers any one is right.
         progress: As in [`~trl_crisp.health.measuring.BenchmarkCallback`].
         monitor_dataset: See [`~trl_crisp.health.monitor_prompts.take_prompts`].
 
@@ -105,12 +106,13 @@ class AgreementMonitor(SavesFirst):
         check_sampling(trainer)
         if answer_of is None and args.monitor_grader == "math":
             require_math_verify()
-        self.trainer, self.answer_of, self.progress = trainer, answer_of, progress
+        self.trainer, self.progress = trainer, progress
+        self.answer_of = None if answer_of is None else checked(answer_of)
         self.margin: float = args.monitor_margin
         self.every_steps: int = args.monitor_steps
         self.saves_held = True
         taken = take_prompts(args, trainer.train_dataset, monitor_dataset)
-        trainer.train_dataset, prompts = taken.rows, taken.prompts
+        prompts = taken.prompts
         self._golds = self._usable(taken.golds)
         self.subject = _SUBJECTS[None]
         self._tokenizer = tokenizer_of(trainer)
@@ -137,6 +139,8 @@ class AgreementMonitor(SavesFirst):
         self.references: dict[int, Reference] = {}
         self._base_accuracies: Mapping[int, float] = {}
         self.is_on = True
+        # The trainer changes last, so that it is as it was if something above is refused
+        trainer.train_dataset = taken.rows
         if args.teacher_refresh_gate == "agreement":
             trainer.teacher.refresh_gate = self.allows_refresh
 
@@ -152,7 +156,8 @@ class AgreementMonitor(SavesFirst):
             )
             return {}
         kind = self.trainer.args.monitor_grader
-        unreadable = find_unreadable(list(golds.values()), kind, self.answer_of)
+        # The user's own function finds an answer, and any text can be equal to it
+        unreadable = None if self.answer_of is not None else find_unreadable(list(golds.values()), kind)
         if unreadable is None:
             return golds
         number, gold = list(golds.items())[unreadable]
@@ -438,7 +443,8 @@ class AgreementMonitor(SavesFirst):
     ) -> list[list[bool]]:
         """Return whether each text gives the gold answer of its prompt, [prompts, samples]."""
         if self.answer_of is not None:
-            return [[self.answer_of(text) == gold for text in row] for row, gold in zip(texts, golds, strict=True)]
+            right = [[gold] if isinstance(gold, str) else gold for gold in golds]
+            return [[self.answer_of(text) in one for text in row] for row, one in zip(texts, right, strict=True)]
         kind = self.trainer.args.monitor_grader
         with Grader() as grader:
             grades = iter(

@@ -48,7 +48,7 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         monitor_dataset: The rows of `monitor_file`, with a column `prompt`. If `None`, the file is loaded.
 
     Raises:
-        ValueError: If the rows are a stream or too few, or if a prompt of the file is a training prompt (space around it and system messages
+        ValueError: If `monitor_dataset` has no prompts, if the rows are a stream or too few, if those that are left do not fill a step, or if a prompt of the file is a training prompt (space around it and system messages
             do not count), or of another type than those.
         FileNotFoundError: If there is no such file.
     """
@@ -56,7 +56,8 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         return _from_training_rows(args, train_dataset)
     if monitor_dataset is None:
         monitor_dataset = load_monitor_file(args.monitor_file)
-    distinct = sorted(_first_rows(_keys(monitor_dataset)).values())
+    _check_columns(monitor_dataset)
+    distinct = sorted(_first_rows(_keys(list(monitor_dataset["prompt"]))).values())
     wanted = len(distinct) if args.monitor_prompts is None else args.monitor_prompts
     if len(distinct) < max(wanted, MIN_MONITOR_PROMPTS):
         raise ValueError(
@@ -70,6 +71,19 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
     return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], train_dataset, chosen)
 
 
+def _check_columns(monitor_dataset: Any) -> None:
+    if not isinstance(monitor_dataset, Dataset):
+        raise ValueError(
+            f"monitor_dataset is a {type(monitor_dataset).__name__}, and has to be a datasets.Dataset. Make one of a list of rows by "
+            "`Dataset.from_list(rows)`, and take one split of a DatasetDict."
+        )
+    if "prompt" not in (columns := monitor_dataset.column_names):
+        raise ValueError(
+            f"monitor_dataset has no column 'prompt'; it has {', '.join(columns) or 'none'}. Rename the column that holds the prompts, such as "
+            "`monitor_dataset.rename_column('question', 'prompt')`."
+        )
+
+
 def _check_held_out(args: Any, asked: list[Prompt], trained: list[Prompt]) -> None:
     kinds = ["texts" if isinstance(prompts[0], str) else "lists of messages" for prompts in (asked, trained)]
     if kinds[0] != kinds[1]:
@@ -77,9 +91,7 @@ def _check_held_out(args: Any, asked: list[Prompt], trained: list[Prompt]) -> No
             f"monitor_file={args.monitor_file!r}: its prompts are {kinds[0]}, and the training prompts are {kinds[1]}. The chat template applies "
             "to messages only, so the base would be asked otherwise than in training. Give the file's prompts in the form of the training rows."
         )
-    # What the user says tells prompts apart, whatever the system message is, unless the rows differ elsewhere only
-    wholes, said = (list(map(text_of, trained)) for text_of in (_whole_text, _user_text))
-    text_of = _user_text if len(set(said)) == len(set(wholes)) else _whole_text
+    text_of = _text_that_tells_apart(trained)
     rows = {text_of(prompt): number for number, prompt in enumerate(trained)}
     if shared := [(number, rows[text]) for number, prompt in enumerate(asked) if (text := text_of(prompt)) in rows]:
         raise ValueError(
@@ -87,6 +99,12 @@ def _check_held_out(args: Any, asked: list[Prompt], trained: list[Prompt]) -> No
             f"(row {shared[0][1]} of the training rows). What is trained on cannot be held out: remove them from the file or from the rows, "
             "or set monitor_prompts alone, which leaves prompts out of the rows."
         )
+
+
+def _text_that_tells_apart(prompts: list[Prompt]) -> Callable[[Prompt], str]:
+    """Return the text of a prompt by which two are the same: what the user says, or all of it if the prompts differ elsewhere only."""
+    wholes, said = (set(map(text_of, prompts)) for text_of in (_whole_text, _user_text))
+    return _user_text if len(said) == len(wholes) else _whole_text
 
 
 def _user_text(prompt: Prompt) -> str:
@@ -135,7 +153,7 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
             f"monitor_prompts={args.monitor_prompts} are taken from the training rows, and a stream has no rows to leave out. Load the "
             "rows without streaming, give the prompts as a monitor_file, or leave it unset."
         )
-    keys = _keys(train_dataset)
+    keys = _keys(list(train_dataset["prompt"]))
     distinct = _first_rows(keys)
     if len(distinct) <= args.monitor_prompts:
         raise ValueError(
@@ -146,11 +164,16 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
     taken = {keys[row] for row in rows}
     chosen = train_dataset.select(rows)
     left = train_dataset.select([row for row, key in enumerate(keys) if key not in taken])
+    if len(left) < args.rollouts_per_step:
+        raise ValueError(
+            f"monitor_prompts={args.monitor_prompts} leaves {len(left)} of the {len(train_dataset)} rows to train on, and a step needs "
+            f"{args.rollouts_per_step}. Give more rows, fewer monitor prompts, a smaller batch, or the prompts as a monitor_file."
+        )
     return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], left, chosen)
 
 
-def _keys(dataset: Dataset) -> list[str]:
-    return [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+def _keys(prompts: list[Prompt]) -> list[str]:
+    return list(map(_text_that_tells_apart(prompts), prompts))
 
 
 def _first_rows(keys: list[str]) -> dict[str, int]:
@@ -158,12 +181,8 @@ def _first_rows(keys: list[str]) -> dict[str, int]:
     return {key: row for row, key in reversed(list(enumerate(keys)))}
 
 
-def find_unreadable(
-    golds: Sequence[str | list[str]], kind: Kind, answer_of: Callable[[str], str | None] | None
-) -> int | None:
+def find_unreadable(golds: Sequence[str | list[str]], kind: Kind) -> int | None:
     """Return the number of the first right answer that answers cannot be graded by, or `None` if all are fine."""
-    if answer_of is not None:
-        return next((number for number, gold in enumerate(golds) if not isinstance(gold, str)), None)
     if kind == "text":
         fits = [all(words(one) for one in ([gold] if isinstance(gold, str) else gold)) for gold in golds]
     elif kind == "choice":

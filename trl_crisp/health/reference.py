@@ -90,6 +90,28 @@ def count_votes(
     ]
 
 
+def checked(answer_of: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """
+    Return a user's function that finds the final answer of a text, with a check of what it returns.
+
+    Answers are kept as JSON, which has no tuples, so those of other types would not be equal after a resume.
+
+    Raises:
+        TypeError: When it is called, if it returns something else than a text or `None`.
+    """
+
+    def find(text: str) -> str | None:
+        answer = answer_of(text)
+        if not isinstance(answer, str | None):
+            raise TypeError(
+                f"answer_of returned {answer!r}, of type {type(answer).__name__}. Return the final answer as a str, such as str(answer), or None if the "
+                "text has none."
+            )
+        return answer
+
+    return find
+
+
 def agrees(grade: Grade, answer: str, kind: Kind) -> bool:
     """
     Whether a graded sample gives the reference's answer.

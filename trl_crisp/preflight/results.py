@@ -81,8 +81,9 @@ def write_preflight(
     count = len(asking.asked)
     names = [told.name for told in asking.told]
     judged_by = choose_judge(count, labels.count, measured.plain.accuracy, measured.plain.agreement, settings.margin)
+    cut = measured.plain.truncated
     verdicts = [
-        judge(name, effect, judged_by, settings.margin, count, measured.plain.truncated)
+        judge(name, effect, judged_by, settings.margin, count, cut, settings.max_completion_length)
         for name, effect in zip(names, measured.effects, strict=True)
     ]
     lengths = [counted.mean_tokens for counted in measured.told]
@@ -120,7 +121,7 @@ def write_preflight(
             for i, told in enumerate(asking.told)
         ],
         "reverse_kl_reason": kl_reason,
-        "recommendation": asdict(recommend(names, verdicts, lengths, measured.effects)),
+        "recommendation": asdict(recommend(names, verdicts, lengths, measured.effects, cut)),
         "notes": _notes(settings, asking, measured),
         "run": {
             **needs,

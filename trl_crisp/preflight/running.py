@@ -4,6 +4,7 @@ import gc
 import hashlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from trl_crisp.evaluation.row_answers import find_labels
 from trl_crisp.evaluation.sample_file import Sample, SampleFile
 from trl_crisp.evaluation.sample_problems import all_draws, sample_problems
 from trl_crisp.evaluation.settings import EvaluationSettings
+from trl_crisp.health.reference import checked
 from trl_crisp.models.checks import probe_model
 from trl_crisp.preflight.asking import Told, draw_prompts, resolve_all
 from trl_crisp.preflight.divergence import mean_reverse_kl
@@ -61,7 +63,8 @@ def run_preflight(
         output_dir: Receives preflight.json, and the answers in samples/.
         on_progress: Receives a stage, how many of its items are done, how many it has, and a note.
         on_start: Receives `prompts`, `labels` and `first_prompts` of the results, and the number of `rows`, before anything is sampled.
-        answer_of: Returns the final answer of a text, or `None`. It replaces `grader`; a right answer is one that is equal as a string.
+        answer_of: Returns the final answer of a text, or `None`. It replaces `grader`; a right answer is one that is equal as a
+            string, to one of them if a row has several.
 
     Returns:
         The results as in preflight.json ([`~trl_crisp.preflight.results`]).
@@ -70,7 +73,12 @@ def run_preflight(
         ValueError: If the settings, the rows, the model or the samples on disk do not fit.
         FileNotFoundError, PermissionError, ConnectionError: If the model, the rows or an instruction's file cannot be loaded.
         ImportError: If math-verify or the engine is not installed.
+        TypeError: If `answer_of` returns something else than a text or `None`.
     """
+    if answer_of is not None:
+        if settings.grader is not None:
+            warnings.warn(f"grader={settings.grader!r} has no effect with answer_of, which replaces it.", stacklevel=2)
+        answer_of = checked(answer_of)
     require_math_verify()
     require_engine(settings.engine)
     resolve_all(settings.instructions)
@@ -100,7 +108,7 @@ def _run(
     tokenizer = load_tokenizer(source, needs_chat_template=not is_text)
     config = load_config(source)
     asking = draw_prompts(dataset, tokenizer, settings)
-    labels = find_labels([one.columns for one in asking.asked], settings.grader)
+    labels = find_labels([one.columns for one in asking.asked], settings.grader, answer_of is not None)
     plain_ids = [one.plain_ids for one in asking.asked]
     told_ids = [[one.told_ids[i] for one in asking.asked] for i in range(len(asking.told))]
     problems = [Problem(str(one.row), one.columns["prompt"], "", is_whole_prompt=True) for one in asking.asked]

@@ -47,13 +47,20 @@ class Recommendation:
 
 
 def judge(
-    name: str, effect: Effect, judged_by: Judge | None, margin: float, prompts: int, plain_truncated: float
+    name: str,
+    effect: Effect,
+    judged_by: Judge | None,
+    margin: float,
+    prompts: int,
+    plain_truncated: float,
+    max_completion_length: int,
 ) -> Verdict:
     """
     Return the verdict on an instruction. The first rule that applies:
 
     1. `"lengthens"`: the interval of the reduction lies below 0.
-    2. `"ignores"`: the reduction is below 5%.
+    2. `"ignores"`: the reduction is below 5%; `"uncertain"` instead if more than 10% of the plain answers were cut, because the cap may
+       hide the reduction.
     3. `"answers otherwise"`: the interval of the change of accuracy (or agreement) lies below -margin.
     4. `"uncertain"`: the change is below -margin and its interval is not, or the interval of the reduction reaches 0.
     5. `"shortens"`: all others. The change is at least -margin, or could not be measured.
@@ -65,6 +72,7 @@ def judge(
         margin: See [`~trl_crisp.preflight.settings.PreflightSettings`].
         prompts: How many were asked.
         plain_truncated: The share of plain answers that were cut. If they are many, the words of `"shortens"` warn.
+        max_completion_length: The cap that cut them, in tokens.
     """
     reduction = effect.reduction
     change = {"accuracy": effect.accuracy_change, "agreement": effect.agreement_change, None: None}[judged_by]
@@ -77,6 +85,13 @@ def judge(
             "lengthens", judged_by, f"{name}: answers get longer under it, {tokens}{measured}. Do not train with it."
         )
     if reduction.estimate < MIN_REDUCTION:
+        if plain_truncated > MUCH_CUT:
+            return Verdict(
+                "uncertain",
+                judged_by,
+                f"{name}: {tokens}{measured}, but {plain_truncated:.0%} of the plain answers were cut at {max_completion_length:,} tokens, which "
+                "hides how much shorter answers get under it. Raise --max_completion_length.",
+            )
         return Verdict(
             "ignores",
             judged_by,
@@ -108,7 +123,11 @@ def judge(
 
 
 def recommend(
-    names: Sequence[str], verdicts: Sequence[Verdict], mean_tokens: Sequence[float], effects: Sequence[Effect]
+    names: Sequence[str],
+    verdicts: Sequence[Verdict],
+    mean_tokens: Sequence[float],
+    effects: Sequence[Effect],
+    plain_truncated: float,
 ) -> Recommendation:
     """
     Return which instruction to train with.
@@ -118,13 +137,14 @@ def recommend(
 
     Args:
         names, verdicts, mean_tokens, effects: One of each instruction, in the order that they were given.
+        plain_truncated: As in [`judge`].
     """
     holding = [i for i, verdict in enumerate(verdicts) if verdict.kind == "shortens"]
     if not holding:
         if any(verdict.kind == "uncertain" for verdict in verdicts):
-            return Recommendation(
-                None, "No instruction can be recommended yet: ask more prompts (--prompts), or do not train."
-            )
+            # More prompts do not show what the cap hides
+            advice = "raise --max_completion_length" if plain_truncated > MUCH_CUT else "ask more prompts (--prompts)"
+            return Recommendation(None, f"No instruction can be recommended yet: {advice}, or do not train.")
         return Recommendation(
             None,
             "Do not train: under none of these instructions is this model shorter and its answers the same. Try another instruction, such as a "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from transformers.integrations import is_wandb_available
 
 from trl_crisp._upstream import get_comet_experiment_url, get_trackio_space_url
@@ -70,6 +71,7 @@ def write_run_card(
         best_checkpoint=None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint).name,
         events=load_events(output_dir / EVENTS_FILE),
         run_id=trainer.run_id,
+        saved_step=trainer.model_step,
     )
     repo = trainer.hub_model_id or trainer.args.hub_model_id
     paths = [[Path(path) for path in group] for group in results]
@@ -128,7 +130,7 @@ def describe_training(trainer: Any, dataset_name: str | None = None) -> dict[str
         "instruction_name": _name_of_instruction(args.instruction),
         "own_teacher_prompts": report.given,
         "fields": {name: _field_value(args, name) for name in (*_own_fields(), *_MORE_FIELDS)},
-        "dataset": {**_dataset_of(dataset_name), "rows": report.rows - report.dropped},
+        "dataset": {**_dataset_of(dataset_name), "rows": _rows_trained_on(trainer)},
         "step": trainer.model_step,
         "last_step": state.global_step,
         "planned_steps": state.max_steps,
@@ -138,6 +140,12 @@ def describe_training(trainer: Any, dataset_name: str | None = None) -> dict[str
         "device": _device_of(trainer.accelerator),
         "versions": {name: version for name in packages if (version := _version(name)) is not None},
     }
+
+
+def _rows_trained_on(trainer: Any) -> int:
+    rows, report = trainer.train_dataset, trainer.prompt_report
+    # A stream's rows are counted as they are read; monitor prompts are left out of a dataset alone
+    return len(rows) if isinstance(rows, Dataset) else report.rows - report.dropped
 
 
 def _own_fields() -> list[str]:

@@ -97,7 +97,7 @@ def make_card(facts: CardFacts) -> ModelCard:
             dataset=dataset,
             monitored=_monitored(facts),
             verdict=_verdict_of_run(facts),
-            health=_health(facts.run),
+            health=_health(facts),
             limits=_limits(facts),
             protocol_of=_protocol_of,
         )
@@ -149,14 +149,17 @@ def _verdict_of_run(facts: CardFacts) -> Verdict | None:
     return None if verdict.level == "no verdict" else verdict
 
 
-def _health(run: RunLog | None) -> str | None:
-    """Return what the training's signals said at its end."""
-    statuses = [] if run is None else run.series("health/status")
-    if run is None or not statuses:
+def _health(facts: CardFacts) -> str | None:
+    """Return what the training's signals said at the model's step, and when that was."""
+    run = facts.run
+    if run is None:
         return None
-    status = int(statuses[-1][1])
-    reasons = run.events[-1]["reasons"] if status and run.events else []
-    return _STATUS_NAMES[status] + (f" ({'; '.join(reasons)})" if reasons else "")
+    step = (facts.record or {}).get("step", run.last_step)
+    if (status := run.status_at(step)) is None:
+        return None
+    event = run.event_at(step)
+    reasons = event["reasons"] if status and event is not None else []
+    return f"{run.when(step)}: {_STATUS_NAMES[status]}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
 def _limits(facts: CardFacts) -> list[str]:

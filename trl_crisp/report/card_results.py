@@ -76,7 +76,7 @@ def load_card_results(paths: Sequence[Path], run: RunLog | None = None) -> CardR
     Args:
         paths: Results of `trl-crisp eval`: the base first, then, if it was measured, the base told to be concise, and the model's own; or the
             model's own alone.
-        run: The training, of which the end is part of the verdict.
+        run: The training, of which the signals at the model's step are part of the verdict.
 
     Raises:
         FileNotFoundError: If there is no such file.

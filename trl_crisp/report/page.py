@@ -207,7 +207,7 @@ def judge_results(compared: Compared, runs: Sequence[RunLog]) -> list[Judged]:
     if not others:
         return [Judged(compared.base.name, judge(None))]
     return [
-        Judged(one.name, judge(_measure(compared, one), unhealthy_run=_unhealthy_run(one, compared, runs)), one)
+        Judged(one.name, judge(_measure(compared, one), unhealthy=_unhealthy(one, compared, runs)), one)
         for one in others
     ]
 
@@ -237,9 +237,9 @@ def _measure(compared: Compared, one: Evaluated) -> Measured:
     )
 
 
-def _unhealthy_run(one: Evaluated, compared: Compared, runs: Sequence[RunLog]) -> str | None:
+def _unhealthy(one: Evaluated, compared: Compared, runs: Sequence[RunLog]) -> str | None:
     """
-    Return the name of a run that a result's model may come from, if its signals were unhealthy at its end.
+    Return a sentence if the signals of a run that a result's model may come from were unhealthy at the model's step.
 
     These are the runs that have the model or the result in their directory. If there is none (the model was moved, merged or loaded from
     the Hub), they are the runs that no other result is of.
@@ -247,7 +247,19 @@ def _unhealthy_run(one: Evaluated, compared: Compared, runs: Sequence[RunLog]) -
     of_run = [run for run in runs if _is_of(one, run)]
     if not of_run and one.role == "trained":
         of_run = [run for run in runs if not any(_is_of(other, run) for other in compared.trained)]
-    return next((run.name for run in of_run if run.is_unhealthy), None)
+    told = (run.describe_unhealthy(_step_of(one, run)) for run in of_run)
+    return next((sentence for sentence in told if sentence is not None), None)
+
+
+def _step_of(one: Evaluated, run: RunLog) -> int:
+    """Return the step of a result's model: as it was measured, by its checkpoint's name, or else that of the model that the run saved."""
+    protocol = one.results["protocol"]
+    prefix, _, number = Path(str(protocol.get("model"))).name.rpartition("-")
+    if "step" in protocol:
+        return int(protocol["step"])
+    if prefix == "checkpoint" and number.isdigit():
+        return int(number)
+    return run.last_step if run.saved_step is None else run.saved_step
 
 
 def _is_of(one: Evaluated, run: RunLog) -> bool:

@@ -13,6 +13,8 @@ STATE_FILE = "trainer_state.json"
 EVENTS_FILE = "health_events.jsonl"
 # What a checkpoint, and an output_dir, say of the run that they belong to
 RUN_FILE, OUTPUT_RUN_FILE = "crisp_run.json", "_crisp_run.json"
+# What a saved model says of its training
+_RECORD_FILE = "crisp_training.json"
 STATUS_KEY = "health/status"
 POSTPONED_KEY = "teacher/postponed"
 _UNHEALTHY = 2
@@ -37,6 +39,7 @@ class RunLog:
         events: The lines of health_events.jsonl.
         run_id: The run's id, `None` if it is not known.
         is_checkpoint: Whether this is the log of one checkpoint, and the run may have gone on.
+        saved_step: The step of the model in the directory, `None` if it is not known. It is the best checkpoint's if the run took that back.
     """
 
     name: str
@@ -49,6 +52,7 @@ class RunLog:
     events: list[dict[str, Any]]
     run_id: str | None = None
     is_checkpoint: bool = False
+    saved_step: int | None = None
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """Return the steps and the finite values of a logged name."""
@@ -82,11 +86,30 @@ class RunLog:
         """Whether the run did fewer steps than planned."""
         return 0 < self.last_step < self.max_steps and not self.is_checkpoint
 
-    @property
-    def is_unhealthy(self) -> bool:
-        """Whether the signals were unhealthy at the last logged step."""
-        statuses = self.series(STATUS_KEY)
-        return bool(statuses) and statuses[-1][1] == _UNHEALTHY
+    def status_at(self, step: int) -> int | None:
+        """Return what the signals said at a step, by the last log entry up to it: 0 healthy, 1 watch, 2 unhealthy; `None` if nothing."""
+        statuses = [status for at, status in self.series(STATUS_KEY) if at <= step]
+        return int(statuses[-1]) if statuses else None
+
+    def is_unhealthy_at(self, step: int) -> bool:
+        """Whether the signals were unhealthy at a step."""
+        return self.status_at(step) == _UNHEALTHY
+
+    def describe_unhealthy(self, step: int) -> str | None:
+        """Return a sentence if the signals were unhealthy at a step, else `None`."""
+        return (
+            f"The signals of the training {self.name} were unhealthy {self.when(step)}."
+            if self.is_unhealthy_at(step)
+            else None
+        )
+
+    def event_at(self, step: int) -> dict[str, Any] | None:
+        """Return the last health event up to a step, `None` if there is none."""
+        return next((event for event in reversed(self.events) if event["step"] <= step), None)
+
+    def when(self, step: int) -> str:
+        """Return a step in words, as a time of the run."""
+        return f"at step {step}" if step < self.last_step else "at its end"
 
     @property
     def measured_names(self) -> list[str]:
@@ -149,6 +172,7 @@ def load_run(directory: Path) -> RunLog:
         events=[event for event in events if event["step"] <= last_step],
         run_id=run_ids[0],
         is_checkpoint=is_in_checkpoint and Path(os.path.abspath(directory)) != root,
+        saved_step=_saved_step(root, run_ids[0]),
     )
 
 
@@ -226,6 +250,16 @@ def _run_record(directory: Path) -> dict[str, Any]:
         if isinstance(record, dict):
             return record
     return {}
+
+
+def _saved_step(directory: Path, run_id: str | None) -> int | None:
+    """Return the step of the model that a run saved in its output_dir; `None` if there is none, or it is of another run."""
+    try:
+        record = json.loads((directory / _RECORD_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    is_own = isinstance(record, dict) and record.get("run_id") == run_id
+    return int(record["step"]) if is_own and _is_step(record.get("step")) else None
 
 
 def load_events(path: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ def judge_run(run: RunLog, step: int | None = None) -> Verdict:
 
     The change of accuracy counts where it was measured, else that of agreement with the base's majority answers. Accuracy of the base that
     is not above the margin cannot fall by more, so agreement counts before it. The log has no
-    interval of the reduction, so its estimate counts.
+    interval of the reduction, so its estimate counts. The health signals count as they were at the judged step; without a measurement, at
+    the given step or the run's end.
     """
-    unhealthy = run.name if run.is_unhealthy else None
     for name in run.measured_names:
         for key, subject in _subjects(run, name):
             changes = run.series(f"{key}_change")
@@ -23,23 +23,28 @@ def judge_run(run: RunLog, step: int | None = None) -> Verdict:
             if step is not None:
                 if step not in dict(changes):
                     continue
-                verdict = judge(_measured(run, name, key, subject, step), unhealthy_run=unhealthy)
-                return Verdict(verdict.level, verdict.headline, verdict.reasons)
+                return _judge_step(run, name, key, subject, step)
             judged = run.best_step if run.at(run.best_step or 0, f"{key}_change") is not None else changes[-1][0]
             assert judged is not None
-            verdict = judge(_measured(run, name, key, subject, judged), unhealthy_run=unhealthy)
+            verdict = _judge_step(run, name, key, subject, judged)
             which = "the best checkpoint" if judged == run.best_step else "the last measured step"
             reasons = [f"This is step {judged}, {which}.", *verdict.reasons]
             if run.best_step is None:
                 reasons.append("No measured step was found to be shorter than the base and as good.")
             return Verdict(verdict.level, verdict.headline, tuple(reasons))
-    if unhealthy is not None:
+    judged = run.last_step if step is None else step
+    told = _last_reasons(run, judged)
+    if run.is_unhealthy_at(judged):
         return Verdict(
             "do not use",
-            "Do not use this checkpoint: the signals of the training were unhealthy at its end",
-            (*_last_reasons(run), "Accuracy was not measured."),
+            f"Do not use this checkpoint: the signals of the training were unhealthy {run.when(judged)}",
+            (*told, "Accuracy was not measured."),
         )
-    return Verdict("no verdict", f"No verdict: accuracy was not measured{_rollouts(run)}", _last_reasons(run))
+    return Verdict("no verdict", f"No verdict: accuracy was not measured{_rollouts(run)}", told)
+
+
+def _judge_step(run: RunLog, name: str, key: str, subject: str, step: int) -> Verdict:
+    return judge(_measured(run, name, key, subject, step), unhealthy=run.describe_unhealthy(step))
 
 
 def _subjects(run: RunLog, name: str) -> list[tuple[str, str]]:
@@ -73,8 +78,8 @@ def _rollouts(run: RunLog) -> str:
     return f"; rollouts went from {lengths[0][1]:,.0f} to {lengths[-1][1]:,.0f} tokens"
 
 
-def _last_reasons(run: RunLog) -> tuple[str, ...]:
-    if not run.events:
+def _last_reasons(run: RunLog, step: int) -> tuple[str, ...]:
+    last = run.event_at(step)
+    if last is None:
         return ()
-    last = run.events[-1]
     return tuple(f"Step {last['step']}, {last['status']}: {reason}." for reason in last["reasons"])

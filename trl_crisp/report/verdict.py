@@ -23,7 +23,7 @@ Caution
     - A group of problems, of any size, lost more than the margin, with its whole interval.
     - Unread answers rose by more than 5 points, and the interval is above zero.
     - More than 10% of the answers were cut at the budget, before or after: lengths and accuracy then speak of the cap.
-    - The run's signals were unhealthy at its end.
+    - The run's signals were unhealthy at the checkpoint's step.
 
 Use
     - None of these.
@@ -92,27 +92,25 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
 
-def judge(measured: Measured | None, margin: float = MARGIN, unhealthy_run: str | None = None) -> Verdict:
+def judge(measured: Measured | None, margin: float = MARGIN, unhealthy: str | None = None) -> Verdict:
     """
     Return the verdict by the rules above.
 
     Args:
         measured: `None` if there is nothing to compare with.
         margin: The largest loss of accuracy that is accepted, as a share of all answers.
-        unhealthy_run: The name of the run that the checkpoint comes from, if its signals were unhealthy at its end.
+        unhealthy: A sentence that says so, if the signals of the run were unhealthy at the checkpoint's step.
     """
-    unhealthy = (
-        [] if unhealthy_run is None else [f"The signals of the training {unhealthy_run} were unhealthy at its end."]
-    )
+    signals = [] if unhealthy is None else [unhealthy]
     if measured is None:
-        return Verdict("no verdict", "No verdict: there is no baseline to compare with", tuple(unhealthy))
+        return Verdict("no verdict", "No verdict: there is no baseline to compare with", tuple(signals))
     reduction, accuracy = measured.reduction, measured.accuracy
     if reduction is None or accuracy is None:
         count = "" if measured.problems is None else f" of {measured.problems} problem(s)"
         return Verdict(
             "no verdict",
             f"No verdict: a comparison{count} has no interval",
-            (f"Measure at least {FEWEST_PROBLEMS} problems.", *unhealthy),
+            (f"Measure at least {FEWEST_PROBLEMS} problems.", *signals),
         )
     numbers = f"{_tokens_in_words(reduction)}, {_accuracy_in_words(measured, margin)}"
     if measured.unread_shares is not None and max(measured.unread_shares) > MOST:
@@ -121,9 +119,9 @@ def judge(measured: Measured | None, margin: float = MARGIN, unhealthy_run: str 
             f"Most answers could not be read: {before} before, {after} after. Accuracy then says little. Check the answers in "
             "samples.jsonl, the prompt and the grader."
         )
-        return Verdict("no verdict", "No verdict: most answers could not be read", (reason, *unhealthy))
+        return Verdict("no verdict", "No verdict: most answers could not be read", (reason, *signals))
     if bad := _reasons_against(measured, margin):
-        return Verdict("do not use", f"Do not use this checkpoint: {numbers}", (*bad, *unhealthy))
+        return Verdict("do not use", f"Do not use this checkpoint: {numbers}", (*bad, *signals))
     if measured.base_level is not None and measured.base_level <= margin + _ROUNDING and accuracy["low"] <= 0:
         reason = (
             f"{_capital(measured.subject)} of the base is {percent(measured.base_level)}, so it has nothing to lose, and nothing shows that "
@@ -132,9 +130,9 @@ def judge(measured: Measured | None, margin: float = MARGIN, unhealthy_run: str 
         return Verdict(
             "no verdict",
             "No verdict: the base solves next to nothing",
-            (reason, *_doubts_of_reading(measured), *unhealthy),
+            (reason, *_doubts_of_reading(measured), *signals),
         )
-    doubts = [*_doubts(measured, margin), *unhealthy]
+    doubts = [*_doubts(measured, margin), *signals]
     if doubts:
         return Verdict("caution", f"Use with caution: {numbers}", tuple(doubts))
     return Verdict("use", numbers[0].upper() + numbers[1:])
