@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests.helpers import make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_tokenizer
@@ -173,13 +174,25 @@ def test_a_run_whose_answers_are_sampled_otherwise_is_not_resumed(gated, field, 
         train(directory, resume=str(directory / "checkpoint-3"), **{**fields, field: now})
 
 
+class _Killed(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
 def test_a_run_that_resumes_has_the_answers_of_its_own_base(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-    train(tmp_path, **fields)
+    whole, monitor = train(tmp_path, **fields)
     # Another run begins in the same directory
-    train(tmp_path, answer_of=lambda text: "x", max_steps=1)
-    with pytest.raises(ValueError, match=r"base\.json: these are the base's answers of run \w+, and this is run"):
-        train(tmp_path, resume=str(tmp_path / "checkpoint-2"), allow_changed_resume=True, **fields)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, answer_of=lambda text: "x", callbacks=[_Killed()], **fields)
+    references = (tmp_path / "agreement" / "reference.jsonl").read_text().splitlines()
+    assert {json.loads(line)["answer"] for line in references} == {"x"}
+    resumed, again = train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **fields)
+    assert again.references == monitor.references
+    assert measured(resumed)[3]["eval_agreement"] == measured(whole)[3]["eval_agreement"]
+    (tmp_path / "agreement" / f"base-{whole.run_id}.json").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"base-{whole.run_id}\.json: this run resumes after step 2, "):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **fields)
 
 
 def test_measuring_leaves_the_training_alone(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +23,6 @@ from trl_crisp.models.hidden_states import evaluation_mode, last_hidden_state
 
 # Tokens whose logits exist at once. Ours: with 150,000 tokens of vocabulary they are 150 MB, and more are not faster
 LOGIT_TOKENS = 256
-ADAPTER_FILE = "start_adapter.safetensors"
 
 
 class ConciseBaseDistance:
@@ -71,7 +70,7 @@ class ConciseBaseDistance:
         if is_peft_model(self._model) and self.trainer.is_world_process_zero():
             directory.mkdir(parents=True, exist_ok=True)
             values = {name: value.cpu().contiguous() for name, value in self._start.items()}
-            save_file(values, directory / ADAPTER_FILE, {"run_id": self.trainer.run_id})
+            save_file(values, adapter_path(directory, self.trainer.run_id))
 
     def resume_run(self, directory: Path) -> None:
         """
@@ -82,30 +81,24 @@ class ConciseBaseDistance:
 
         Raises:
             FileNotFoundError: If it is not there.
-            ValueError: If it is damaged, or that of another run.
+            ValueError: If it is damaged.
         """
         if not is_peft_model(self._model):
             return
-        path = directory / ADAPTER_FILE
+        path = adapter_path(directory, self.trainer.run_id)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: monitor_distance measures from the weights that the run began with, and its first adapter is not there. Put the file "
-                "back, leave monitor_distance unset, or start again in another output_dir."
+                f"{path}: monitor_distance measures from the weights that the run began with, and its first adapter is not there: the run began "
+                "without monitor_distance, or in another output_dir. Put the file there, leave monitor_distance unset, or start again in "
+                "another output_dir."
             )
         try:
-            with safe_open(path, "pt") as file:
-                run_id = (file.metadata() or {}).get("run_id")
+            self._start = load_file(path)
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: monitor_distance measures from the weights that the run began with, and this file of its first adapter is damaged "
                 f"({error}). Put the file back, leave monitor_distance unset, or start again in another output_dir."
             ) from error
-        if run_id != self.trainer.run_id:
-            raise ValueError(
-                f"{path} is the first adapter of run {run_id}, and this is run {self.trainer.run_id}, which began without monitor_distance or "
-                "in another output_dir. Put the file of this run there, or leave monitor_distance unset."
-            )
-        self._start = load_file(path)
 
     def measure(self, numbers: Sequence[int], answers: Sequence[Sequence[Sequence[int]]]) -> tuple[float, float]:
         """
@@ -179,6 +172,11 @@ class ConciseBaseDistance:
         parameters = dict(self._model.named_parameters())
         for name, value in values.items():
             parameters[name].copy_(value)
+
+
+def adapter_path(directory: Path, run_id: str) -> Path:
+    """Return where the first adapter of a run is kept, beside those of other runs."""
+    return directory / f"start_adapter-{run_id}.safetensors"
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.prompts import check_positions
 from trl_crisp.evaluation.settings import EvaluationSettings
-from trl_crisp.health.base_answers import Base, read_base, write_references
+from trl_crisp.health.base_answers import Base, base_path, read_base, write_references
 from trl_crisp.health.distance import ConciseBaseDistance, teacher_prompts_of
 from trl_crisp.health.failures import SavesFirst, measure_on_first
 from trl_crisp.health.judge import Judge, choose_judge, has_labels
@@ -72,7 +72,7 @@ class AgreementMonitor(SavesFirst):
 
     Accuracy judges whether the answers hold, unless the base's own is not above the margin; then agreement does
     ([`~trl_crisp.health.judge.choose_judge`]). A line after the base's answers says so. The base's answers are also in
-    `output_dir/agreement/base.json`, for a resume.
+    `output_dir/agreement/base-RUN_ID.json`, for a resume.
 
     The rule of the gate: a due refresh is postponed while the last `eval_agreement_change` is below `-monitor_margin`.
 
@@ -188,22 +188,22 @@ class AgreementMonitor(SavesFirst):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        path = Path(args.output_dir or ".", "agreement", "base.json")
+        directory = Path(args.output_dir or ".", "agreement")
         if state.global_step == 0:
             if state.max_steps > 0:
                 if self._distance is not None:
-                    self._distance.begin_run(path.parent)
-                self._ask_base(path)
+                    self._distance.begin_run(directory)
+                self._ask_base(directory)
         else:
-            self._read_base(path, state)
+            self._read_base(directory, state)
             if self._distance is not None:
-                self._distance.resume_run(path.parent)
+                self._distance.resume_run(directory)
 
-    def _ask_base(self, path: Path) -> None:
+    def _ask_base(self, directory: Path) -> None:
         start_s = time.monotonic()
         numbers = range(len(self._problems))
         texts, answers = self._sample(numbers, self.settings.seed, self.trainer.args.monitor_base_samples)
-        found, accuracies = measure_on_first(self.trainer, lambda: self._write_base(path, texts, answers))
+        found, accuracies = measure_on_first(self.trainer, lambda: self._write_base(directory, texts, answers))
         self._take_base(found, accuracies)
         self._warn_of_cut_answers(answers)
         asked = self._asked
@@ -221,7 +221,7 @@ class AgreementMonitor(SavesFirst):
         self._tell_base(self.trainer.state)
 
     def _write_base(
-        self, path: Path, texts: list[list[str]], answers: list[list[list[int]]]
+        self, directory: Path, texts: list[list[str]], answers: list[list[list[int]]]
     ) -> tuple[list[Reference | None], dict[int, float]]:
         """Return the references and the accuracies of the base's answers, and write them."""
         kind = self.trainer.args.monitor_grader
@@ -229,9 +229,9 @@ class AgreementMonitor(SavesFirst):
         found = [find_reference(votes) for votes in count_votes(final, kind, self.answer_of)]
         right = self._right([texts[i] for i in self._golds]) if self._golds else []
         accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
-        base = Base(self.trainer.run_id, [problem.prompt for problem in self._problems], found, accuracies)
-        base.write(path)
-        write_references(path.with_name("reference.jsonl"), base.prompts, found)
+        base = Base([problem.prompt for problem in self._problems], found, accuracies)
+        base.write(base_path(directory, self.trainer.run_id))
+        write_references(directory / "reference.jsonl", base.prompts, found)
         return found, accuracies
 
     def _warn_of_cut_answers(self, answers: list[list[list[int]]]) -> None:
@@ -246,9 +246,10 @@ class AgreementMonitor(SavesFirst):
                 stacklevel=2,
             )
 
-    def _read_base(self, path: Path, state: TrainerState) -> None:
+    def _read_base(self, directory: Path, state: TrainerState) -> None:
+        path = base_path(directory, self.trainer.run_id)
         base = read_base(path, state.global_step)
-        base.check(path, self.trainer.run_id, [problem.prompt for problem in self._problems], self._golds.keys())
+        base.check(path, [problem.prompt for problem in self._problems], self._golds.keys())
         self._take_base(base.references, base.accuracies)
         self._tell_base(state)
 
