@@ -17,6 +17,7 @@ from trl_crisp.health.attach import attach_health
 from trl_crisp.health.distance import ConciseBaseDistance, adapter_path, answer_log_probs, teacher_prompts_of
 from trl_crisp.health.monitor_prompts import load_monitor_file
 from trl_crisp.rows.arguments import CRISPScriptArguments
+from trl_crisp.run.identity import run_id_of, start_run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The global batch is",
@@ -239,6 +240,12 @@ def test_a_later_run_that_is_killed_leaves_the_first_adapter_of_the_run_before(t
     resumed, _ = attached(tmp_path, model=lora(3), **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert distances(resumed) == distances(whole)
+    # A resume that is refused does not take over the directory
+    owner = start_run(tmp_path)
+    adapter_path(tmp_path / "agreement", whole.run_id).unlink()
+    with pytest.raises(FileNotFoundError, match="its first adapter is not there"):
+        attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run_id_of(tmp_path) == owner
 
 
 def test_a_resumed_run_may_begin_to_measure(tmp_path):

@@ -19,6 +19,7 @@ from trl_crisp.evaluation.results import load_results
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.attach import attach_health
 from trl_crisp.health.measuring import BenchmarkArguments, BenchmarkCallback
+from trl_crisp.run.identity import run_id_of, start_run
 from trl_crisp.train import main, parse_args, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
@@ -226,11 +227,13 @@ def test_each_run_keeps_its_base_for_a_resume(measured, files, tmp_path):
 
     (results / "step-0").rename(tmp_path / "moved")
     aside.rename(results / "step-0")
+    owner = start_run(tmp_path)
     with pytest.raises(
         ValueError, match=rf"step-0: this is the base that run {later} measured .* run {first.run_id}, "
     ):
         run_in(files, tmp_path, resume=str(tmp_path / "checkpoint-2"))
     assert load_results(results / "step-0")["protocol"]["run_id"] == later
+    assert run_id_of(tmp_path) == owner
     (tmp_path / "moved").rename(results / f"step-0-{first.run_id}")
     run_in(files, tmp_path, resume=str(tmp_path / "checkpoint-2"))
     assert load_results(results / f"step-0-{later}")["protocol"]["run_id"] == later

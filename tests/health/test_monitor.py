@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from transformers import TrainerCallback
 from tests.helpers import make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_tokenizer
 from trl_crisp.health.attach import attach_health
+from trl_crisp.health.base_answers import base_path
 from trl_crisp.health.monitor import AgreementMonitor
+from trl_crisp.health.signals import EVENTS_FILE
+from trl_crisp.run.identity import run_id_of, start_run
 from trl_crisp.train import main, parse_args
 
 pytestmark = pytest.mark.filterwarnings(
@@ -190,9 +194,19 @@ def test_a_run_that_resumes_has_the_answers_of_its_own_base(tmp_path):
     resumed, again = train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **fields)
     assert again.references == monitor.references
     assert measured(resumed)[3]["eval_agreement"] == measured(whole)[3]["eval_agreement"]
-    (tmp_path / "agreement" / f"base-{whole.run_id}.json").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"base-{whole.run_id}\.json: this run resumes after step 2, "):
-        train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **fields)
+
+
+def test_a_resume_that_is_refused_leaves_the_directory_as_it_is(gated, tmp_path):
+    directory, fields, whole, _ = gated
+    run = tmp_path / "run"
+    shutil.copytree(directory, run)
+    owner, events = start_run(run), run / EVENTS_FILE
+    events.write_text("of the other run\n")
+    base_path(run / "agreement", whole.run_id).unlink()
+    with pytest.raises(FileNotFoundError, match="the base's answers are not there"):
+        train(run, resume=str(run / "checkpoint-3"), **fields)
+    assert run_id_of(run) == owner
+    assert events.read_text() == "of the other run\n"
 
 
 def test_measuring_leaves_the_training_alone(tmp_path):

@@ -97,7 +97,7 @@ class Base:
             )
 
 
-def base_path(directory: Path, run_id: str) -> Path:
+def base_path(directory: Path, run_id: str | None) -> Path:
     """Return where the base of a run is kept. A later run in the same output_dir leaves it there, so both can be resumed."""
     return directory / f"base-{run_id}.json"
 

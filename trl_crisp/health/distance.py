@@ -72,20 +72,28 @@ class ConciseBaseDistance:
             values = {name: value.cpu().contiguous() for name, value in self._start.items()}
             save_file(values, adapter_path(directory, self.trainer.run_id))
 
-    def resume_run(self, directory: Path) -> None:
+    def check_resume(self, directory: Path, run_id: str | None) -> None:
         """
-        Read the start's adapter.
+        Check that the start's adapter can be read.
 
         Args:
             directory: See [`begin_run`].
+            run_id: Of the run to resume.
 
         Raises:
             FileNotFoundError: If it is not there.
             ValueError: If it is damaged.
         """
+        self._read_start(directory, run_id)
+
+    def resume_run(self, directory: Path) -> None:
+        """Take the start's adapter for the base's; as [`check_resume`]."""
+        self._start = self._read_start(directory, self.trainer.run_id)
+
+    def _read_start(self, directory: Path, run_id: str | None) -> dict[str, torch.Tensor]:
         if not is_peft_model(self._model):
-            return
-        path = adapter_path(directory, self.trainer.run_id)
+            return self._start
+        path = adapter_path(directory, run_id)
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: monitor_distance measures from the weights that the run began with, and its first adapter is not there: the run began "
@@ -93,7 +101,7 @@ class ConciseBaseDistance:
                 "another output_dir."
             )
         try:
-            self._start = load_file(path)
+            return load_file(path)
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: monitor_distance measures from the weights that the run began with, and this file of its first adapter is damaged "
@@ -174,7 +182,7 @@ class ConciseBaseDistance:
             parameters[name].copy_(value)
 
 
-def adapter_path(directory: Path, run_id: str) -> Path:
+def adapter_path(directory: Path, run_id: str | None) -> Path:
     """Return where the first adapter of a run is kept, beside those of other runs."""
     return directory / f"start_adapter-{run_id}.safetensors"
 

@@ -27,6 +27,7 @@ from trl_crisp.health.failures import SavesFirst, measure_on_first
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, find_best, offer_best
+from trl_crisp.run.resume_checks import ChecksResume
 
 _CAP = "eval_benchmark_max_new_tokens"
 # Ours: if more of the base's answers are cut than this share, lengths and accuracy say more about the cap than about the model
@@ -89,7 +90,7 @@ class BenchmarkArguments:
             )
 
 
-class BenchmarkCallback(SavesFirst):
+class BenchmarkCallback(SavesFirst, ChecksResume):
     """
     Measures accuracy and tokens on a benchmark: of the base before the first step, every `every_steps` steps, and at the last step.
 
@@ -169,23 +170,21 @@ class BenchmarkCallback(SavesFirst):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         find_best(self.trainer, args, state)
-        if state.global_step == 0:
-            if state.max_steps > 0:
-                if self.trainer.is_world_process_zero():
-                    self._put_base_in_place(args)
-                self._measure(args, state)
-        elif not any(point["step"] == 0 for point in self.measured(state)):
+        if self.trainer.is_world_process_zero():
+            self._put_base_in_place(args)
+        if state.global_step == 0 and state.max_steps > 0:
+            self._measure(args, state)
+
+    def check_resume(self, run_id: str | None, state: TrainerState) -> None:
+        """Check that the run's base was measured, and as this run measures."""
+        if not any(point["step"] == 0 for point in self.measured(state)):
             raise ValueError(
                 f"this run resumes after step {state.global_step}, and its base was not measured on {self.name} before the first "
                 "step, so there is nothing to compare with. Leave eval_benchmark as it was, and measure checkpoints with "
                 "`trl-crisp eval`."
             )
-        elif self.trainer.is_world_process_zero():
-            self._check_protocol(args)
-            self._put_base_in_place(args)
-
-    def _check_protocol(self, args: TrainingArguments) -> None:
-        run_id, kept = self.trainer.run_id, self._kept_base(args, self.trainer.run_id)
+        args = self.trainer.args
+        kept = self._kept_base(args, run_id)
         path = kept if kept.is_dir() else self._directory(args, 0)
         base = load_results(path)
         if (other := base["protocol"].get("run_id")) != run_id:
@@ -217,7 +216,7 @@ class BenchmarkCallback(SavesFirst):
     def _directory(self, args: TrainingArguments, step: int) -> Path:
         return Path(args.output_dir or ".", "evaluation", self.name, f"step-{step}")
 
-    def _kept_base(self, args: TrainingArguments, run_id: str) -> Path:
+    def _kept_base(self, args: TrainingArguments, run_id: str | None) -> Path:
         place = self._directory(args, 0)
         return place.with_name(f"{place.name}-{run_id}")
 

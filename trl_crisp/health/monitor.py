@@ -37,6 +37,7 @@ from trl_crisp.health.run_engine import check_lengths, engine_name
 from trl_crisp.health.student_answers import answers_at_once, check_sampling, log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
+from trl_crisp.run.resume_checks import ChecksResume
 
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
@@ -51,7 +52,7 @@ _SUBJECTS: dict[Judge | None, str] = {
 }
 
 
-class AgreementMonitor(SavesFirst):
+class AgreementMonitor(SavesFirst, ChecksResume):
     """
     Measures agreement with the base's own majority answers, and decides about due refreshes by it.
 
@@ -185,25 +186,36 @@ class AgreementMonitor(SavesFirst):
             f"measurement{accuracy}.{unchecked}"
         )
 
+    @property
+    def _files(self) -> Path:
+        return Path(self.trainer.args.output_dir or ".", "agreement")
+
+    def check_resume(self, run_id: str | None, state: TrainerState) -> None:
+        """Check that the run's base is there, and that it monitors what it monitored when it began."""
+        self._read_base(run_id, state)
+        if self._distance is not None:
+            self._distance.check_resume(self._files, run_id)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        directory = Path(args.output_dir or ".", "agreement")
         if state.global_step == 0:
             if state.max_steps > 0:
                 if self._distance is not None:
-                    self._distance.begin_run(directory)
-                self._ask_base(directory)
+                    self._distance.begin_run(self._files)
+                self._ask_base()
         else:
-            self._read_base(directory, state)
+            base = self._read_base(self.trainer.run_id, state)
+            self._take_base(base.references, base.accuracies)
+            self._tell_base(state)
             if self._distance is not None:
-                self._distance.resume_run(directory)
+                self._distance.resume_run(self._files)
 
-    def _ask_base(self, directory: Path) -> None:
+    def _ask_base(self) -> None:
         start_s = time.monotonic()
         numbers = range(len(self._problems))
         texts, answers = self._sample(numbers, self.settings.seed, self.trainer.args.monitor_base_samples)
-        found, accuracies = measure_on_first(self.trainer, lambda: self._write_base(directory, texts, answers))
+        found, accuracies = measure_on_first(self.trainer, lambda: self._write_base(texts, answers))
         self._take_base(found, accuracies)
         self._warn_of_cut_answers(answers)
         asked = self._asked
@@ -221,7 +233,7 @@ class AgreementMonitor(SavesFirst):
         self._tell_base(self.trainer.state)
 
     def _write_base(
-        self, directory: Path, texts: list[list[str]], answers: list[list[list[int]]]
+        self, texts: list[list[str]], answers: list[list[list[int]]]
     ) -> tuple[list[Reference | None], dict[int, float]]:
         """Return the references and the accuracies of the base's answers, and write them."""
         kind = self.trainer.args.monitor_grader
@@ -230,8 +242,8 @@ class AgreementMonitor(SavesFirst):
         right = self._right([texts[i] for i in self._golds]) if self._golds else []
         accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
         base = Base([problem.prompt for problem in self._problems], found, accuracies)
-        base.write(base_path(directory, self.trainer.run_id))
-        write_references(directory / "reference.jsonl", base.prompts, found)
+        base.write(base_path(self._files, self.trainer.run_id))
+        write_references(self._files / "reference.jsonl", base.prompts, found)
         return found, accuracies
 
     def _warn_of_cut_answers(self, answers: list[list[list[int]]]) -> None:
@@ -246,12 +258,11 @@ class AgreementMonitor(SavesFirst):
                 stacklevel=2,
             )
 
-    def _read_base(self, directory: Path, state: TrainerState) -> None:
-        path = base_path(directory, self.trainer.run_id)
+    def _read_base(self, run_id: str | None, state: TrainerState) -> Base:
+        path = base_path(self._files, run_id)
         base = read_base(path, state.global_step)
         base.check(path, [problem.prompt for problem in self._problems], self._golds.keys())
-        self._take_base(base.references, base.accuracies)
-        self._tell_base(state)
+        return base
 
     def _take_base(self, references: Sequence[Reference | None], accuracies: Mapping[int, float]) -> None:
         self.references = {i: reference for i, reference in enumerate(references) if reference is not None}
