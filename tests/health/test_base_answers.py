@@ -10,11 +10,14 @@ from trl_crisp.health.reference import Reference
 
 PROMPTS = [[{"role": "user", "content": f"1 + {n}?"}] for n in range(3)]
 
+GOLDS = {0: "1", 2: ["3", "3.0"]}
+
 
 def make_base(**changes) -> Base:
     fields = {
         "prompts": PROMPTS,
         "references": [Reference("1", 4, 0.75), None, Reference("3", 5, 1.0)],
+        "golds": GOLDS,
         "accuracies": {0: 0.8, 2: 1.0},
     }
     return Base(**fields | changes)
@@ -41,15 +44,17 @@ def test_what_is_written_is_read(tmp_path):
     make_base().write(path)
     read = read_base(path, 3)
     assert read == make_base()
-    read.check(path, PROMPTS, {0, 2})
+    read.check(path, PROMPTS, GOLDS)
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (([*PROMPTS[:2], "x"], {0, 2}), "prompt 2 is not the one that this run monitors"),
-        ((PROMPTS[:2], {0, 2}), "prompt 2 is not the one that this run monitors"),
-        ((PROMPTS, {0}), "2 of the monitor prompts had a right answer .* now 1 have"),
+        (([*PROMPTS[:2], "x"], GOLDS), "prompt 2 is not the one that this run monitors"),
+        ((PROMPTS[:2], GOLDS), "prompt 2 is not the one that this run monitors"),
+        ((PROMPTS, {0: "1"}), "2 of the monitor prompts had a right answer .* now 1 have"),
+        ((PROMPTS, {**GOLDS, 0: "13"}), "the right answer of prompt 0 was '1' .* now it is '13'"),
+        ((PROMPTS, {**GOLDS, 2: ["3"]}), r"the right answer of prompt 2 was \['3', '3\.0'\] .* now it is \['3'\]"),
     ],
 )
 def test_other_prompts_or_right_answers_are_refused(tmp_path, asked, message):

@@ -169,6 +169,7 @@ def test_a_killed_gated_run_ends_with_the_same_bits(gated):
         ("top_p", 1.0, 0.9),
         ("top_k", 0, 5),
         ("chat_template_kwargs", None, {"enable_thinking": False}),
+        ("seed", 42, 7),
     ],
 )
 def test_a_run_whose_answers_are_sampled_otherwise_is_not_resumed(gated, field, before, now):
@@ -194,6 +195,27 @@ def test_a_run_that_resumes_has_the_answers_of_its_own_base(tmp_path):
     resumed, again = train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **fields)
     assert again.references == monitor.references
     assert measured(resumed)[3]["eval_agreement"] == measured(whole)[3]["eval_agreement"]
+
+
+def test_a_run_whose_right_answers_have_changed_is_not_resumed(tmp_path):
+    def run(gold, resume=None):
+        asked = [{"prompt": row["prompt"], "answer": gold} for row in rows(8, "Now: ")]
+        fields = {
+            "monitor_file": "own.jsonl",
+            "monitor_samples": 2,
+            "max_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        }
+        trainer = make_trainer(tmp_path, dataset=rows(16), **fields)
+        attach_health(trainer, monitor_dataset=Dataset.from_list(asked))
+        trainer.train(resume_from_checkpoint=resume)
+
+    run("12")
+    with pytest.raises(
+        ValueError, match="the right answer of prompt 0 was '12' when this run began, and now it is '13'"
+    ):
+        run("13", str(tmp_path / "checkpoint-1"))
 
 
 def test_a_resume_that_is_refused_leaves_the_directory_as_it_is(gated, tmp_path):

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,11 +51,13 @@ class Base:
     Attributes:
         prompts: As the student has them.
         references: One for each prompt, or `None`.
-        accuracies: The share of the base's samples that are right, by the number of the prompt; for those with a right answer.
+        golds: The right answers that are used, by the number of the prompt.
+        accuracies: The share of the base's samples that are right, for the same prompts.
     """
 
     prompts: list[Prompt]
     references: list[Reference | None]
+    golds: Mapping[int, str | list[str]]
     accuracies: Mapping[int, float]
 
     def write(self, path: Path) -> None:
@@ -64,6 +66,7 @@ class Base:
             {
                 "prompt": prompt,
                 "reference": None if reference is None else asdict(reference),
+                "answer": self.golds.get(number),
                 "accuracy": self.accuracies.get(number),
             }
             for number, (prompt, reference) in enumerate(zip(self.prompts, self.references, strict=True))
@@ -71,14 +74,14 @@ class Base:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"prompts": lines})
 
-    def check(self, path: Path, prompts: Sequence[Prompt], labelled: Collection[int]) -> None:
+    def check(self, path: Path, prompts: Sequence[Prompt], golds: Mapping[int, str | list[str]]) -> None:
         """
         Check that a resumed run monitors what it monitored when it began.
 
         Args:
             path: Where they were read, for the error message.
             prompts: The monitor prompts now, as the student has them.
-            labelled: The numbers of those whose right answers are used now.
+            golds: The right answers that are used now.
 
         Raises:
             ValueError: If it does not.
@@ -90,10 +93,17 @@ class Base:
                 f"{path}: prompt {first} is not the one that this run monitors. The rows, the monitor_file or the seed have changed: "
                 "set them back, or start again in another output_dir."
             )
-        if self.accuracies.keys() != set(labelled):
+        way_out = "Use the rows that it began with, or start again in another output_dir."
+        if self.golds.keys() != golds.keys():
             raise ValueError(
-                f"{path}: {len(self.accuracies)} of the monitor prompts had a right answer that was used when this run began, and now "
-                f"{len(labelled)} have. Use the rows that it began with, or start again in another output_dir."
+                f"{path}: {len(self.golds)} of the monitor prompts had a right answer that was used when this run began, and now "
+                f"{len(golds)} have. {way_out}"
+            )
+        if differing := [number for number in golds if self.golds[number] != golds[number]]:
+            number = differing[0]
+            raise ValueError(
+                f"{path}: the right answer of prompt {number} was {self.golds[number]!r} when this run began, and now it is {golds[number]!r}, so "
+                f"accuracy could not be compared with the base's. {way_out}"
             )
 
 
@@ -125,7 +135,10 @@ def read_base(path: Path, step: int) -> Base:
         return Base(
             [line["prompt"] for line in lines],
             [None if line["reference"] is None else Reference(**line["reference"]) for line in lines],
-            {number: line["accuracy"] for number, line in enumerate(lines) if line["accuracy"] is not None},
+            *(
+                {number: line[key] for number, line in enumerate(lines) if line[key] is not None}
+                for key in ("answer", "accuracy")
+            ),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

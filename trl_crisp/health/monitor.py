@@ -241,7 +241,7 @@ class AgreementMonitor(SavesFirst, ChecksResume):
         found = [find_reference(votes) for votes in count_votes(final, kind, self.answer_of)]
         right = self._right([texts[i] for i in self._golds]) if self._golds else []
         accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
-        base = Base([problem.prompt for problem in self._problems], found, accuracies)
+        base = Base([problem.prompt for problem in self._problems], found, self._golds, accuracies)
         base.write(base_path(self._files, self.trainer.run_id))
         write_references(self._files / "reference.jsonl", base.prompts, found)
         return found, accuracies
@@ -261,7 +261,7 @@ class AgreementMonitor(SavesFirst, ChecksResume):
     def _read_base(self, run_id: str | None, state: TrainerState) -> Base:
         path = base_path(self._files, run_id)
         base = read_base(path, state.global_step)
-        base.check(path, [problem.prompt for problem in self._problems], self._golds.keys())
+        base.check(path, [problem.prompt for problem in self._problems], self._golds)
         return base
 
     def _take_base(self, references: Sequence[Reference | None], accuracies: Mapping[int, float]) -> None:

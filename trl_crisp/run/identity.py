@@ -36,7 +36,7 @@ _MONITOR_FIELDS = (
     *("monitor_prompts", "monitor_samples", "monitor_base_samples", "monitor_max_new_tokens", "monitor_steps"),
     *("monitor_grader", "monitor_margin"),
     # How the answers are asked for and sampled
-    *("temperature", "top_p", "top_k", "chat_template_kwargs", "use_vllm"),
+    *("temperature", "top_p", "top_k", "chat_template_kwargs", "use_vllm", "seed"),
 )
 
 
