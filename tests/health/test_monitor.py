@@ -137,6 +137,21 @@ def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
     assert resumed.state.global_step == 6
 
 
+def test_a_model_that_is_saved_alone_is_not_said_to_be_resumable(tmp_path):
+    texts = iter(range(24))
+
+    def fails_later(text: str) -> str | None:
+        if next(texts, None) is None:
+            raise KeyError("no such text")
+        return first_characters(text)
+
+    with pytest.raises(KeyError, match="no such text") as failed:
+        train(tmp_path, answer_of=fails_later, save_only_model=True)
+    (note,) = failed.value.__notes__
+    assert f"Its model was saved in {tmp_path}/checkpoint-1, which cannot be resumed from: " in note
+    assert note.endswith("No other checkpoint can be resumed from, so the run has to start again.")
+
+
 def test_unset_samples_and_cap_are_the_students_and_the_rollouts(tmp_path):
     args = make_trainer(tmp_path, dataset=rows(24), **FIELDS).args
     assert (args.monitor_base_samples, args.monitor_max_new_tokens) == (3, 8)

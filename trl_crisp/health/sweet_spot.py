@@ -125,7 +125,7 @@ def find_best(trainer: Any, args: TrainingArguments, state: TrainerState) -> Non
 def own_checkpoint(trainer: Any, args: TrainingArguments, step: int) -> Path | None:
     """Return the checkpoint of a step in `output_dir`, or `None` if there is none, or it is of another run."""
     path = _checkpoint(args, step)
-    # With save_only_model a checkpoint does not say whose it is
+    # One that TRL saved, or whose saving was cut off, may not say whose it is
     return path if path.is_dir() and run_id_of(path) in (None, trainer.run_id) else None
 
 

@@ -21,9 +21,9 @@ from trl_crisp.run.files import write_json
 from trl_crisp.run.identity import (
     check_same_run,
     last_own_checkpoint,
-    own_checkpoints,
     resolve_checkpoint,
     run_id_of,
+    saved_checkpoints,
     start_run,
 )
 from trl_crisp.run.nonfinite import SkipNonFiniteSteps
@@ -248,7 +248,12 @@ class ResumableTrainer(DistillationTrainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            keep_at_most(own_checkpoints(directory), limit, self.state.best_model_checkpoint, self.kept_checkpoint)
+            if self.args.save_only_model:
+                # It has no record of what a resume needs
+                write_json(checkpoint / RUN_FILE, {"run_id": self.run_id, "saved_at": time.time()})
+            # A run that began to save only its model keeps the last checkpoint that it can resume from
+            kept = self.state.best_model_checkpoint, self.kept_checkpoint, last_own_checkpoint(directory)
+            keep_at_most(saved_checkpoints(directory, self.run_id), limit, *kept)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # It also copies the weights into output_dir
@@ -266,7 +271,7 @@ class ResumableTrainer(DistillationTrainer):
         # A best checkpoint that was not found by transformers' metric stays beside the last one, which can be resumed
         by_metric = self.args.metric_for_best_model is not None
         if self.args.should_save and limit == 1 and best is not None and by_metric:
-            for path in own_checkpoints(self._get_output_dir(trial)):
+            for path in saved_checkpoints(self._get_output_dir(trial), self.run_id):
                 if path != Path(best):
                     shutil.rmtree(path, ignore_errors=True)
         return output
