@@ -77,8 +77,8 @@ class RecordingMonitor(AgreementMonitor):
         self._drawn = list(asked), texts, [[len(ids) for ids in row] for row in answers]
         return texts, answers
 
-    def _ask_base(self, path: Path) -> None:
-        super()._ask_base(path)
+    def _ask_base(self) -> None:
+        super()._ask_base()
         asked, texts, lengths_tokens = self._drawn
         if self.more_base_samples:
             more_texts, more_answers = super()._sample(asked, self.settings.seed + 1_000_000, self.more_base_samples)

@@ -10,12 +10,14 @@ from trl_crisp.health.reference import Reference
 
 PROMPTS = [[{"role": "user", "content": f"1 + {n}?"}] for n in range(3)]
 
+GOLDS = {0: "1", 2: ["3", "3.0"]}
+
 
 def make_base(**changes) -> Base:
     fields = {
-        "run_id": "abc",
         "prompts": PROMPTS,
         "references": [Reference("1", 4, 0.75), None, Reference("3", 5, 1.0)],
+        "golds": GOLDS,
         "accuracies": {0: 0.8, 2: 1.0},
     }
     return Base(**fields | changes)
@@ -42,19 +44,20 @@ def test_what_is_written_is_read(tmp_path):
     make_base().write(path)
     read = read_base(path, 3)
     assert read == make_base()
-    read.check(path, "abc", PROMPTS, {0, 2})
+    read.check(path, PROMPTS, GOLDS)
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("other", PROMPTS, {0, 2}), r"answers of run abc, and this is run other\."),
-        (("abc", [*PROMPTS[:2], "x"], {0, 2}), "prompt 2 is not the one that this run monitors"),
-        (("abc", PROMPTS[:2], {0, 2}), "prompt 2 is not the one that this run monitors"),
-        (("abc", PROMPTS, {0}), "2 of the monitor prompts had a right answer .* now 1 have"),
+        (([*PROMPTS[:2], "x"], GOLDS), "prompt 2 is not the one that this run monitors"),
+        ((PROMPTS[:2], GOLDS), "prompt 2 is not the one that this run monitors"),
+        ((PROMPTS, {0: "1"}), "2 of the monitor prompts had a right answer .* now 1 have"),
+        ((PROMPTS, {**GOLDS, 0: "13"}), "the right answer of prompt 0 was '1' .* now it is '13'"),
+        ((PROMPTS, {**GOLDS, 2: ["3"]}), r"the right answer of prompt 2 was \['3', '3\.0'\] .* now it is \['3'\]"),
     ],
 )
-def test_answers_of_another_run_are_refused(tmp_path, asked, message):
+def test_other_prompts_or_right_answers_are_refused(tmp_path, asked, message):
     path = tmp_path / "base.json"
     with pytest.raises(ValueError, match=f"base\\.json: .*{message}"):
         make_base().check(path, *asked)
@@ -79,7 +82,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
             "other": "{}",
             "list": "[]",
             "reference": whole.replace('"votes"', '"vote"'),
-            "number": '{"run_id": "abc", "prompts": 3}',
+            "number": '{"prompts": 3}',
         }[damage],
         encoding="utf-8",
     )

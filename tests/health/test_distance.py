@@ -9,13 +9,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from tests.helpers import make_trainer, parameters_of, rows
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from trl_crisp.health.attach import attach_health
-from trl_crisp.health.distance import ADAPTER_FILE, ConciseBaseDistance, answer_log_probs, teacher_prompts_of
+from trl_crisp.health.distance import ConciseBaseDistance, adapter_path, answer_log_probs, teacher_prompts_of
 from trl_crisp.health.monitor_prompts import load_monitor_file
 from trl_crisp.rows.arguments import CRISPScriptArguments
+from trl_crisp.run.identity import run_id_of, start_run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The global batch is",
@@ -199,29 +201,51 @@ def test_a_killed_run_measures_from_the_same_weights(tmp_path, adapter):
     assert list(distances(whole)) == [0, 1, 3]
     assert distances(resumed) == distances(whole)
     if adapter:
-        read = load_file(tmp_path / "agreement" / ADAPTER_FILE)
+        read = load_file(adapter_path(tmp_path / "agreement", whole.run_id))
         first = {name: value for name, value in parameters_of(lora(1)).items() if "lora_" in name}
         assert read.keys() == first.keys()
         assert all(torch.equal(value, first[name]) for name, value in read.items())
     else:
-        assert not (tmp_path / "agreement" / ADAPTER_FILE).exists()
+        assert not list(tmp_path.glob("agreement/*.safetensors"))
 
 
 def test_without_the_first_adapter_a_run_is_not_resumed(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2}
     trainer, _ = attached(tmp_path, model=lora(), **fields)
     trainer.train()
-    path, resume = tmp_path / "agreement" / ADAPTER_FILE, str(tmp_path / "checkpoint-2")
-    # A run that began without it, where a run with it was before
-    attached(tmp_path, model=lora(), **{**fields, "monitor_distance": False})[0].train()
-    with pytest.raises(ValueError, match=r"is the first adapter of run .*, and this is run"):
-        attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=resume)
+    path, resume = adapter_path(tmp_path / "agreement", trainer.run_id), str(tmp_path / "checkpoint-2")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"start_adapter\.safetensors: .* is damaged \(.*Put the file back"):
+    with pytest.raises(ValueError, match=r"start_adapter-\w+\.safetensors: .* is damaged \(.*Put the file back"):
         attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=resume)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"start_adapter\.safetensors: .*leave monitor_distance unset"):
+    with pytest.raises(FileNotFoundError, match=r"start_adapter-\w+\.safetensors: .*leave monitor_distance unset"):
         attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=resume)
+    # A run that began without it, where a run with it was before
+    attached(tmp_path, model=lora(), **{**fields, "monitor_distance": False})[0].train()
+    with pytest.raises(FileNotFoundError, match="the run began without monitor_distance"):
+        attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=resume)
+
+
+class _Killed(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_a_later_run_that_is_killed_leaves_the_first_adapter_of_the_run_before(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 2}
+    whole, _ = attached(tmp_path, model=lora(1), **fields)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        attached(tmp_path, model=lora(2), callbacks=[_Killed()], **fields)[0].train()
+    resumed, _ = attached(tmp_path, model=lora(3), **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert distances(resumed) == distances(whole)
+    # A resume that is refused does not take over the directory
+    owner = start_run(tmp_path)
+    adapter_path(tmp_path / "agreement", whole.run_id).unlink()
+    with pytest.raises(FileNotFoundError, match="its first adapter is not there"):
+        attached(tmp_path, model=lora(), **fields)[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run_id_of(tmp_path) == owner
 
 
 def test_a_resumed_run_may_begin_to_measure(tmp_path):

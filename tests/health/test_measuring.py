@@ -19,6 +19,7 @@ from trl_crisp.evaluation.results import load_results
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.attach import attach_health
 from trl_crisp.health.measuring import BenchmarkArguments, BenchmarkCallback
+from trl_crisp.run.identity import run_id_of, start_run
 from trl_crisp.train import main, parse_args, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The global batch is", "ignore:teacher_sync_steps=")
@@ -45,7 +46,9 @@ def settings(files: Path, model: Path | None = None) -> EvaluationSettings:
     )
 
 
-def trainer_of(files: Path, output_dir: Path, peft_config: LoraConfig | None = None, **fields) -> CRISPTrainer:
+def trainer_of(
+    files: Path, output_dir: Path, peft_config: LoraConfig | None = None, callbacks=None, **fields
+) -> CRISPTrainer:
     rows = [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()]
     values = {
         "max_steps": 4,
@@ -63,7 +66,11 @@ def trainer_of(files: Path, output_dir: Path, peft_config: LoraConfig | None = N
     }
     args = CRISPConfig(str(output_dir), **{**values, **fields})
     return CRISPTrainer(
-        model=str(files / "model"), args=args, train_dataset=Dataset.from_list(rows), peft_config=peft_config
+        model=str(files / "model"),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=peft_config,
+        callbacks=callbacks,
     )
 
 
@@ -186,6 +193,50 @@ def test_a_killed_run_resumes_with_the_base_that_it_measured(measured, files, tm
     again.add_callback(BenchmarkCallback(again, settings(files), every_steps=2))
     again.train(resume_from_checkpoint=True)
     assert measurements(again.state.log_history) == measurements(measured.state.log_history)
+
+
+class _KilledAtOnce(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def run_in(files, output_dir, *more, resume=None):
+    trainer = trainer_of(files, output_dir, callbacks=list(more))
+    trainer.add_callback(BenchmarkCallback(trainer, settings(files), every_steps=2))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_each_run_keeps_its_base_for_a_resume(measured, files, tmp_path):
+    results = tmp_path / "evaluation" / "own"
+    first = run_in(files, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_in(files, tmp_path, _KilledAtOnce())
+    later = load_results(results / "step-0")["protocol"]["run_id"]
+    assert later != first.run_id
+    assert load_results(results / f"step-0-{first.run_id}")["protocol"]["run_id"] == first.run_id
+
+    # A measurement that was cut off is of no run
+    aside = (results / "step-0").rename(results / "aside")
+    (results / "step-0").mkdir()
+    (results / "step-0" / "samples.jsonl").write_text("cut off")
+    resumed = run_in(files, tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    assert load_results(results / "step-0")["protocol"]["run_id"] == first.run_id
+    assert not (results / f"step-0-{first.run_id}").exists()
+    assert measurements(resumed.state.log_history) == measurements(measured.state.log_history)
+
+    (results / "step-0").rename(tmp_path / "moved")
+    aside.rename(results / "step-0")
+    owner = start_run(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"step-0: this is the base that run {later} measured .* run {first.run_id}, "
+    ):
+        run_in(files, tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    assert load_results(results / "step-0")["protocol"]["run_id"] == later
+    assert run_id_of(tmp_path) == owner
+    (tmp_path / "moved").rename(results / f"step-0-{first.run_id}")
+    run_in(files, tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    assert load_results(results / f"step-0-{later}")["protocol"]["run_id"] == later
 
 
 def test_a_measurement_that_fails_leaves_a_checkpoint(files, tmp_path):

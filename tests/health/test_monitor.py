@@ -2,15 +2,20 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests.helpers import make_trainer, parameters_of, rows
 from tests.tiny_models import save_tiny, tiny_tokenizer
 from trl_crisp.health.attach import attach_health
+from trl_crisp.health.base_answers import base_path
 from trl_crisp.health.monitor import AgreementMonitor
+from trl_crisp.health.signals import EVENTS_FILE
+from trl_crisp.run.identity import run_id_of, start_run
 from trl_crisp.train import main, parse_args
 
 pytestmark = pytest.mark.filterwarnings(
@@ -132,6 +137,21 @@ def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
     assert resumed.state.global_step == 6
 
 
+def test_a_model_that_is_saved_alone_is_not_said_to_be_resumable(tmp_path):
+    texts = iter(range(24))
+
+    def fails_later(text: str) -> str | None:
+        if next(texts, None) is None:
+            raise KeyError("no such text")
+        return first_characters(text)
+
+    with pytest.raises(KeyError, match="no such text") as failed:
+        train(tmp_path, answer_of=fails_later, save_only_model=True)
+    (note,) = failed.value.__notes__
+    assert f"Its model was saved in {tmp_path}/checkpoint-1, which cannot be resumed from: " in note
+    assert note.endswith("No other checkpoint can be resumed from, so the run has to start again.")
+
+
 def test_unset_samples_and_cap_are_the_students_and_the_rollouts(tmp_path):
     args = make_trainer(tmp_path, dataset=rows(24), **FIELDS).args
     assert (args.monitor_base_samples, args.monitor_max_new_tokens) == (3, 8)
@@ -164,6 +184,7 @@ def test_a_killed_gated_run_ends_with_the_same_bits(gated):
         ("top_p", 1.0, 0.9),
         ("top_k", 0, 5),
         ("chat_template_kwargs", None, {"enable_thinking": False}),
+        ("seed", 42, 7),
     ],
 )
 def test_a_run_whose_answers_are_sampled_otherwise_is_not_resumed(gated, field, before, now):
@@ -173,13 +194,56 @@ def test_a_run_whose_answers_are_sampled_otherwise_is_not_resumed(gated, field, 
         train(directory, resume=str(directory / "checkpoint-3"), **{**fields, field: now})
 
 
+class _Killed(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
 def test_a_run_that_resumes_has_the_answers_of_its_own_base(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-    train(tmp_path, **fields)
+    whole, monitor = train(tmp_path, **fields)
     # Another run begins in the same directory
-    train(tmp_path, answer_of=lambda text: "x", max_steps=1)
-    with pytest.raises(ValueError, match=r"base\.json: these are the base's answers of run \w+, and this is run"):
-        train(tmp_path, resume=str(tmp_path / "checkpoint-2"), allow_changed_resume=True, **fields)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, answer_of=lambda text: "x", callbacks=[_Killed()], **fields)
+    references = (tmp_path / "agreement" / "reference.jsonl").read_text().splitlines()
+    assert {json.loads(line)["answer"] for line in references} == {"x"}
+    resumed, again = train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **fields)
+    assert again.references == monitor.references
+    assert measured(resumed)[3]["eval_agreement"] == measured(whole)[3]["eval_agreement"]
+
+
+def test_a_run_whose_right_answers_have_changed_is_not_resumed(tmp_path):
+    def run(gold, resume=None):
+        asked = [{"prompt": row["prompt"], "answer": gold} for row in rows(8, "Now: ")]
+        fields = {
+            "monitor_file": "own.jsonl",
+            "monitor_samples": 2,
+            "max_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        }
+        trainer = make_trainer(tmp_path, dataset=rows(16), **fields)
+        attach_health(trainer, monitor_dataset=Dataset.from_list(asked))
+        trainer.train(resume_from_checkpoint=resume)
+
+    run("12")
+    with pytest.raises(
+        ValueError, match="the right answer of prompt 0 was '12' when this run began, and now it is '13'"
+    ):
+        run("13", str(tmp_path / "checkpoint-1"))
+
+
+def test_a_resume_that_is_refused_leaves_the_directory_as_it_is(gated, tmp_path):
+    directory, fields, whole, _ = gated
+    run = tmp_path / "run"
+    shutil.copytree(directory, run)
+    owner, events = start_run(run), run / EVENTS_FILE
+    events.write_text("of the other run\n")
+    base_path(run / "agreement", whole.run_id).unlink()
+    with pytest.raises(FileNotFoundError, match="the base's answers are not there"):
+        train(run, resume=str(run / "checkpoint-3"), **fields)
+    assert run_id_of(run) == owner
+    assert events.read_text() == "of the other run\n"
 
 
 def test_measuring_leaves_the_training_alone(tmp_path):

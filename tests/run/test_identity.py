@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import make_trainer, parameters_of
 from trl_crisp.run.checkpoints import keep_at_most
-from trl_crisp.run.identity import own_checkpoints, resolve_checkpoint, run_id_of, start_run
+from trl_crisp.run.identity import own_checkpoints, resolve_checkpoint, run_id_of, saved_checkpoints, start_run
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -70,6 +70,29 @@ def test_a_fresh_run_among_the_checkpoints_of_another_resumes_its_own(among_othe
 def test_a_limit_counts_the_runs_own_checkpoints_alone(among_others):
     make_trainer(among_others, max_steps=3, **{**SAVING, "save_steps": 1}, save_total_limit=1).train()
     assert sorted(path.name for path in among_others.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_limit_holds_where_only_the_model_is_saved(among_others):
+    fields = {**SAVING, "save_steps": 1, "save_total_limit": 1, "save_only_model": True}
+    other = make_trainer(among_others, max_steps=2, **fields)
+    other.train()
+    assert sorted(path.name for path in among_others.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    # Cut off before its end, and one of TRL's: neither says whose it is
+    unknown = among_others / "checkpoint-9"
+    unknown.mkdir()
+    (unknown / "trainer_state.json").write_text("{}")
+    (among_others / "checkpoint-8").mkdir()
+
+    # A whole checkpoint of the run stays the one that it can go on from
+    fields["save_only_model"] = False
+    whole = make_trainer(among_others, max_steps=3, **{**fields, "save_steps": 3})
+    whole.train()
+    later = make_trainer(among_others, max_steps=5, **{**fields, "save_only_model": True})
+    later.train(resume_from_checkpoint=True)
+    assert [path.name for path in saved_checkpoints(among_others, whole.run_id)] == ["checkpoint-5", "checkpoint-3"]
+    assert [path.name for path in own_checkpoints(among_others)] == ["checkpoint-3"]
+    left = {path.name for path in among_others.glob("checkpoint-*")}
+    assert left == {f"checkpoint-{step}" for step in (2, 3, 5, 6, 8, 9)}
 
 
 def test_the_checkpoint_of_the_last_step_is_loaded_and_not_trained_on(tmp_path):

@@ -1,8 +1,8 @@
-"""The base's answers to the monitor prompts: kept before the first step, read by a resume, and refused if they are another run's."""
+"""The base's answers to the monitor prompts: kept before the first step for each run, and read by its resume."""
 
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,15 +49,15 @@ class Base:
     What the base's answers to the monitor prompts were, which a resumed run needs.
 
     Attributes:
-        run_id: The run whose base it is ([`~trl_crisp.run.resumable.ResumableTrainer.run_id`]).
         prompts: As the student has them.
         references: One for each prompt, or `None`.
-        accuracies: The share of the base's samples that are right, by the number of the prompt; for those with a right answer.
+        golds: The right answers that are used, by the number of the prompt.
+        accuracies: The share of the base's samples that are right, for the same prompts.
     """
 
-    run_id: str
     prompts: list[Prompt]
     references: list[Reference | None]
+    golds: Mapping[int, str | list[str]]
     accuracies: Mapping[int, float]
 
     def write(self, path: Path) -> None:
@@ -66,31 +66,26 @@ class Base:
             {
                 "prompt": prompt,
                 "reference": None if reference is None else asdict(reference),
+                "answer": self.golds.get(number),
                 "accuracy": self.accuracies.get(number),
             }
             for number, (prompt, reference) in enumerate(zip(self.prompts, self.references, strict=True))
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"run_id": self.run_id, "prompts": lines})
+        write_json(path, {"prompts": lines})
 
-    def check(self, path: Path, run_id: str, prompts: Sequence[Prompt], labelled: Collection[int]) -> None:
+    def check(self, path: Path, prompts: Sequence[Prompt], golds: Mapping[int, str | list[str]]) -> None:
         """
-        Check that these are the answers that a resumed run began with.
+        Check that a resumed run monitors what it monitored when it began.
 
         Args:
             path: Where they were read, for the error message.
-            run_id: The run's.
-            prompts: Its monitor prompts, as the student has them.
-            labelled: The numbers of its monitor prompts whose right answers are used.
+            prompts: The monitor prompts now, as the student has them.
+            golds: The right answers that are used now.
 
         Raises:
-            ValueError: If they are not.
+            ValueError: If it does not.
         """
-        if self.run_id != run_id:
-            raise ValueError(
-                f"{path}: these are the base's answers of run {self.run_id}, and this is run {run_id}. Another run began in this output_dir "
-                "later, or the run to resume began in another one. Put the file of this run there, or start again in another output_dir."
-            )
         if self.prompts != list(prompts):
             pairs = itertools.zip_longest(self.prompts, prompts)
             first = next(number for number, (before, now) in enumerate(pairs) if before != now)
@@ -98,11 +93,23 @@ class Base:
                 f"{path}: prompt {first} is not the one that this run monitors. The rows, the monitor_file or the seed have changed: "
                 "set them back, or start again in another output_dir."
             )
-        if self.accuracies.keys() != set(labelled):
+        way_out = "Use the rows that it began with, or start again in another output_dir."
+        if self.golds.keys() != golds.keys():
             raise ValueError(
-                f"{path}: {len(self.accuracies)} of the monitor prompts had a right answer that was used when this run began, and now "
-                f"{len(labelled)} have. Use the rows that it began with, or start again in another output_dir."
+                f"{path}: {len(self.golds)} of the monitor prompts had a right answer that was used when this run began, and now "
+                f"{len(golds)} have. {way_out}"
             )
+        if differing := [number for number in golds if self.golds[number] != golds[number]]:
+            number = differing[0]
+            raise ValueError(
+                f"{path}: the right answer of prompt {number} was {self.golds[number]!r} when this run began, and now it is {golds[number]!r}, so "
+                f"accuracy could not be compared with the base's. {way_out}"
+            )
+
+
+def base_path(directory: Path, run_id: str | None) -> Path:
+    """Return where the base of a run is kept. A later run in the same output_dir leaves it there, so both can be resumed."""
+    return directory / f"base-{run_id}.json"
 
 
 def read_base(path: Path, step: int) -> Base:
@@ -117,7 +124,7 @@ def read_base(path: Path, step: int) -> Base:
         FileNotFoundError: If it is not there.
         ValueError: If it is damaged.
     """
-    way_out = "Put the file back, or start again in another output_dir."
+    way_out = "Put the file back (it was written where the run began), or start again in another output_dir."
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: this run resumes after step {step}, and the base's answers are not there, so there is nothing to compare with. {way_out}"
@@ -126,10 +133,12 @@ def read_base(path: Path, step: int) -> Base:
         read = json.loads(path.read_text(encoding="utf-8"))
         lines = read["prompts"]
         return Base(
-            read["run_id"],
             [line["prompt"] for line in lines],
             [None if line["reference"] is None else Reference(**line["reference"]) for line in lines],
-            {number: line["accuracy"] for number, line in enumerate(lines) if line["accuracy"] is not None},
+            *(
+                {number: line[key] for number, line in enumerate(lines) if line[key] is not None}
+                for key in ("answer", "accuracy")
+            ),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

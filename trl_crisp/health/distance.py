@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +23,6 @@ from trl_crisp.models.hidden_states import evaluation_mode, last_hidden_state
 
 # Tokens whose logits exist at once. Ours: with 150,000 tokens of vocabulary they are 150 MB, and more are not faster
 LOGIT_TOKENS = 256
-ADAPTER_FILE = "start_adapter.safetensors"
 
 
 class ConciseBaseDistance:
@@ -71,41 +70,43 @@ class ConciseBaseDistance:
         if is_peft_model(self._model) and self.trainer.is_world_process_zero():
             directory.mkdir(parents=True, exist_ok=True)
             values = {name: value.cpu().contiguous() for name, value in self._start.items()}
-            save_file(values, directory / ADAPTER_FILE, {"run_id": self.trainer.run_id})
+            save_file(values, adapter_path(directory, self.trainer.run_id))
 
-    def resume_run(self, directory: Path) -> None:
+    def check_resume(self, directory: Path, run_id: str | None) -> None:
         """
-        Read the start's adapter.
+        Check that the start's adapter can be read.
 
         Args:
             directory: See [`begin_run`].
+            run_id: Of the run to resume.
 
         Raises:
             FileNotFoundError: If it is not there.
-            ValueError: If it is damaged, or that of another run.
+            ValueError: If it is damaged.
         """
+        self._read_start(directory, run_id)
+
+    def resume_run(self, directory: Path) -> None:
+        """Take the start's adapter for the base's; as [`check_resume`]."""
+        self._start = self._read_start(directory, self.trainer.run_id)
+
+    def _read_start(self, directory: Path, run_id: str | None) -> dict[str, torch.Tensor]:
         if not is_peft_model(self._model):
-            return
-        path = directory / ADAPTER_FILE
+            return self._start
+        path = adapter_path(directory, run_id)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: monitor_distance measures from the weights that the run began with, and its first adapter is not there. Put the file "
-                "back, leave monitor_distance unset, or start again in another output_dir."
+                f"{path}: monitor_distance measures from the weights that the run began with, and its first adapter is not there: the run began "
+                "without monitor_distance, or in another output_dir. Put the file there, leave monitor_distance unset, or start again in "
+                "another output_dir."
             )
         try:
-            with safe_open(path, "pt") as file:
-                run_id = (file.metadata() or {}).get("run_id")
+            return load_file(path)
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: monitor_distance measures from the weights that the run began with, and this file of its first adapter is damaged "
                 f"({error}). Put the file back, leave monitor_distance unset, or start again in another output_dir."
             ) from error
-        if run_id != self.trainer.run_id:
-            raise ValueError(
-                f"{path} is the first adapter of run {run_id}, and this is run {self.trainer.run_id}, which began without monitor_distance or "
-                "in another output_dir. Put the file of this run there, or leave monitor_distance unset."
-            )
-        self._start = load_file(path)
 
     def measure(self, numbers: Sequence[int], answers: Sequence[Sequence[Sequence[int]]]) -> tuple[float, float]:
         """
@@ -179,6 +180,11 @@ class ConciseBaseDistance:
         parameters = dict(self._model.named_parameters())
         for name, value in values.items():
             parameters[name].copy_(value)
+
+
+def adapter_path(directory: Path, run_id: str | None) -> Path:
+    """Return where the first adapter of a run is kept, beside those of other runs."""
+    return directory / f"start_adapter-{run_id}.safetensors"
 
 
 @torch.no_grad()

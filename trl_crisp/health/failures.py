@@ -2,10 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_crisp.run.checkpoints import find_fault
+from trl_crisp.run.identity import last_own_checkpoint
 
 _T = TypeVar("_T")
 
@@ -93,7 +98,20 @@ class SavesFirst(TrainerCallback):
         # The first process may still be writing, and a launcher ends it when another one fails
         self.trainer.accelerator.wait_for_everyone()
         error.add_note(
-            f"The student could not be measured after step {state.global_step}. Its checkpoint was saved: once the cause is gone, go on with "
-            "resume_from_checkpoint true; this one measurement is then missing."
+            f"The student could not be measured after step {state.global_step}. {_describe_way_on(args, state.global_step)}"
         )
         raise error
+
+
+def _describe_way_on(args: TrainingArguments, step: int) -> str:
+    output_dir = Path(args.output_dir or ".")
+    checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if (fault := find_fault(checkpoint)) is None:
+        return "Its checkpoint was saved: once the cause is gone, go on with resume_from_checkpoint true; this one measurement is then missing."
+    last = last_own_checkpoint(output_dir)
+    way_on = (
+        f"Once the cause is gone, resume_from_checkpoint true goes on from {last}."
+        if last
+        else "No other checkpoint can be resumed from, so the run has to start again."
+    )
+    return f"Its model was saved in {checkpoint}, which cannot be resumed from: {fault}. {way_on}"

@@ -28,6 +28,7 @@ from trl_crisp.health.judge import choose_judge, has_labels
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, find_best, offer_best
+from trl_crisp.run.resume_checks import ChecksResume
 
 _CAP = "eval_benchmark_max_new_tokens"
 # Ours: if more of the base's answers are cut than this share, lengths and accuracy say more about the cap than about the model
@@ -90,13 +91,14 @@ class BenchmarkArguments:
             )
 
 
-class BenchmarkCallback(SavesFirst):
+class BenchmarkCallback(SavesFirst, ChecksResume):
     """
     Measures accuracy and tokens on a benchmark: of the base before the first step, every `every_steps` steps, and at the last step.
 
     The log gets `eval_{name}_accuracy`, `eval_{name}_mean_tokens`, `eval_{name}_reduction` (the share of the base's tokens that is
     saved), `eval_{name}_truncated` and `eval_{name}_runtime` (seconds). `output_dir/evaluation/{name}/step-N` gets the files that
-    `trl-crisp eval` writes. The random numbers of the training are not touched: training with this callback gives the same weights
+    `trl-crisp eval` writes. If another run begins in the same `output_dir`, this run's base goes to `step-0-RUN_ID`, and comes back when
+    this run resumes. The random numbers of the training are not touched: training with this callback gives the same weights
     as without it. If vLLM samples the run's rollouts, it answers here too, else the model does. With several processes each one
     answers its share of the problems.
 
@@ -169,25 +171,33 @@ class BenchmarkCallback(SavesFirst):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         find_best(self.trainer, args, state)
-        if state.global_step == 0:
-            if state.max_steps > 0:
-                self._measure(args, state)
-        elif not any(point["step"] == 0 for point in self.measured(state)):
-            raise ValueError(
-                f"this run resumes after step {state.global_step}, and its base was not measured on {self.name} before the first "
-                "step, so there is nothing to compare with. Leave eval_benchmark as it was, and measure checkpoints with "
-                "`trl-crisp eval`."
-            )
-        elif self.trainer.is_world_process_zero():
-            self._check_protocol(args)
+        if self.trainer.is_world_process_zero():
+            self._put_base_in_place(args)
+        if state.global_step == 0 and state.max_steps > 0:
+            self._measure(args, state)
         if self.measured(state) and (why := self.why_not(state)) is not None:
             monitored, stops = self.trainer.args.is_monitored, self.trainer.args.stop_at_sweet_spot
             effect = " No step is the best." if not monitored else ""
             effect += " stop_at_sweet_spot does not end the run." if stops and not monitored else ""
             self.trainer.accelerator.print(f"Whether the answers hold is not judged by {self.subject}: {why}.{effect}")
 
-    def _check_protocol(self, args: TrainingArguments) -> None:
-        base = load_results(self._directory(args, 0))
+    def check_resume(self, run_id: str | None, state: TrainerState) -> None:
+        """Check that the run's base was measured, and as this run measures."""
+        if not any(point["step"] == 0 for point in self.measured(state)):
+            raise ValueError(
+                f"this run resumes after step {state.global_step}, and its base was not measured on {self.name} before the first "
+                "step, so there is nothing to compare with. Leave eval_benchmark as it was, and measure checkpoints with "
+                "`trl-crisp eval`."
+            )
+        args = self.trainer.args
+        kept = self._kept_base(args, run_id)
+        path = kept if kept.is_dir() else self._directory(args, 0)
+        base = load_results(path)
+        if (other := base["protocol"].get("run_id")) != run_id:
+            raise ValueError(
+                f"{path}: this is the base that run {other} measured on {self.name}, and this is run {run_id}, whose own is not there. Put it at "
+                f"{kept} (it was written where the run began), or start again in another output_dir."
+            )
         settings = {**asdict(self.settings), "benchmark_revision": self.benchmark.revision}
         before = {**base["protocol"], "samples": base["samples"], "limit": base["protocol"]["problems"]}
         settings["limit"] = len(self.benchmark.problems)
@@ -211,6 +221,22 @@ class BenchmarkCallback(SavesFirst):
 
     def _directory(self, args: TrainingArguments, step: int) -> Path:
         return Path(args.output_dir or ".", "evaluation", self.name, f"step-{step}")
+
+    def _kept_base(self, args: TrainingArguments, run_id: str | None) -> Path:
+        place = self._directory(args, 0)
+        return place.with_name(f"{place.name}-{run_id}")
+
+    def _put_base_in_place(self, args: TrainingArguments) -> None:
+        """Put this run's base, if it is measured, where its results are read, and keep another run's beside it."""
+        place, own = self._directory(args, 0), self._kept_base(args, self.trainer.run_id)
+        other = _run_of(place)
+        if other not in (None, self.trainer.run_id):
+            place.rename(self._kept_base(args, other))
+        if own.is_dir():
+            # What is left there is of no run: its measurement was cut off
+            if place.is_dir():
+                shutil.rmtree(place)
+            own.rename(place)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -328,6 +354,7 @@ class BenchmarkCallback(SavesFirst):
         accelerator, settings, problems = self.trainer.accelerator, self.settings, self.benchmark.problems
         about_model = {
             "trained_from": settings.model,
+            "run_id": self.trainer.run_id,
             "step": step,
             # The weights stay float32 under mixed precision, so `dtype` does not tell it
             "mixed_precision": accelerator.mixed_precision,
@@ -346,6 +373,14 @@ class BenchmarkCallback(SavesFirst):
             score_samples(problems, file.samples, settings, self._tokenizer, on_progress),
             SamplingPace(sum(len(sample.token_ids) for sample in samples), wall_s),
         )
+
+
+def _run_of(directory: Path) -> str | None:
+    """Return the run that measured results, or `None` if there are no whole ones, or they do not say it."""
+    try:
+        return load_results(directory)["protocol"].get("run_id")
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _interval_of(change: dict[str, float] | None) -> dict[str, float]:

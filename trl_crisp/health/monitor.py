@@ -19,7 +19,7 @@ from trl_crisp.evaluation.problems import Problem
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.evaluation.prompts import check_positions
 from trl_crisp.evaluation.settings import EvaluationSettings
-from trl_crisp.health.base_answers import Base, read_base, write_references
+from trl_crisp.health.base_answers import Base, base_path, read_base, write_references
 from trl_crisp.health.distance import ConciseBaseDistance, teacher_prompts_of
 from trl_crisp.health.failures import SavesFirst, measure_on_first
 from trl_crisp.health.judge import Judge, choose_judge, has_labels
@@ -38,6 +38,7 @@ from trl_crisp.health.run_engine import check_lengths, engine_name
 from trl_crisp.health.student_answers import answers_at_once, check_sampling, log_values, sample_student, tokenizer_of
 from trl_crisp.health.sweet_spot import Measurement
 from trl_crisp.prompts.thinking import count_thinking_tokens, find_think_ids
+from trl_crisp.run.resume_checks import ChecksResume
 
 # Ours: if fewer prompts have a reference, the task has no answers that can be compared
 MIN_SHARE_WITH_REFERENCE = 0.5
@@ -52,7 +53,7 @@ _SUBJECTS: dict[Judge | None, str] = {
 }
 
 
-class AgreementMonitor(SavesFirst):
+class AgreementMonitor(SavesFirst, ChecksResume):
     """
     Measures agreement with the base's own majority answers, and decides about due refreshes by it.
 
@@ -73,7 +74,7 @@ class AgreementMonitor(SavesFirst):
 
     Accuracy judges whether the answers hold, unless the base's own is not above the margin; then agreement does
     ([`~trl_crisp.health.judge.choose_judge`]). A line after the base's answers says so. The base's answers are also in
-    `output_dir/agreement/base.json`, for a resume.
+    `output_dir/agreement/base-RUN_ID.json`, for a resume.
 
     The rule of the gate: a due refresh is postponed while the last `eval_agreement_change` is below `-monitor_margin`.
 
@@ -190,25 +191,36 @@ class AgreementMonitor(SavesFirst):
             f"measurement{accuracy}.{unchecked}"
         )
 
+    @property
+    def _files(self) -> Path:
+        return Path(self.trainer.args.output_dir or ".", "agreement")
+
+    def check_resume(self, run_id: str | None, state: TrainerState) -> None:
+        """Check that the run's base is there, and that it monitors what it monitored when it began."""
+        self._read_base(run_id, state)
+        if self._distance is not None:
+            self._distance.check_resume(self._files, run_id)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        path = Path(args.output_dir or ".", "agreement", "base.json")
         if state.global_step == 0:
             if state.max_steps > 0:
                 if self._distance is not None:
-                    self._distance.begin_run(path.parent)
-                self._ask_base(path)
+                    self._distance.begin_run(self._files)
+                self._ask_base()
         else:
-            self._read_base(path, state)
+            base = self._read_base(self.trainer.run_id, state)
+            self._take_base(base.references, base.accuracies)
+            self._tell_base(state)
             if self._distance is not None:
-                self._distance.resume_run(path.parent)
+                self._distance.resume_run(self._files)
 
-    def _ask_base(self, path: Path) -> None:
+    def _ask_base(self) -> None:
         start_s = time.monotonic()
         numbers = range(len(self._problems))
         texts, answers = self._sample(numbers, self.settings.seed, self.trainer.args.monitor_base_samples)
-        found, accuracies = measure_on_first(self.trainer, lambda: self._write_base(path, texts, answers))
+        found, accuracies = measure_on_first(self.trainer, lambda: self._write_base(texts, answers))
         self._take_base(found, accuracies)
         self._warn_of_cut_answers(answers)
         asked = self._asked
@@ -226,7 +238,7 @@ class AgreementMonitor(SavesFirst):
         self._tell_base(self.trainer.state)
 
     def _write_base(
-        self, path: Path, texts: list[list[str]], answers: list[list[list[int]]]
+        self, texts: list[list[str]], answers: list[list[list[int]]]
     ) -> tuple[list[Reference | None], dict[int, float]]:
         """Return the references and the accuracies of the base's answers, and write them."""
         kind = self.trainer.args.monitor_grader
@@ -234,9 +246,9 @@ class AgreementMonitor(SavesFirst):
         found = [find_reference(votes) for votes in count_votes(final, kind, self.answer_of)]
         right = self._right([texts[i] for i in self._golds]) if self._golds else []
         accuracies = {i: float(np.mean(row)) for i, row in zip(self._golds, right, strict=True)}
-        base = Base(self.trainer.run_id, [problem.prompt for problem in self._problems], found, accuracies)
-        base.write(path)
-        write_references(path.with_name("reference.jsonl"), base.prompts, found)
+        base = Base([problem.prompt for problem in self._problems], found, self._golds, accuracies)
+        base.write(base_path(self._files, self.trainer.run_id))
+        write_references(self._files / "reference.jsonl", base.prompts, found)
         return found, accuracies
 
     def _warn_of_cut_answers(self, answers: list[list[list[int]]]) -> None:
@@ -251,11 +263,11 @@ class AgreementMonitor(SavesFirst):
                 stacklevel=2,
             )
 
-    def _read_base(self, path: Path, state: TrainerState) -> None:
+    def _read_base(self, run_id: str | None, state: TrainerState) -> Base:
+        path = base_path(self._files, run_id)
         base = read_base(path, state.global_step)
-        base.check(path, self.trainer.run_id, [problem.prompt for problem in self._problems], self._golds.keys())
-        self._take_base(base.references, base.accuracies)
-        self._tell_base(state)
+        base.check(path, [problem.prompt for problem in self._problems], self._golds)
+        return base
 
     def _take_base(self, references: Sequence[Reference | None], accuracies: Mapping[int, float]) -> None:
         self.references = {i: reference for i, reference in enumerate(references) if reference is not None}

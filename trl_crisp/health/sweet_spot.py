@@ -144,7 +144,7 @@ def own_checkpoint(trainer: Any, args: TrainingArguments, step: int) -> Path | N
 
 
 def _is_own(trainer: Any, path: Path) -> bool:
-    # With save_only_model a checkpoint does not say whose it is
+    # One that TRL saved, or whose saving was cut off, may not say whose it is
     return has_weights(path) and run_id_of(path) in (None, trainer.run_id)
 
 

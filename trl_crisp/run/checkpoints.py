@@ -6,6 +6,9 @@ In addition to transformers' files, a CRISP checkpoint contains these:
 - `crisp_run.json`: the id and the description of its run ([`~trl_crisp.run.identity`]), and what was not logged yet;
 - `checkpoint_files.json`: the name and size of each file, written when all of them are on disk. transformers writes
   `trainer_state.json` after it. If one of these two files is missing, or another file differs, the checkpoint is torn.
+
+With `save_only_model` a checkpoint has the model, `trainer_state.json` and, written last, `crisp_run.json` with the run's id alone. No run
+can resume from it.
 """
 
 import json
@@ -55,6 +58,12 @@ def find_fault(checkpoint: str | Path) -> str | None:
 def has_weights(checkpoint: str | Path) -> bool:
     """Whether a checkpoint has the student's weights, or an adapter's: whole, in parts, or as DeepSpeed and FSDP write them."""
     return any(next(Path(checkpoint).glob(pattern), None) is not None for pattern in _WEIGHTS)
+
+
+def is_model_alone(checkpoint: str | Path) -> bool:
+    """Return whether a checkpoint was saved with `save_only_model`, to its end."""
+    # One that is torn while it is saved with its optimizer gets its list of files before the state
+    return (Path(checkpoint) / TRAINER_STATE_FILE).is_file() and not (Path(checkpoint) / FILES_FILE).exists()
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:

@@ -12,7 +12,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import TrainingArguments
 
-from trl_crisp.run.checkpoints import RUN_FILE, checkpoints_in, find_fault
+from trl_crisp.run.checkpoints import RUN_FILE, checkpoints_in, find_fault, is_model_alone
 from trl_crisp.run.files import write_json
 
 # Holds the id of the run that output_dir belongs to. Uploads to the Hub skip names that begin with an underscore.
@@ -36,7 +36,7 @@ _MONITOR_FIELDS = (
     *("monitor_prompts", "monitor_samples", "monitor_base_samples", "monitor_max_new_tokens", "monitor_steps"),
     *("monitor_grader", "monitor_margin"),
     # How the answers are asked for and sampled
-    *("temperature", "top_p", "top_k", "chat_template_kwargs", "use_vllm"),
+    *("temperature", "top_p", "top_k", "chat_template_kwargs", "use_vllm", "seed"),
 )
 
 
@@ -97,6 +97,16 @@ def own_checkpoints(output_dir: str | Path) -> list[Path]:
             "to resume from: resume_from_checkpoint=PATH."
         )
     return last_saved_first
+
+
+def saved_checkpoints(output_dir: str | Path, run_id: str | None) -> list[Path]:
+    """Return a run's checkpoints in `output_dir`, those saved with `save_only_model` too, the one that was saved last first."""
+    saved = [
+        path
+        for path in checkpoints_in(output_dir)
+        if run_id_of(path) == run_id and (is_model_alone(path) or find_fault(path) is None)
+    ]
+    return sorted(saved, key=_saved_at, reverse=True)
 
 
 def _saved_at(checkpoint: Path) -> float:

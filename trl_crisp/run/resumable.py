@@ -21,12 +21,13 @@ from trl_crisp.run.files import write_json
 from trl_crisp.run.identity import (
     check_same_run,
     last_own_checkpoint,
-    own_checkpoints,
     resolve_checkpoint,
     run_id_of,
+    saved_checkpoints,
     start_run,
 )
 from trl_crisp.run.nonfinite import SkipNonFiniteSteps
+from trl_crisp.run.resume_checks import ChecksResume
 from trl_crisp.run.row_order import EpochOrder, Passes, warn_of_rows_made_on_access
 from trl_crisp.run.saving import check_can_be_saved
 from trl_crisp.run.step_lines import StepLines
@@ -192,8 +193,7 @@ class ResumableTrainer(DistillationTrainer):
                 "from an earlier checkpoint, train for more steps (max_steps, num_train_epochs), or use another output_dir for "
                 "another run."
             )
-        # Only now: a refused checkpoint must not take over the directory
-        self.run_id = self._from_main_process(lambda: start_run(output_dir, run_id_of(resume_from_checkpoint)))
+        self.run_id = self._from_main_process(lambda: self._take_over(output_dir, run_id_of(resume_from_checkpoint)))
         started_at_step = step - batches // self.args.gradient_accumulation_steps
         record = _read_record(resume_from_checkpoint)["pass"]
         # transformers assumes that a stream has max_steps steps, and that every epoch before was read to its end. Its numbers are
@@ -206,6 +206,13 @@ class ResumableTrainer(DistillationTrainer):
         # From the checkpoint of a run's end transformers would train one more step
         is_over = step == max_steps or (self.is_over is not None and self.is_over(self.state))
         return (num_train_epochs, 0) if is_over else (epochs, batches)
+
+    def _take_over(self, output_dir: str, run_id: str | None) -> str:
+        # Before the directory is written to, which may be another run's
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ChecksResume):
+                callback.check_resume(run_id, self.state)
+        return start_run(output_dir, run_id)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training and self._unlogged is not None:  # type: ignore[union-attr]
@@ -241,7 +248,12 @@ class ResumableTrainer(DistillationTrainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            keep_at_most(own_checkpoints(directory), limit, self.state.best_model_checkpoint, self.kept_checkpoint)
+            if self.args.save_only_model:
+                # It has no record of what a resume needs
+                write_json(checkpoint / RUN_FILE, {"run_id": self.run_id, "saved_at": time.time()})
+            # A run that began to save only its model keeps the last checkpoint that it can resume from
+            kept = self.state.best_model_checkpoint, self.kept_checkpoint, last_own_checkpoint(directory)
+            keep_at_most(saved_checkpoints(directory, self.run_id), limit, *kept)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # It also copies the weights into output_dir
@@ -259,7 +271,7 @@ class ResumableTrainer(DistillationTrainer):
         # A best checkpoint that was not found by transformers' metric stays beside the last one, which can be resumed
         by_metric = self.args.metric_for_best_model is not None
         if self.args.should_save and limit == 1 and best is not None and by_metric:
-            for path in own_checkpoints(self._get_output_dir(trial)):
+            for path in saved_checkpoints(self._get_output_dir(trial), self.run_id):
                 if path != Path(best):
                     shutil.rmtree(path, ignore_errors=True)
         return output
