@@ -120,7 +120,7 @@ class CRISPConfig(DistillationConfig):
         monitor_grader (`str`, defaults to `"math"`):
             How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line, and agree
             by all of its words.
-        monitor_margin (`float`, defaults to `0.03`; ours: 2% false alarms of a measurement with 128 prompts, benchmarks/README):
+        monitor_margin (`float`, defaults to `0.03`; ours: 2.5% false alarms of a measurement with 128 prompts, benchmarks/README):
             How far agreement may be below the base's own before it counts as fallen: 0.03 is three points.
         monitor_distance (`bool`, defaults to `False`; ours, because it costs two passes over the answers):
             Also measure how many nats an answer of the student is more likely than under the base told to be concise

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from trl_crisp.run.checkpoints import has_weights
 from trl_crisp.run.identity import run_id_of
 
-# Ours: of healthy runs of 15 measurements (128 prompts x 5 answers, simulated), one would end 7%, two end 0%, and three miss more
+# Ours: of healthy runs of 15 measurements (128 prompts x 5 answers, simulated), one would end 7%, two end 1%, and three miss more
 # losses (benchmarks/README, Accuracy without labels)
 MEASUREMENTS_IN_A_ROW = 2
 # Rounding of the shares must not turn a drop of exactly the margin into a larger one
