@@ -116,7 +116,7 @@ def test_the_base_gives_its_own_number_of_answers_under_the_monitors_own_cap(tmp
     ],
 )
 def test_no_more_answers_at_once_than_a_step_has_rollouts(tmp_path, fields, at_once):
-    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS, **fields)
+    trainer = make_trainer(tmp_path, dataset=rows(80), **FIELDS, **fields)
     assert AgreementMonitor(trainer, first_characters).settings.batch_size == at_once
 
 
