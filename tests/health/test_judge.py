@@ -206,3 +206,18 @@ def test_a_benchmark_that_cannot_judge_names_no_best_step(models, tmp_path, caps
     assert "No measured step can be the best checkpoint by accuracy on held_out: " in health.benchmark.describe_best(
         trainer.state
     )
+
+
+def test_majority_answers_are_not_taken_for_right_answers(models, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    references = [{**row, "answer": "12", "votes": 5, "base_agreement": 1.0} for row in rows[16:]]
+    trainer = make_trainer(
+        tmp_path,
+        model=AutoModelForCausalLM.from_pretrained(models[0], dtype="float32"),
+        dataset=Dataset.from_list(rows[:16]),
+        monitor_file="reference.jsonl",
+        monitor_samples=2,
+    )
+    with pytest.warns(UserWarning, match="reference.jsonl' has a column base_agreement, so its answers are"):
+        health = attach_health(trainer, monitor_dataset=Dataset.from_list(references))
+    assert health.monitor._golds == {}

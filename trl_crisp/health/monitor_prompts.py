@@ -1,6 +1,7 @@
 """Which prompts are monitored: some of the training rows, which are left out of them, or a file of the user's; and their right answers."""
 
 import json
+import warnings
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,16 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
     chosen = monitor_dataset.select(distinct[:wanted])
     if isinstance(train_dataset, Dataset):
         _check_held_out(args, list(chosen["prompt"]), list(train_dataset["prompt"]))
-    return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], train_dataset, chosen)
+    golds: list[str | list[str] | None] = [None] * len(chosen)
+    if "base_agreement" in chosen.column_names:
+        warnings.warn(
+            f"monitor_file={args.monitor_file!r} has a column base_agreement, so its answers are a base's majority answers. They are not taken "
+            "for right answers, and accuracy is not measured.",
+            stacklevel=2,
+        )
+    else:
+        golds = find_golds(list(chosen))[1]
+    return MonitorPrompts(list(chosen["prompt"]), golds, train_dataset, chosen)
 
 
 def _check_columns(monitor_dataset: Any) -> None:
