@@ -1,8 +1,8 @@
 """Which prompts are monitored: some of the training rows, which are left out of them, or a file of the user's; and their right answers."""
 
 import json
-import warnings
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
