@@ -270,6 +270,22 @@ def test_the_guides_sentence_on_agreement_is_the_experiments_summary():
     assert f"is at most {-min(stopped):.0f} points below it" in words
 
 
+def test_the_aim_of_the_gate_is_met_where_the_benchmarks_say_so():
+    differences = json.loads((RESULTS / "health" / "summary.json").read_text(encoding="utf-8"))["gate_differences"]
+    low = {
+        name: 100 * (one["accuracy"][0] - one["accuracy"][1]) for name, one in differences.items() if one["seeds"] == 5
+    }
+    gated = {name for name in low if name.endswith("gated - frozen")}
+    assert {name for name in gated if low[name] > -3} == {"tradeoff-m20-strict: gated - frozen"}
+    stopped = [differences[f"{form}-m20: gated and stopped - frozen"] for form in ("tradeoff", "stability")]
+    points = " and ".join(f"{-100 * one['accuracy'][0]:.1f}" for one in stopped)
+    tokens = " and ".join(f"{-100 * one['tokens'][0]:.0f}%" for one in stopped)
+    words = " ".join(BENCHMARKS.split())
+    assert f"at M = 20 it is {points} points below the frozen teacher, with {tokens} fewer tokens" in words
+    # "By about a point"
+    assert all(-4.5 < low[f"{form}-m20: gated and stopped - frozen"] < -3 for form in ("tradeoff", "stability"))
+
+
 def test_the_gaps_of_engines_are_the_measured_ones():
     """And the limits of the check separate the engines that are the student from those that are not."""
     cases = json.loads((RESULTS / "engine_gap.json").read_text(encoding="utf-8"))["cases"]
