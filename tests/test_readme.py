@@ -282,6 +282,9 @@ def test_the_aim_of_the_gate_is_met_where_the_benchmarks_say_so():
     tokens = " and ".join(f"{-100 * one['tokens'][0]:.0f}%" for one in stopped)
     words = " ".join(BENCHMARKS.split())
     assert f"at M = 20 it is {points} points below the frozen teacher, with {tokens} fewer tokens" in words
+    gate = json.loads((RESULTS / "health" / "summary.json").read_text(encoding="utf-8"))["gate"]
+    kept = [gate[f"{form}-m50-ungated"]["accuracy"] for form in ("tradeoff", "stability")]
+    assert "the ungated runs keep " + " and ".join(f"{100 * sum(one) / len(one):.0f}%" for one in kept) in words
     # "By about a point"
     assert all(-4.5 < low[f"{form}-m20: gated and stopped - frozen"] < -3 for form in ("tradeoff", "stability"))
 
