@@ -170,6 +170,7 @@ def test_the_monitor_of_a_lora_config_can_be_turned_on(path, tmp_path):
     config.write_text(re.sub(r"(?m)^vllm_max_model_length: .*\n", "", above) + "# " + written)
     _, args, *_ = parse_args(["--config", str(config), "--use_cpu"])
     assert (args.monitor_prompts, args.monitor_base_samples, args.stop_at_sweet_spot) == (128, 16, True)
+    assert args.teacher_refresh_gate == "agreement"
     assert args.vllm_max_model_length == args.max_prompt_length + args.monitor_max_new_tokens
     measured = [step for step in range(1, 100) if (step + 1) % args.monitor_steps == 0 or step == args.max_steps]
     assert "after steps 24, 49, 74 and 99" in written
