@@ -18,6 +18,12 @@ def test_the_guide_shows_the_committed_measurements():
     for case in record["cases"].values():
         assert len(case["steps"]) == record["protocol"]["measured_steps"]
         assert case["summary"] == summarise(case["steps"])
+    shares = [case["summary"]["share"]["p50"] for case in record["cases"].values()]
+    full, _, zero3, *lora = shares
+    assert (
+        f"takes {full:.0%} of one step's training half, {max(lora):.1%} with LoRA and {zero3:.0%} under ZeRO-3"
+        in " ".join(GUIDE.split())
+    )
     rollouts, tokens = record["protocol"]["rollouts_a_step"], record["protocol"]["completion_tokens"]
     assert (
         f"Medians of {record['protocol']['measured_steps']} steps of {rollouts} rollouts of {tokens} tokens"

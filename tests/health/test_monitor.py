@@ -120,8 +120,8 @@ def test_no_more_answers_at_once_than_a_step_has_rollouts(tmp_path, fields, at_o
     assert AgreementMonitor(trainer, first_characters).settings.batch_size == at_once
 
 
-def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
-    # The base has 24 answers, and each is read once
+def fails_after_the_base():
+    """Return a function that fails at the first answer of the student: the base has 24 answers, and each is read once."""
     texts = iter(range(24))
 
     def fails_later(text: str) -> str | None:
@@ -129,8 +129,12 @@ def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
             raise KeyError("no such text")
         return first_characters(text)
 
+    return fails_later
+
+
+def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
     with pytest.raises(KeyError, match="no such text") as failed:
-        train(tmp_path, answer_of=fails_later)
+        train(tmp_path, answer_of=fails_after_the_base())
     assert "Its checkpoint was saved: once the cause is gone" in failed.value.__notes__[0]
     resumed, _ = train(tmp_path, resume=True)
     assert list(measured(resumed)) == [0, 3, 5, 6]
@@ -138,15 +142,8 @@ def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
 
 
 def test_a_model_that_is_saved_alone_is_not_said_to_be_resumable(tmp_path):
-    texts = iter(range(24))
-
-    def fails_later(text: str) -> str | None:
-        if next(texts, None) is None:
-            raise KeyError("no such text")
-        return first_characters(text)
-
     with pytest.raises(KeyError, match="no such text") as failed:
-        train(tmp_path, answer_of=fails_later, save_only_model=True)
+        train(tmp_path, answer_of=fails_after_the_base(), save_only_model=True)
     (note,) = failed.value.__notes__
     assert f"Its model was saved in {tmp_path}/checkpoint-1, which cannot be resumed from: " in note
     assert note.endswith("No other checkpoint can be resumed from, so the run has to start again.")
