@@ -82,14 +82,14 @@ def _settings() -> dict[str, Setting]:
             found[f"{form}-m20-gated"], base_samples=STRICT_BASE_SAMPLES, margin=STRICT_MARGIN
         )
         for arm in ("ungated", "gated"):
-            found[f"{form}-m10-{arm}"] = Setting(form, arm, 10, 100)
+            found[f"{form}-m10-{arm}"] = Setting(form, arm, 10, 150)
             found[f"{form}-m5-{arm}"] = Setting(form, arm, 5, 60, monitor_steps=5)
         found[f"{form}-m50-ungated"] = Setting(form, "ungated", 50, 150)
         found[f"{form}-m50-gated"] = Setting(form, "gated", 50, 150, monitor_steps=50)
         found[f"{form}-frozen"] = Setting(form, "frozen", None, 150, monitor_steps=30)
         found[f"{form}-m1-ungated"] = Setting(form, "ungated", 1, 40, monitor_steps=5)
         for base in ("75", "50"):
-            found[f"{form}-{base}-m20-ungated"] = Setting(form, "ungated", 20, 80, monitor_steps=20, base=base)
+            found[f"{form}-{base}-m20-ungated"] = Setting(form, "ungated", 20, 150, monitor_steps=20, base=base)
         found[f"{form}-m20-k8-ungated"] = Setting(form, "ungated", 20, 150, monitor_steps=20, samples=MANY_SAMPLES)
     return found
 
@@ -110,5 +110,5 @@ def planned_runs() -> list[tuple[str, int]]:
     m1 = [f"{form}-m1-ungated" for form in forms]
     blocks = [(m20, 0), (frozen, 0), (m20, 1), (weak, 0), (m1, 0), (m10, 0), (m20, 2), (m10, 1), (m10, 2)]
     blocks += [(frozen, 1), (frozen, 2), (m20, 3), (m20, 4), (frozen, 3), (frozen, 4), (m10, 3), (m10, 4)]
-    blocks += [*((strict, seed) for seed in range(5)), (many, 0), *((m5_m50, seed) for seed in range(3))]
+    blocks += [*((strict, seed) for seed in range(5)), (many, 0), (weak, 1), (weak, 2), *((m5_m50, seed) for seed in range(3))]
     return [(name, seed) for names, seed in blocks for name in names]
