@@ -110,5 +110,11 @@ def planned_runs() -> list[tuple[str, int]]:
     m1 = [f"{form}-m1-ungated" for form in forms]
     blocks = [(m20, 0), (frozen, 0), (m20, 1), (weak, 0), (m1, 0), (m10, 0), (m20, 2), (m10, 1), (m10, 2)]
     blocks += [(frozen, 1), (frozen, 2), (m20, 3), (m20, 4), (frozen, 3), (frozen, 4), (m10, 3), (m10, 4)]
-    blocks += [*((strict, seed) for seed in range(5)), (many, 0), (weak, 1), (weak, 2), *((m5_m50, seed) for seed in range(3))]
+    blocks += [
+        *((strict, seed) for seed in range(5)),
+        (many, 0),
+        (weak, 1),
+        (weak, 2),
+        *((m5_m50, seed) for seed in range(3)),
+    ]
     return [(name, seed) for names, seed in blocks for name in names]
