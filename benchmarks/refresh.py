@@ -16,15 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.environment import REPOSITORY, environment, quantiles
-from benchmarks.steps import Case, make_up_completions, name_of, rows
+from benchmarks.environment import REPOSITORY, quantiles
+from benchmarks.part_of_step import ROLLOUTS, config_of, parser_of, record_of
+from benchmarks.steps import Case, make_up_completions, rows
 from trl_crisp.run.files import write_json
 from trl_crisp.run.profile import TRAINING_PARTS
 
 RESULT = REPOSITORY / "benchmarks" / "results" / "refresh.json"
 LAUNCH_CONFIG = REPOSITORY / "examples" / "accelerate" / "zero2-cpu.yaml"
-# Rollouts of a step, of all processes together
-ROLLOUTS = 4
 COMPLETION_TOKENS = 128
 LORA_R = 32
 
@@ -55,26 +54,9 @@ def train(setting: Setting, model: str, steps: int, tokens: int, directory: str)
     from datasets import Dataset
     from peft import LoraConfig
 
-    from trl_crisp import CRISPConfig, CRISPTrainer
+    from trl_crisp import CRISPTrainer
 
-    args = CRISPConfig(
-        directory,
-        use_cpu=True,
-        bf16=False,
-        model_init_kwargs={"dtype": "float32"},
-        instruction="v1",
-        teacher_sync_steps=1,
-        per_device_train_batch_size=ROLLOUTS // setting.processes,
-        gradient_accumulation_steps=1,
-        max_steps=steps,
-        learning_rate=1e-6,
-        max_completion_length=tokens,
-        profile_steps=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    args = config_of(directory, steps, tokens, setting.processes, teacher_sync_steps=1)
     trainer = CRISPTrainer(
         model=model,
         args=args,
@@ -133,20 +115,8 @@ def table_of(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print the table and write the JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.refresh",
-        description=__doc__,
-        epilog="Example: python -m benchmarks.refresh --model smollm2 (the directory that examples/get_smollm2.py wrote)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", required=True, help="a Hub id or a directory; the committed results are SmolLM2-135M's"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="measured steps of each setting (5), after one for warming up"
-    )
+    parser = parser_of("benchmarks.refresh", __doc__, RESULT, rounds=5)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
-    parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -156,21 +126,8 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             write_json(directory / "steps.json", steps)
         return
-    record: dict[str, Any] = {
-        "schema": "trl-crisp refresh 1",
-        "protocol": {
-            "model": name_of(args.model),
-            "dtype": "float32",
-            "rollouts_a_step": ROLLOUTS,
-            "completion_tokens": COMPLETION_TOKENS,
-            "completions": "made up, all of the full length",
-            "measured_steps": args.rounds,
-            "warm_up_steps": 1,
-            "seconds": "of the main process, by profile_steps",
-            **environment(),
-        },
-        "cases": {},
-    }
+    seconds = "of the main process, by profile_steps"
+    record = record_of("refresh 1", args, completion_tokens=COMPLETION_TOKENS, seconds=seconds)
     for name in args.settings:
         steps = measure(SETTINGS[name], args.model, args.rounds)
         record["cases"][name] = {"steps": steps, "summary": summarise(steps)}

@@ -5,23 +5,21 @@ They are the measures of the rollouts' texts, the two models' common top tokens,
 reverse KL come with the loss. Rollouts are made up, so the seconds of sampling, which would make the share smaller, are left out.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.environment import REPOSITORY, environment
-from benchmarks.steps import Case, make_up_completions, name_of, rows
+from benchmarks.environment import REPOSITORY
+from benchmarks.part_of_step import ROLLOUTS, config_of, parser_of, record_of
+from benchmarks.steps import Case, make_up_completions, rows
 from trl_crisp.run.files import write_json
 from trl_crisp.run.profile import TRAINING_PARTS
 
 RESULT = REPOSITORY / "benchmarks" / "results" / "signals.json"
-ROLLOUTS = 4
 COMPLETION_TOKENS = (128, 512)
 PARTS = ("texts", "top tokens", "verdict")
 
@@ -63,27 +61,11 @@ def train(model: str, tokens: int, steps: int) -> list[dict[str, float]]:
     """Train, and return the seconds of each step by part, and of its training half. The first step, a warm-up, is left out."""
     from datasets import Dataset
 
-    from trl_crisp import CRISPConfig, CRISPTrainer
+    from trl_crisp import CRISPTrainer
     from trl_crisp.health.attach import attach_health
 
     with tempfile.TemporaryDirectory() as directory:
-        args = CRISPConfig(
-            directory,
-            use_cpu=True,
-            bf16=False,
-            model_init_kwargs={"dtype": "float32"},
-            instruction="v1",
-            per_device_train_batch_size=ROLLOUTS,
-            gradient_accumulation_steps=1,
-            max_steps=1 + steps,
-            learning_rate=1e-6,
-            max_completion_length=tokens,
-            profile_steps=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        args = config_of(directory, 1 + steps, tokens)
         trainer = CRISPTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows(ROLLOUTS * (1 + steps))))
         make_up_completions(trainer, "crisp", Case("cpu", model, ROLLOUTS, tokens))
         with timed_signals(trainer, attach_health(trainer)) as found:
@@ -123,33 +105,8 @@ def table_of(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print the table and write the JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.signals",
-        description=__doc__,
-        epilog="Example: python -m benchmarks.signals --model smollm2 (the directory that examples/get_smollm2.py wrote)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", required=True, help="a Hub id or a directory; the committed result is SmolLM2-135M's"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="measured steps of each case (7), after one for warming up"
-    )
-    parser.add_argument("--json", type=Path, default=RESULT)
-    args = parser.parse_args()
-    record: dict[str, Any] = {
-        "schema": "trl-crisp signals 1",
-        "protocol": {
-            "model": name_of(args.model),
-            "dtype": "float32",
-            "rollouts_a_step": ROLLOUTS,
-            "completions": "made up, all of the full length",
-            "measured_steps": args.rounds,
-            "warm_up_steps": 1,
-            **environment(),
-        },
-        "cases": {},
-    }
+    args = parser_of("benchmarks.signals", __doc__, RESULT, rounds=7).parse_args()
+    record = record_of("signals 1", args)
     for tokens in COMPLETION_TOKENS:
         steps = train(args.model, tokens, args.rounds)
         record["cases"][str(tokens)] = {"steps": steps, "shares": shares_of(steps)}
