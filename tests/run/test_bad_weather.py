@@ -580,14 +580,26 @@ def test_limits_and_the_best_model_are_honoured(tmp_path):
     assert teacher["completed_steps"] == best - 1
 
 
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_the_teacher_is_pushed_with_a_resumable_checkpoint_and_nowhere_else(tmp_path, monkeypatch, tuning):
-    """What goes to the Hub under hub_strategy="checkpoint": the student at the top, all that a resume needs beside it."""
+def test_what_is_pushed_while_training(tmp_path, monkeypatch, tuning, strategy):
+    """The student with tokenizer and card, and nothing of the user's; with "checkpoint" also all that a resume needs."""
     pushed: dict[str, set[str]] = {}
+    of_the_run = {"agreement/reference.jsonl", "evaluation/own/step-0/samples.jsonl"}
+    of_another_run = {"agreement/base-other.json", "evaluation/own/step-0-other/samples.jsonl"}
 
-    def upload_folder(self, folder_path, path_in_repo=".", ignore_patterns=(), **kwargs):
+    def write(names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("my prompts")
+
+    write({*of_the_run, *of_another_run, "evaluation/own/step-2/samples.jsonl", "mine.txt", "health_events.jsonl"})
+
+    def upload_folder(self, folder_path, path_in_repo=".", allow_patterns=None, ignore_patterns=(), **kwargs):
         files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
         kept = {name for name in files if not any(fnmatch(name, f"{p}*") for p in ignore_patterns or ())}
+        if allow_patterns is not None:
+            kept = {name for name in kept if any(fnmatch(name, p) for p in allow_patterns)}
         pushed[path_in_repo or "."] = kept
         upload: Future = Future()
         upload.set_result(None)
@@ -603,18 +615,34 @@ def test_the_teacher_is_pushed_with_a_resumable_checkpoint_and_nowhere_else(tmp_
         tmp_path,
         peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if tuning == "lora" else None,
         push_to_hub=True,
-        hub_strategy="checkpoint",
+        hub_strategy=strategy,
         hub_always_push=True,
         save_strategy="steps",
         save_steps=2,
         teacher_sync_steps=2,
     )
+    of_the_run |= {"agreement/base-{}.json", "agreement/start_adapter-{}.safetensors"}
+
+    class Begins(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            write({name.format(trainer.run_id) for name in of_the_run})
+
+    trainer.add_callback(Begins())
     trainer.train()
-    top, checkpoint = pushed["."], pushed["last-checkpoint"]
+    of_the_run = {name.format(trainer.run_id) for name in of_the_run}
+    top = pushed["."]
     assert not [name for name in top if "teacher" in name]
-    assert {"teacher_state.json", "teacher.safetensors", "crisp_run.json", "checkpoint_files.json"} <= checkpoint
     weights = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}[tuning]
-    assert weights in top
+    assert {weights, "README.md", "crisp_training.json", "tokenizer.json"} <= top
+    assert not {"mine.txt", "training_args.bin", "health_events.jsonl", *of_another_run} & top
+    assert "evaluation/own/step-2/samples.jsonl" not in top
+    if strategy == "every_save":
+        assert set(pushed) == {"."}
+        assert not of_the_run & top
+        return
+    assert of_the_run <= top
+    checkpoint = pushed["last-checkpoint"]
+    assert {"teacher_state.json", "teacher.safetensors", "crisp_run.json", "checkpoint_files.json"} <= checkpoint
     assert weights in checkpoint
 
 

@@ -35,7 +35,7 @@ from trl_crisp.report.card_results import CardResults, load_card_results
 from trl_crisp.report.page import write_report
 from trl_crisp.report.run_log import EmptyLogError, RunLog, load_run
 from trl_crisp.run.files import write_json
-from trl_crisp.run.training_record import read_record
+from trl_crisp.run.training_record import RECORD_FILE, read_record
 
 # Inside of the model's directory, so that files can be linked; uploads of the trainer skip names that begin with an underscore
 FOLDER = "_push"
@@ -72,8 +72,23 @@ _MODEL_FILES = (
     ),
     *(f"{name}{suffix}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for suffix in ("", ".md", ".txt")),
 )
+# Code of a tokenizer or a config, as transformers names it
+_CODE_FILES = ("tokenization_*.py", "configuration_*.py", "processing_*.py", "modeling_*.py")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TEMPLATES = "additional_chat_templates"
+
+
+def files_while_training(run_id: str | None, resumable: bool) -> list[str]:
+    """
+    Return the patterns of what a push during a training takes of output_dir: model, tokenizer and card.
+
+    Args:
+        run_id: The run that is trained.
+        resumable: Whether a resume on another machine should be possible. It needs the base's answers, with the prompts.
+    """
+    model = [*_MODEL_FILES, *_CODE_FILES, f"{_TEMPLATES}/*", CARD_FILE, RECORD_FILE]
+    base = ["agreement/reference.jsonl", f"agreement/*-{run_id}.*", "evaluation/*/step-0/*"]
+    return [*model, *base] if resumable else model
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ class PublishingTrainer(ResumableTrainer):
     - The card says what was trained, from what, how and with what results ([`~trl_crisp.publish.run_card`]). It is written when the model
       beside it is, and each checkpoint has a record of its own. While output_dir has no model yet, each checkpoint writes it anew.
     - A push has the model, the tokenizer, the card, the results and the report, and nothing else of output_dir
-      ([`~trl_crisp.publish.folder`]).
+      ([`~trl_crisp.publish.folder`]). Pushes during training have the model, the tokenizer and the card; `hub_strategy` "checkpoint" and
+      "all_checkpoints" also what a resume needs, with the monitor prompts.
 
     Attributes:
         origin: What the model comes from ([`~trl_crisp.models.origin.describe_origin`]); a subclass sets it.
@@ -50,6 +51,14 @@ class PublishingTrainer(ResumableTrainer):
             from trl_crisp.run.training_record import write_record
 
             write_record(output_dir, make_record(self, self.dataset_name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        from trl_crisp.publish.folder import files_while_training
+        from trl_crisp.publish.pushing import uploading_only
+
+        resumable = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        with uploading_only(files_while_training(self.run_id, resumable)):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _keeps_card(self) -> bool:
         """Whether output_dir has a model with a card, to which this checkpoint is no part."""

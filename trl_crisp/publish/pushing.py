@@ -2,7 +2,8 @@
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,30 @@ def push_folder(
     if not run_as_future:
         shutil.rmtree(folder.path)
     return pushed
+
+
+@contextmanager
+def uploading_only(patterns: Sequence[str]) -> Iterator[None]:
+    """
+    Have what is uploaded to the top of a repository leave out all files but some.
+
+    transformers uploads the whole of output_dir during a training. There are the user's prompts in it.
+
+    Args:
+        patterns: Names of the files, as `allow_patterns` of `upload_folder`.
+    """
+    upload = HfApi.upload_folder
+
+    def upload_some(self: HfApi, **kwargs: Any) -> Any:
+        if kwargs.get("path_in_repo") is None:
+            kwargs["allow_patterns"] = list(patterns)
+        return upload(self, **kwargs)
+
+    HfApi.upload_folder = upload_some  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        HfApi.upload_folder = upload  # type: ignore[method-assign]
 
 
 def describe_failed_push(
