@@ -140,9 +140,12 @@ def test_batches_and_slices_do_not_change_the_numbers():
     prompts, answers = [draw(1, 9) for _ in range(9)], [draw(1, 40) for _ in range(8)] + [draw(600, 601)]
     exact = in_float64(model)
     expected = [oracle(exact, prompt, answer, 1.3) for prompt, answer in zip(prompts, answers, strict=True)]
+    # An engine may give an empty answer
+    prompts, answers, expected = [*prompts, [3, 4]], [*answers, []], [*expected, 0.0]
     for tokens_at_once in (1, 100, 10_000):
         found = answer_log_probs(model, prompts, answers, 1.3, tokens_at_once)
         assert found == pytest.approx(expected, rel=1e-5)
+    assert answer_log_probs(model, [[3, 4]], [[]], 1.3, 100) == [0.0]
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -8,6 +8,7 @@ import pytest
 from trl_crisp.health.reference import (
     Reference,
     Votes,
+    checked,
     compare_agreement,
     count_votes,
     final_texts,
@@ -76,6 +77,29 @@ def test_texts_vote_by_an_answer_line_only():
     assert votes.answers == ["Oslo", "oslo", None]
     # The last one says it in its first sentence only
     assert [row[0] for row in votes.agrees] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r"Answer: none, \boxed{\emptyset}",
+        r"Answer: yes \boxed{\checkmark}",
+        "Answer: Yes. Final answer: \N{CHECK MARK}",
+        "Answer: Paris #### --",
+    ],
+)
+def test_a_line_whose_answer_has_no_word_does_not_vote(line):
+    """Though the line has one: nothing could be graded by it."""
+    (votes,) = count_votes([[line, "Answer: Oslo", "Answer: Oslo"]], "text")
+    assert votes.answers == [None, "Oslo", "Oslo"]
+
+
+def test_a_blank_answer_of_the_users_function_is_none():
+    """As one that takes what follows "Answer:" gives for a text that was cut."""
+    find = checked(lambda text: text.partition("Answer:")[2].strip())
+    (votes,) = count_votes([["cut", "also cut", "Answer: 7", "Answer: "]], "math", find)
+    assert votes.answers == [None, None, "7", None]
+    assert find_reference(votes).answer == "7"
 
 
 def test_a_text_that_hedges_does_not_agree():

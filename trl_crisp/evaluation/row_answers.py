@@ -11,6 +11,7 @@ from trl_crisp.evaluation.notation import read_gold
 
 # Where datasets have the right answer: most, TRL's math sets, and verl's (DAPO-Math-17k)
 _COLUMNS = ("answer", "solution", "reward_model")
+NO_COLUMN = f"the rows have no {', '.join(_COLUMNS[:2])} or reward_model.ground_truth"
 # GSM8K's solutions end in this mark and the answer
 _GSM8K_MARK = "####"
 # Ours: a longer text without a box is a solution, not a final answer
@@ -50,7 +51,7 @@ def find_golds(rows: Sequence[dict[str, Any]]) -> tuple[str | None, list[str | l
     Returns:
         The column; one answer for each row, `None` if it has none; and, without a column, why there is none.
     """
-    reason = f"the rows have no {', '.join(_COLUMNS[:2])} or reward_model.ground_truth"
+    reason = NO_COLUMN
     for column in _COLUMNS:
         values = [_cell(row, column) for row in rows]
         if all(value is None for value in values):

@@ -201,7 +201,7 @@ def answer_log_probs(
     Args:
         model: An unwrapped transformers model, or a PEFT model, in evaluation mode.
         prompts: The token ids of each answer's prompt.
-        answers: The token ids of each answer, with the token that ended it.
+        answers: The token ids of each answer, with the token that ended it. An empty one has 0 nats.
         temperature: The logits are divided by it.
         tokens_at_once: Tokens of a batch, with padding. A longer answer is a batch of its own.
     """
@@ -218,10 +218,16 @@ def answer_log_probs(
         )
         hidden_BTH = last_hidden_state(model, ids_BT, mask_BT, pass_positions=False)
         head = output_head(model, hidden_BTH.dtype)
+        starts = [len(prompts[i]) - 1 for i in batch]
         hidden_NH = torch.cat(
-            [hidden_BTH[row, len(prompts[i]) - 1 : len(sequences[i])] for row, i in enumerate(batch)]
+            [
+                hidden_BTH[row, start : start + len(answers[i])]
+                for row, (i, start) in enumerate(zip(batch, starts, strict=True))
+            ]
         )
-        ids_N = torch.tensor([token for i in batch for token in answers[i]], device=head.weight_VH.device)
+        ids_N = torch.tensor(
+            [token for i in batch for token in answers[i]], dtype=torch.long, device=head.weight_VH.device
+        )
         log_probs_N = []
         for hidden_part_NH, ids_part_N in zip(
             hidden_NH.to(ids_N.device).split(LOGIT_TOKENS), ids_N.split(LOGIT_TOKENS), strict=True

@@ -13,8 +13,9 @@ from datasets import Dataset
 from trl_crisp.config import MIN_MONITOR_PROMPTS
 from trl_crisp.evaluation.answers import find_letter
 from trl_crisp.evaluation.grading import Grader, Kind
-from trl_crisp.evaluation.row_answers import find_golds
+from trl_crisp.evaluation.row_answers import NO_COLUMN, find_golds
 from trl_crisp.evaluation.text_answers import words
+from trl_crisp.prompts.checks import PromptKind, check_prompt
 from trl_crisp.prompts.instructions import Prompt
 from trl_crisp.rows.arguments import CRISPScriptArguments
 from trl_crisp.rows.loading import load_file
@@ -29,12 +30,14 @@ class MonitorPrompts:
     Attributes:
         prompts: As the student has them.
         golds: The right answer to each prompt, as [`~trl_crisp.evaluation.grading.grade`] reads it; `None` if its row has none.
+        why_no_golds: Why a column of right answers has none that can be used; `None` if one is used, or there is no such column.
         rows: The rows that are left to train on.
         monitored: The rows of the prompts, with all their columns.
     """
 
     prompts: list[Prompt]
     golds: list[str | list[str] | None]
+    why_no_golds: str | None
     rows: Any
     monitored: Dataset
 
@@ -64,12 +67,13 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
         raise ValueError(
             f"monitor_file={args.monitor_file!r} has {len(distinct)} different prompts, and "
             + (f"monitor_prompts={wanted}" if wanted > len(distinct) else f"at least {MIN_MONITOR_PROMPTS} are needed")
-            + ". Give more rows, better 64 or more, or fewer monitor_prompts."
+            + ". Give more rows, better 128, or fewer monitor_prompts."
         )
     chosen = monitor_dataset.select(distinct[:wanted])
     if isinstance(train_dataset, Dataset):
         _check_held_out(args, list(chosen["prompt"]), list(train_dataset["prompt"]))
     golds: list[str | list[str] | None] = [None] * len(chosen)
+    why = None
     if "base_agreement" in chosen.column_names:
         warnings.warn(
             f"monitor_file={args.monitor_file!r} has a column base_agreement, so its answers are a base's majority answers. They are not taken "
@@ -77,8 +81,14 @@ def take_prompts(args: Any, train_dataset: Any, monitor_dataset: Dataset | None 
             stacklevel=2,
         )
     else:
-        golds = find_golds(list(chosen))[1]
-    return MonitorPrompts(list(chosen["prompt"]), golds, train_dataset, chosen)
+        golds, why = _golds_of(chosen)
+    return MonitorPrompts(list(chosen["prompt"]), golds, why, train_dataset, chosen)
+
+
+def _golds_of(chosen: Dataset) -> tuple[list[str | list[str] | None], str | None]:
+    """Return the right answers of rows and, if there are none though a column should have some, why."""
+    column, golds, reason = find_golds(list(chosen))
+    return golds, reason if column is None and reason != NO_COLUMN else None
 
 
 def _check_columns(monitor_dataset: Any) -> None:
@@ -92,6 +102,9 @@ def _check_columns(monitor_dataset: Any) -> None:
             f"monitor_dataset has no column 'prompt'; it has {', '.join(columns) or 'none'}. Rename the column that holds the prompts, such as "
             "`monitor_dataset.rename_column('question', 'prompt')`."
         )
+    kind: PromptKind | None = None
+    for number, prompt in enumerate(monitor_dataset["prompt"]):
+        kind = check_prompt(prompt, f"monitor_dataset: row {number}: column 'prompt'", kind)
 
 
 def _check_held_out(args: Any, asked: list[Prompt], trained: list[Prompt]) -> None:
@@ -179,7 +192,8 @@ def _from_training_rows(args: Any, train_dataset: Any) -> MonitorPrompts:
             f"monitor_prompts={args.monitor_prompts} leaves {len(left)} of the {len(train_dataset)} rows to train on, and a step needs "
             f"{args.rollouts_per_step}. Give more rows, fewer monitor prompts, a smaller batch, or the prompts as a monitor_file."
         )
-    return MonitorPrompts(list(chosen["prompt"]), find_golds(list(chosen))[1], left, chosen)
+    golds, why = _golds_of(chosen)
+    return MonitorPrompts(list(chosen["prompt"]), golds, why, left, chosen)
 
 
 def _keys(prompts: list[Prompt]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from trl_crisp.evaluation.answers import find_answer, find_box, find_letter
 from trl_crisp.evaluation.grading import Grade, Grader, Kind
 from trl_crisp.evaluation.metrics import Interval, paired_bootstrap_difference
+from trl_crisp.evaluation.notation import read_gold
 from trl_crisp.evaluation.text_answers import after_thinking, words
 
 # Ours: with one sample nothing can agree
@@ -92,7 +93,7 @@ def count_votes(
 
 def checked(answer_of: Callable[[str], str | None]) -> Callable[[str], str | None]:
     """
-    Return a user's function that finds the final answer of a text, with a check of what it returns.
+    Return a user's function that finds the final answer of a text, with a check of what it returns. A blank answer is none.
 
     Answers are kept as JSON, which has no tuples, so those of other types would not be equal after a resume.
 
@@ -107,7 +108,8 @@ def checked(answer_of: Callable[[str], str | None]) -> Callable[[str], str | Non
                 f"answer_of returned {answer!r}, of type {type(answer).__name__}. Return the final answer as a str, such as str(answer), or None if the "
                 "text has none."
             )
-        return answer
+        # Empty answers of cut texts are no majority
+        return answer if answer is not None and answer.strip() else None
 
     return find
 
@@ -152,7 +154,8 @@ def _final_answer(text: str, kind: Kind) -> str | None:
     text = after_thinking(text)
     line = find_answer(text)
     if kind == "text":
-        return line if line is not None and words(line) else None
+        # As the grader reads it, which may find a box without a word in a line with words
+        return line if line is not None and words(read_gold(line)) else None
     found = line if line is not None else find_box(text)
     if found is None or kind == "math":
         return found
