@@ -277,10 +277,12 @@ def test_the_distance_of_two_processes_is_that_of_one(launch, request, tmp_path)
 def test_a_measurement_that_fails_on_one_process_ends_all_after_a_checkpoint(ddp, what, message):
     outcomes = ddp["failing"][what]
     assert len(outcomes) == 2
-    for error, note, is_saved in outcomes:
+    for error, note, is_saved, measured in outcomes:
         assert error == message
         assert "could not be measured after step 1. Its checkpoint was saved" in note
         assert is_saved
+        # What failed is made up for
+        assert measured == [0, 1, 3]
 
 
 def test_zero3_has_no_distance_and_says_so(zero3):

@@ -147,6 +147,7 @@ def test_what_we_override_is_still_there():
         "_load_optimizer_and_scheduler",
         "_init_training_state",
         "_finalize_training",
+        "_run_epoch",
     } <= overridden, "DistillationTrainer lost a member that CRISPTrainer overrides"
     assert ours <= private
     assert not ours & set(dir(DistillationTrainer)), "DistillationTrainer now has a member of a name of ours"

@@ -5,6 +5,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from tests.helpers import make_trainer, rows
+from trl_crisp import CRISPTrainer
 from trl_crisp.health import student_answers
 from trl_crisp.health.attach import attach_health
 from trl_crisp.health.failures import MeasurementError
@@ -12,18 +13,19 @@ from trl_crisp.health.failures import MeasurementError
 STEP = 1
 
 
-def fail(directory: Path) -> dict[str, list[tuple[str, str, bool]]]:
+def fail(directory: Path) -> dict[str, list[tuple[str, str, bool, list[int]]]]:
     """
-    Train, with a measurement before step 2 that fails.
+    Train, with a measurement before step 2 that fails, and resume.
 
     Returns:
-        By what failed, for each process: the error, its note, and whether the checkpoint is whole.
+        By what failed, for each process: the error, its note, whether the checkpoint is whole, and the steps that the resumed run has
+        measured.
     """
     return {name: _train(name, directory / name) for name in ("sampling", "grading")}
 
 
-def _train(name: str, directory: Path) -> list[tuple[str, str, bool]]:
-    trainer = make_trainer(
+def _make(directory: Path) -> CRISPTrainer:
+    return make_trainer(
         directory,
         dataset=rows(24),
         monitor_prompts=8,
@@ -32,6 +34,10 @@ def _train(name: str, directory: Path) -> list[tuple[str, str, bool]]:
         per_device_train_batch_size=2,
         max_steps=3,
     )
+
+
+def _train(name: str, directory: Path) -> list[tuple[str, str, bool, list[int]]]:
+    trainer = _make(directory)
     fails_at = {"sampling": 1, "grading": 0}[name]
 
     def is_time() -> bool:
@@ -61,4 +67,8 @@ def _train(name: str, directory: Path) -> list[tuple[str, str, bool]]:
         outcome = "it did not fail", "", False
     finally:
         student_answers.sample_problems = real
-    return gather_object([outcome])
+    resumed = _make(directory)
+    attach_health(resumed, lambda _: "same")
+    resumed.train(resume_from_checkpoint=True)
+    measured = [log["step"] for log in resumed.state.log_history if "eval_agreement" in log]
+    return gather_object([(*outcome, measured)])

@@ -231,6 +231,9 @@ class BestIsTheFirst:
     def why_not(self, state):
         return None
 
+    def is_due(self, step):
+        return True
+
 
 class WeightsBySteps(TrainerCallback):
     """Keeps the student's weights after each step."""

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from datasets import Dataset
 
 from tests.helpers import make_trainer, rows
 from trl_crisp.health.attach import attach_health
@@ -118,6 +119,14 @@ def test_arguments_that_are_read_do_not_warn(tmp_path):
     [
         (rows(8).rename_column("prompt", "question"), r"no column 'prompt'; it has question\. Rename the column"),
         (list(rows(8)), r"monitor_dataset is a list, and has to be a datasets\.Dataset"),
+        (
+            Dataset.from_list([*rows(8), {"prompt": None}]),
+            r"monitor_dataset: row 8: column 'prompt' holds nothing \(null\)",
+        ),
+        (
+            Dataset.from_list([{"prompt": [{"content": f"What is {i}?"}]} for i in range(8)]),
+            r"monitor_dataset: row 0: column 'prompt': message 0 has no 'role'",
+        ),
     ],
 )
 def test_a_monitor_dataset_without_prompts_is_refused(tmp_path, given, words):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -253,7 +254,23 @@ def test_a_measurement_that_fails_leaves_a_checkpoint(files, tmp_path):
     again = trainer_of(files, tmp_path, save_steps=100)
     again.add_callback(BenchmarkCallback(again, settings(files), every_steps=2))
     again.train(resume_from_checkpoint=True)
-    assert list(measurements(again.state.log_history)) == [0, 4]
+    # What failed is measured first
+    assert list(measurements(again.state.log_history)) == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("system", "Be kind."), ("prompt_template", "Now: {question}"), ("grader", "text"), ("seed", 7)],
+)
+def test_a_run_that_asks_otherwise_than_it_began_is_not_resumed(files, tmp_path, field, value):
+    """And that is known before the first step, not at the next measurement."""
+    trainer = trainer_of(files, tmp_path, save_steps=1)
+    trainer.add_callback(BenchmarkCallback(trainer, settings(files), every_steps=100))
+    trainer.train()
+    again = trainer_of(files, tmp_path, save_steps=1)
+    again.add_callback(BenchmarkCallback(again, replace(settings(files), **{field: value}), every_steps=100))
+    with pytest.raises(ValueError, match=rf"measured its base in another way[^|]*\n  {field}: "):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_the_best_is_the_shortest_of_those_that_keep_the_accuracy(files, tmp_path):
@@ -391,6 +408,25 @@ def test_it_comes_before_what_decides_by_it(files, tmp_path):
     attach_health(trainer)
     with pytest.raises(ValueError, match=r"after attach_health\(trainer\), so both would choose the best checkpoint"):
         BenchmarkCallback(trainer, settings(files))
+
+
+def test_one_that_is_added_after_what_decides_is_refused(files, tmp_path):
+    trainer = trainer_of(files, tmp_path)
+    benchmark = BenchmarkCallback(trainer, settings(files))
+    attach_health(trainer)
+    trainer.add_callback(benchmark)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"was added after attach_health\(trainer\), so both would choose the best"):
+        trainer.train()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_benchmarks_are_refused(files, tmp_path):
+    trainer = trainer_of(files, tmp_path)
+    for _ in range(2):
+        trainer.add_callback(BenchmarkCallback(trainer, settings(files)))
+    with pytest.raises(ValueError, match=r"2 BenchmarkCallbacks \(own, own\) would each choose"):
+        attach_health(trainer)
 
 
 @pytest.mark.parametrize("setting", ["ddp", "zero3"])

@@ -86,7 +86,8 @@ def test_the_gate_follows_the_last_measurement(gated):
 
 def test_a_cap_that_cuts_the_bases_answers_warns(tmp_path):
     # The tiny model ends no answer of 8 tokens
-    with pytest.warns(UserWarning, match=r"\d+% of the base's answers .* were cut at monitor_max_new_tokens=8 tokens"):
+    told = r"\d+% of the base's answers .* were cut at monitor_max_new_tokens=8 tokens.* so agreement and accuracy rise as answers get shorter"
+    with pytest.warns(UserWarning, match=told):
         train(tmp_path, max_steps=1)
 
 
@@ -137,8 +138,52 @@ def test_a_measurement_that_fails_leaves_a_checkpoint(tmp_path):
         train(tmp_path, answer_of=fails_after_the_base())
     assert "Its checkpoint was saved: once the cause is gone" in failed.value.__notes__[0]
     resumed, _ = train(tmp_path, resume=True)
-    assert list(measured(resumed)) == [0, 3, 5, 6]
     assert resumed.state.global_step == 6
+    # The gate has what it decides by: what failed is measured first, with the weights and the random numbers of then
+    whole, _ = train(tmp_path / "whole")
+    assert list(measured(resumed)) == [0, 1, 3, 5, 6]
+    for step, log in measured(whole).items():
+        assert {k: v for k, v in log.items() if "runtime" not in k} == {
+            k: v for k, v in measured(resumed)[step].items() if "runtime" not in k
+        }
+
+
+def test_an_error_is_forgotten_if_its_checkpoint_could_not_be_saved(tmp_path, monkeypatch):
+    fields = {**FIELDS, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, dataset=rows(24), **fields, learning_rate=1e-2)
+    monitor = attach_health(trainer, fails_after_the_base()).monitor
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.Trainer._save_checkpoint", lambda *args: exec("raise OSError('disk')"))
+        with pytest.raises(OSError, match="disk"):
+            trainer.train()
+    monitor.answer_of = first_characters
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert (tmp_path / "checkpoint-6").is_dir()
+
+
+def test_a_measurement_that_fails_again_at_the_resume_says_that_nothing_is_lost(tmp_path):
+    with pytest.raises(KeyError):
+        train(tmp_path, answer_of=fails_after_the_base())
+    before = sorted(tmp_path.glob("checkpoint-*"))
+
+    def fails(text: str) -> str | None:
+        raise KeyError("no such text")
+
+    with pytest.raises(KeyError, match="no such text") as failed:
+        train(tmp_path, resume=True, answer_of=fails)
+    assert failed.value.__notes__[0].startswith(
+        "Step 1 is due to be measured and was not, so a resumed run measures it first."
+    )
+    assert sorted(tmp_path.glob("checkpoint-*")) == before
+    resumed, _ = train(tmp_path, resume=True)
+    assert resumed.state.global_step == 6
+
+
+def test_vllms_top_k_that_is_off_is_off(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(24), **FIELDS)
+    trainer.args.top_k = -1
+    assert AgreementMonitor(trainer, first_characters).settings.top_k == 0
 
 
 def test_a_model_that_is_saved_alone_is_not_said_to_be_resumable(tmp_path):
@@ -282,7 +327,7 @@ def test_a_gate_that_is_not_attached_is_refused(tmp_path):
         ({"monitor_max_new_tokens": 0}, "monitor_max_new_tokens=0 must be at least 1"),
         ({"monitor_margin": 3.0}, "a number from 0 to below 1"),
         ({"monitor_steps": 0}, "at least 1"),
-        ({"monitor_prompts": 8.5}, r"monitor_prompts=8\.5 must be a whole number, such as 64"),
+        ({"monitor_prompts": 8.5}, r"monitor_prompts=8\.5 must be a whole number, such as 128"),
         ({"monitor_samples": 2.5}, r"monitor_samples=2\.5 must be a whole number"),
         ({"monitor_base_samples": 2.5}, r"monitor_base_samples=2\.5 must be a whole number"),
         ({"monitor_max_new_tokens": 2.5}, r"monitor_max_new_tokens=2\.5 must be a whole number"),
@@ -478,6 +523,31 @@ def test_a_final_answer_that_is_no_text_is_refused(tmp_path):
         TypeError, match=r"answer_of returned \(1, 2\), of type tuple\. Return the final answer as a str"
     ):
         train(tmp_path, answer_of=lambda text: (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ([None, "7"], None),
+        ([["7", None], ["7"]], "column 'answer' has no final answers: "),
+        (["Long thoughts. " * 20, "7"], "column 'answer' has solutions without a marked final answer"),
+    ],
+)
+def test_a_column_of_right_answers_that_is_not_used_is_told(tmp_path, capsys, answers, why):
+    asked = Dataset.from_list([{**row, "answer": answers[i % 2]} for i, row in enumerate(rows(8, "Now: "))])
+    fields = {name: value for name, value in FIELDS.items() if name != "monitor_prompts"}
+    trainer = make_trainer(tmp_path, dataset=rows(24), **fields, monitor_file="own.jsonl")
+    attach_health(trainer, first_characters, monitor_dataset=asked)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Accuracy is not measured")]
+    assert len(told) == (why is not None)
+    assert why is None or why in told[0]
+
+
+@pytest.mark.parametrize(("samples", "warns"), [(2, True), (3, True), (4, False), (16, False)])
+def test_few_answers_of_the_base_warn(tmp_path, recwarn, samples, warns):
+    make_trainer(tmp_path, dataset=rows(24), **{**FIELDS, "monitor_base_samples": samples})
+    told = [one for one in recwarn if "of the base its own level is wrong" in str(one.message)]
+    assert bool(told) == warns
 
 
 def test_with_a_function_of_the_users_any_of_several_right_answers_is_right(tmp_path, capsys):

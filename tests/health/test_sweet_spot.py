@@ -76,6 +76,8 @@ class Given:
     """Measurements that are given: (tokens, kind) by step; the base has 100 tokens."""
 
     margin, subject, every_steps, saves_held = MARGIN, "agreement", 1, True
+    # The monitor measures one step before each multiple of every_steps, a benchmark after it
+    before = 0
 
     def __init__(self, given):
         self.given = given
@@ -85,6 +87,9 @@ class Given:
 
     def why_not(self, state):
         return None
+
+    def is_due(self, step):
+        return (step + self.before) % self.every_steps == 0
 
 
 class Source(Given, TrainerCallback):
@@ -214,7 +219,10 @@ def health_of(spot, guard=None):
 @pytest.mark.parametrize("pattern", ["*", "model.safetensors"])
 @pytest.mark.parametrize("fallen", [True, False])
 def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, fallen, pattern):
-    given = GIVEN if fallen else {2: (70, "small"), 4: (80, "fine")}
+    # After the last measurement the model of the last step is what is left
+    given = (
+        {2: (70, "small"), 3: (60, "fallen"), 4: (50, "fallen")} if fallen else {2: (70, "small"), 4: (110, "fine")}
+    )
     trainer, spot = run(tmp_path, given, callbacks=[Removes(pattern)], max_steps=4)
     assert spot.loaded_step is None
     # What is said to be saved is what is saved
@@ -229,6 +237,121 @@ def test_a_best_checkpoint_that_somebody_removed_is_told(tmp_path, fallen, patte
             "The result is the model of step 4; the best measured is that of step 2: its checkpoint no longer exists."
             in describe_end(trainer, health_of(spot))
         )
+
+
+def test_the_next_best_is_the_result_if_somebody_removed_the_best(tmp_path):
+    trainer, spot = run(tmp_path, GIVEN, callbacks=[Removes("*")], max_steps=4)
+    assert spot.loaded_step == 1
+    assert same(weights(trainer), load_file(tmp_path / "checkpoint-1/model.safetensors"))
+    assert f"The result is the best checkpoint, that of step 1: {tmp_path}/checkpoint-1." in describe_end(
+        trainer, health_of(spot)
+    )
+
+
+def test_a_better_checkpoint_that_is_gone_is_told(tmp_path):
+    given = {1: (60, "fine"), 3: (70, "fine"), 5: (80, "fine")}
+    run(tmp_path, given, max_steps=2, save_strategy="steps", save_steps=1)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    fields = {"resume": str(tmp_path / "checkpoint-2"), "stop_at_sweet_spot": False, "max_steps": 5}
+    trainer, spot = run(tmp_path, given, **fields)
+    assert (
+        "The result is the model of step 5; the best measured is that of step 1: its checkpoint no longer exists; the best measured that exists is "
+        f"that of step 3: {tmp_path}/checkpoint-3."
+    ) in describe_end(trainer, health_of(spot))
+
+
+class LogsGiven(Given, TrainerCallback):
+    """As a monitor: its measurements are in the log."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.given:
+            tokens, kind = self.given[state.global_step]
+            state.log_history.append({"step": state.global_step, "tokens": tokens, "kind": kind})
+
+    def measurements(self, state):
+        return [measured(log["step"], log["kind"], log["tokens"]) for log in state.log_history if "kind" in log]
+
+
+def test_a_checkpoint_of_a_branch_that_the_run_has_left_is_not_the_result(tmp_path):
+    """The run goes back to step 1 and trains otherwise; what the first branch saved is still there."""
+    first = {1: (90, "fine"), 2: (50, "fine"), 3: (60, "fallen"), 4: (60, "fallen")}
+    second = {1: (90, "fine"), 2: (50, "small"), 3: (60, "fallen"), 4: (60, "fallen")}
+
+    def train(given, resume=None, margin=MARGIN, **fields):
+        trainer = make_trainer(
+            tmp_path, dataset=rows(24), stop_at_sweet_spot=True, **{"max_steps": 6, "learning_rate": 1e-2, **fields}
+        )
+        source = LogsGiven(given)
+        source.margin = margin
+        spot = SweetSpot(trainer, source)
+        for callback in (source, spot):
+            trainer.add_callback(callback)
+        trainer.is_watched = True
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, spot
+
+    _, spot = train(first, save_strategy="steps", save_steps=1)
+    assert spot.loaded_step == 2
+    # On the second branch step 2 is below its margin, so nothing is saved over the first's
+    fields = {"learning_rate": 1e-3, "allow_changed_resume": True}
+    _, spot = train(second, str(tmp_path / "checkpoint-1"), margin=0.01, max_steps=3, **fields)
+    assert spot.loaded_step == 1
+    trainer, spot = train(second, str(tmp_path / "checkpoint-3"), **fields)
+    assert spot.loaded_step == 1
+    assert same(weights(trainer), load_file(tmp_path / "checkpoint-1/model.safetensors"))
+    assert spot.last_held(trainer.args, trainer.state) == tmp_path / "checkpoint-1"
+
+
+class FailsOnce(Given):
+    """As a measurement that fails at step 3 and is made up for when the run resumes."""
+
+    def __init__(self, given, missing):
+        super().__init__(given)
+        self.missing = missing
+
+    def measurements(self, state):
+        return [one for one in super().measurements(state) if one.step != self.missing]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"stop_at_sweet_spot": True}, {"stop_at_sweet_spot": False, "target_reduction": 0.5}]
+)
+def test_a_stop_by_what_is_measured_at_a_resume_trains_no_further_step(tmp_path, fields):
+    given = {1: (80, "fine"), 2: (60, "fallen"), 3: (50, "fallen"), 4: (80, "fine"), 5: (80, "fine")}
+    trainer = make_trainer(tmp_path, dataset=rows(24), max_steps=6, learning_rate=1e-2, save_steps=1, **fields)
+    trainer.args.save_strategy = "steps"
+    failing = FailsOnce(given, 3)
+    spot = SweetSpot(trainer, failing)
+    trainer.add_callback(spot)
+    trainer.is_over = lambda state: spot.reason_to_stop(state) is not None
+    trainer.is_watched = True
+
+    class MakesUp(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            failing.missing = None
+
+    trainer.callback_handler.callbacks.insert(0, MakesUp())
+    interrupted = Interrupts()
+    interrupted.step = 3
+    whole = make_trainer(tmp_path / "whole", dataset=rows(24), max_steps=3, learning_rate=1e-2)
+    whole.train()
+    # The first part: step 3 is not measured
+    first, _ = run(
+        tmp_path,
+        {1: given[1], 2: given[2]},
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=1,
+        callbacks=[interrupted],
+        **fields,
+    )
+    assert first.state.global_step == 3
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert trainer.state.global_step == 3
+    if fields["stop_at_sweet_spot"]:
+        assert spot.loaded_step == 1
+    else:
+        assert same(weights(trainer), weights(whole))
 
 
 @pytest.mark.parametrize("strategy", ["no", "steps"])
@@ -295,11 +418,88 @@ def test_another_step_takes_the_place_of_a_best_checkpoint_that_is_gone(tmp_path
     assert (trainer.state.global_step, spot.loaded_step) == (5, 3)
 
 
+def test_the_last_step_is_kept_if_another_is_the_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(Given, "saves_held", False)
+    _, spot = run(tmp_path, {1: (60, "fine"), 3: (70, "fine")}, max_steps=3)
+    assert spot.loaded_step == 1
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").is_file()
+
+
+def test_a_resumed_run_chooses_the_best_by_its_own_margin(tmp_path, monkeypatch):
+    # Step 1 is 2 points below, which the margin of 3 allows
+    given = {1: (60, "small"), 2: (70, "fine"), 4: (50, "small")}
+    first, _ = run(tmp_path, given, max_steps=3, save_strategy="steps", save_steps=1)
+    assert first.state.best_global_step == 1
+    monkeypatch.setattr(Given, "margin", 0.01)
+    trainer, spot = run(tmp_path, given, resume=str(tmp_path / "checkpoint-3"), max_steps=5)
+    assert (trainer.state.best_global_step, trainer.state.best_metric, spot.loaded_step) == (2, 70, 2)
+
+
+def test_a_best_checkpoint_without_weights_is_not_named_again(tmp_path):
+    """transformers names it at each save if its directory exists."""
+    given = {1: (60, "fine"), 3: (70, "fine"), 4: (40, "fallen"), 5: (40, "fallen")}
+    run(tmp_path, given, max_steps=2, save_strategy="steps", save_steps=1)
+    (tmp_path / "checkpoint-1" / "model.safetensors").unlink()
+    fields = {"resume": str(tmp_path / "checkpoint-2"), "save_strategy": "steps", "save_steps": 1}
+    trainer, spot = run(tmp_path, given, **fields)
+    assert (trainer.state.global_step, spot.loaded_step) == (5, 3)
+
+
+class AtEnd(TrainerCallback):
+    """Keeps the weights at the end of a training, as a tracker that uploads the model reads them."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.may_push = args.push_to_hub
+        self.weights = {name: value.clone() for name, value in parameters_of(model).items()}
+
+
+def test_trackers_that_read_the_model_at_the_end_get_the_result(tmp_path, monkeypatch):
+    tracker = AtEnd()
+    trainer = make_trainer(
+        tmp_path, dataset=rows(24), max_steps=6, learning_rate=1e-2, stop_at_sweet_spot=True, callbacks=[tracker]
+    )
+    monkeypatch.setattr("trl_crisp.health.attach.BenchmarkCallback", Source)
+    trainer.add_callback(Source(GIVEN))
+    health = attach_health(trainer)
+    trainer.train()
+    assert health.sweet_spot.loaded_step == 2
+    assert same(tracker.weights, load_file(tmp_path / "checkpoint-2/model.safetensors"))
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_trackers_that_save_the_model_at_the_end_push_nothing(tmp_path, monkeypatch, lost):
+    """wandb saves it by a trainer of its own, with the config of the run."""
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: None)
+    tracker = AtEnd()
+    fields = {"push_to_hub": True, "hub_strategy": "end", "stop_at_sweet_spot": True, "max_steps": 3}
+    trainer = make_trainer(tmp_path, dataset=rows(24), callbacks=[tracker], **fields)
+    monkeypatch.setattr("trl_crisp.health.attach.BenchmarkCallback", Source)
+    trainer.add_callback(Source({3: (50, "fallen" if lost else "fine")}))
+    attach_health(trainer)
+    trainer.train()
+    assert not tracker.may_push
+    # Then the run's own push follows, if it has a result
+    assert trainer.args.push_to_hub == (not lost)
+
+
+def test_a_run_that_the_stop_calls_lost_names_the_last_that_held(tmp_path):
+    # Step 1 holds and is not shorter than the base
+    given = {1: (110, "fine"), 2: (50, "fallen"), 3: (40, "fallen")}
+    trainer, spot = run(tmp_path, given)
+    assert trainer.state.global_step == 3
+    lost = describe_lost(trainer, health_of(spot))
+    assert "no measured step is shorter than the base and holds." in lost
+    assert f"{tmp_path}/checkpoint-1 is the last checkpoint that held when it was measured: use it, or go on" in lost
+    assert f"--resume_from_checkpoint {tmp_path}/checkpoint-1 --teacher_sync_steps 100" in lost
+
+
 class Interrupts(TrainerCallback):
     """Ends the training with a checkpoint after step 5, as a signal does."""
 
+    step = 5
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
+        if state.global_step == self.step:
             control.should_training_stop = control.should_save = True
 
 
@@ -310,14 +510,33 @@ def test_a_run_that_has_fallen_at_its_last_step_is_lost(tmp_path, kind, is_lost)
     lost = describe_lost(trainer, health_of(spot))
     if is_lost:
         assert "step 3 was not saved as the result, and it was not pushed: no measured step is shorter" in lost
+        # Nothing that was trained is gone
+        assert (tmp_path / "checkpoint-3" / "model.safetensors").is_file()
     else:
         assert lost is None
 
 
-def test_a_run_that_is_too_short_for_the_stop_is_warned_of(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("before", "fields", "names"),
+    [
+        # A benchmark measures after step 2, and the last step ends the run anyway
+        (0, {"max_steps": 4}, "stop_at_sweet_spot"),
+        (0, {"max_steps": 5}, None),
+        # The monitor measures after steps 1 and 3
+        (1, {"max_steps": 3}, "stop_at_sweet_spot"),
+        (1, {"max_steps": 4}, None),
+        (0, {"max_steps": 2, "target_reduction": 0.5}, "stop_at_sweet_spot and target_reduction"),
+        (0, {"max_steps": 2, "target_reduction": 0.5, "stop_at_sweet_spot": False}, "target_reduction"),
+        (0, {"max_steps": 3, "target_reduction": 0.5, "stop_at_sweet_spot": False}, None),
+        (0, {"max_steps": 1, "stop_at_sweet_spot": False}, None),
+    ],
+)
+def test_a_run_that_is_too_short_for_a_stop_is_warned_of(tmp_path, monkeypatch, recwarn, before, fields, names):
     monkeypatch.setattr(Given, "every_steps", 2)
-    with pytest.warns(UserWarning, match="cannot end this run before its last step: it has 3 steps, .* every 2 steps"):
-        run(tmp_path, {}, max_steps=3)
+    monkeypatch.setattr(Given, "before", before)
+    run(tmp_path, {}, **fields)
+    told = [str(one.message) for one in recwarn if "cannot end this run before its last step" in str(one.message)]
+    assert [one.split(" cannot")[0] for one in told] == ([] if names is None else [names])
 
 
 def test_an_interrupted_run_is_not_lost(tmp_path):
@@ -390,6 +609,19 @@ def test_a_benchmark_saves_no_more_than_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(Given, "saves_held", False)
     run(tmp_path, HELD, stop_at_sweet_spot=False, max_steps=5, save_strategy="no")
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1"}
+
+
+def test_with_a_benchmark_and_the_monitor_each_step_that_holds_is_saved(tmp_path):
+    """The benchmark decides which hold, and the monitor has them saved."""
+    trainer = make_trainer(tmp_path, dataset=rows(24), max_steps=5, learning_rate=1e-2, save_strategy="no")
+    benchmark, monitor = Given({1: (60, "fine"), 2: (70, "fine"), 3: (40, "fallen")}), Given({4: (50, "fine")})
+    benchmark.saves_held = False
+    spot = SweetSpot(trainer, benchmark, monitor)
+    trainer.add_callback(spot)
+    trainer.is_watched = True
+    trainer.train()
+    assert spot.last_held(trainer.args, trainer.state) == tmp_path / "checkpoint-2"
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
 def test_a_checkpoint_of_another_run_is_not_the_last_that_held(tmp_path):

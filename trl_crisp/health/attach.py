@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl_crisp.config import CRISPConfig
 from trl_crisp.evaluation.progress import Tell
 from trl_crisp.health.alerts import TrackerAlerts
-from trl_crisp.health.ending import EndOfRun
+from trl_crisp.health.ending import BeforeTrackers, EndOfRun
 from trl_crisp.health.guard import GUARD_ENTRIES, GUARD_STEPS, CollapseGuard
 from trl_crisp.health.measuring import BenchmarkCallback
 from trl_crisp.health.monitor import AgreementMonitor
@@ -44,11 +44,17 @@ def attach_health(
     args = trainer.args
     if trainer.is_watched:
         raise ValueError("this trainer is watched already. Call attach_health once.")
-    benchmark = next((one for one in trainer.callback_handler.callbacks if isinstance(one, BenchmarkCallback)), None)
+    benchmarks = _benchmarks_of(trainer)
+    if len(benchmarks) > 1:
+        raise ValueError(
+            f"{len(benchmarks)} BenchmarkCallbacks ({', '.join(one.name for one in benchmarks)}) would each choose the best checkpoint. Add one, and "
+            "measure the checkpoints on the others with `trl-crisp eval`."
+        )
+    benchmark = benchmarks[0] if benchmarks else None
     asked = [name for name in ("stop_at_sweet_spot", "target_reduction") if getattr(args, name)]
     if asked and not args.is_monitored and benchmark is None:
         raise ValueError(
-            f"{' and '.join(asked)}: nothing is measured to decide by. Set monitor_prompts, such as 64, monitor_file or eval_benchmark."
+            f"{' and '.join(asked)}: nothing is measured to decide by. Set monitor_prompts, such as 128, monitor_file or eval_benchmark."
         )
     if args.stop_at_sweet_spot and args.save_only_model and trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -77,17 +83,34 @@ def attach_health(
     guard = CollapseGuard(signals) if args.collapse_guard else None
     # Before the trackers and the line of the terminal, which report what the signals add to the log
     alerts = TrackerAlerts(signals, trainer.callback_handler)
-    trainer.callback_handler.callbacks[:0] = [signals, *([guard] if guard is not None else []), alerts]
+    health = Health(signals, guard, monitor, benchmark, sweet_spot)
+    end = EndOfRun(trainer, health)
+    trainer.callback_handler.callbacks[:0] = [
+        signals,
+        *([guard] if guard is not None else []),
+        alerts,
+        BeforeTrackers(end),
+    ]
 
     def may_upload() -> bool:
         worried = guard is not None and guard.is_worried
         return not (worried or (sweet_spot is not None and sweet_spot.is_worried(trainer.state)))
 
-    trainer.may_upload = may_upload
+    def check_callbacks() -> None:
+        if any(one not in benchmarks for one in _benchmarks_of(trainer)):
+            raise ValueError(
+                "a BenchmarkCallback was added after attach_health(trainer), so both would choose the best checkpoint. Add it before that call, "
+                "which then decides by the benchmark."
+            )
+
+    trainer.may_upload, trainer.check_callbacks = may_upload, check_callbacks
     trainer.is_watched = True
-    health = Health(signals, guard, monitor, benchmark, sweet_spot)
-    trainer.add_callback(EndOfRun(trainer, health))
+    trainer.add_callback(end)
     return health
+
+
+def _benchmarks_of(trainer: Any) -> list[BenchmarkCallback]:
+    return [one for one in trainer.callback_handler.callbacks if isinstance(one, BenchmarkCallback)]
 
 
 def _warn_of_no_effect(args: Any, answer_of: Any, monitor_dataset: Dataset | None) -> None:

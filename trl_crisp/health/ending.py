@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 
 from trl_crisp.config import CRISPConfig
+from trl_crisp.health.sweet_spot import SweetSpot
 from trl_crisp.health.watchers import Health
 from trl_crisp.run.checkpoints import find_fault
 from trl_crisp.run.interruption import resume_command
@@ -30,16 +31,46 @@ class EndOfRun(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._allow_pushes(args)
+
+    def forbid_pushes(self, args: TrainingArguments) -> None:
+        """Let nothing be pushed until it is known whether the run has a result, or until the next training."""
+        if self._push_before is None:
+            self._push_before, args.push_to_hub = args.push_to_hub, False
+
+    def _allow_pushes(self, args: TrainingArguments) -> None:
         if self._push_before is not None:
             args.push_to_hub, self._push_before = self._push_before, None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._allow_pushes(args)
         self.trainer.accelerator.print(describe_end(self.trainer, self.health))
         if (why := describe_lost(self.trainer, self.health)) is not None:
             self.trainer.accelerator.print(why)
-            self._push_before, args.push_to_hub = args.push_to_hub, False
+            self.forbid_pushes(args)
+
+
+class BeforeTrackers(TrainerCallback):
+    """
+    Makes the model the run's result before the trackers end, because they may upload it (`WANDB_LOG_MODEL`), and lets them push nothing.
+
+    wandb's callback saves the model by a trainer of its own, which would push all of `output_dir`, of a lost run too.
+
+    Args:
+        end: The run's end, whose callback comes after the trackers.
+    """
+
+    def __init__(self, end: EndOfRun) -> None:
+        self.end = end
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.end.forbid_pushes(args)
+        if self.end.health.sweet_spot is not None:
+            self.end.health.sweet_spot.on_train_end(args, state, control, **kwargs)
 
 
 def describe_end(trainer: Any, health: Health) -> str:
@@ -122,12 +153,16 @@ def _advice(trainer: Any, health: Health) -> str:
     if sweet_spot.has_dropped(state):
         change = source.measurements(state)[-1].change
         dropped = f" There {source.subject} is {100 * change:+.1f} points from the base's, which is more than noise: do not use it unmeasured."
-    if state.best_global_step is None:
+    last, best = f"The result is the model of step {state.global_step}", sweet_spot.best_measured(state)
+    if best is None:
         return f"No measured step is shorter than the base and holds, so there is none to recommend; step {state.global_step} was the last.{dropped}"
-    if state.best_global_step == state.global_step:
-        return f"The result is the model of step {state.global_step}, which is the best measured."
-    best = state.best_model_checkpoint or "its checkpoint no longer exists"
-    return f"The result is the model of step {state.global_step}; the best measured is that of step {state.best_global_step}: {best}.{dropped}"
+    if best.step != state.best_global_step:
+        last += f"; the best measured is that of step {best.step}: its checkpoint no longer exists"
+    if state.best_global_step not in (None, state.global_step):
+        last += f"; the best measured{' that exists' if best.step != state.best_global_step else ''} is that of step {state.best_global_step}: {state.best_model_checkpoint}"
+    elif best.step == state.global_step:
+        last += ", which is the best measured"
+    return f"{last}.{dropped}"
 
 
 def describe_lost(trainer: Any, health: Health) -> str | None:
@@ -143,31 +178,35 @@ def describe_lost(trainer: Any, health: Health) -> str | None:
     uploads = args.push_to_hub and args.hub_strategy != HubStrategy.END
     before = " Earlier checkpoints that were pushed stay on the Hub." if uploads else ""
     if guard is not None and guard.stopped_at_step is not None:
-        advice = (
+        advice = (_way_back(args, sweet_spot, state) if sweet_spot is not None else None) or (
             "An earlier checkpoint may still be good: measure it with `trl-crisp eval`. A larger teacher_sync_steps, a lower learning_rate or "
             "fewer steps may keep the model."
         )
-        held = sweet_spot.last_held(args, state) if sweet_spot is not None else None
-        if held is not None:
-            changes = gentler(args) if find_fault(held) is None else None
-            advice = f"{held} is the last checkpoint that held when it was measured: use it"
-            advice += (
-                "."
-                if changes is None
-                else f", or go on from it more gently:\n  {resume_command(str(held), **changes)}"
-            )
         return f"{guard.describe()}\n{no_result}.{before} {advice}\n`--collapse_guard false` trains on."
     if sweet_spot is not None and sweet_spot.is_lost(state):
+        gone = sweet_spot.best_measured(state)
         why = (
             "no measured step is shorter than the base and holds"
-            if state.best_global_step is None
-            else f"the best checkpoint, that of step {state.best_global_step}, no longer exists"
+            if gone is None
+            else f"the best checkpoint, that of step {gone.step}, no longer exists"
         )
-        return (
-            f"{no_result}: {why}.{before} A smaller monitor_steps finds earlier ones; a larger teacher_sync_steps or a lower learning_rate "
-            "may keep the model."
+        advice = _way_back(args, sweet_spot, state) or (
+            "A smaller monitor_steps finds earlier ones; a larger teacher_sync_steps or a lower learning_rate may keep the model."
         )
+        return f"{no_result}: {why}.{before} {advice}"
     return None
+
+
+def _way_back(args: CRISPConfig, sweet_spot: SweetSpot, state: TrainerState) -> str | None:
+    """Return which checkpoint held last and how to go on from it; `None` if none did."""
+    held = sweet_spot.last_held(args, state)
+    if held is None:
+        return None
+    told = f"{held} is the last checkpoint that held when it was measured: use it"
+    changes = gentler(args) if find_fault(held) is None else None
+    if changes is None:
+        return f"{told}."
+    return f"{told}, or go on from it more gently:\n  {resume_command(str(held), **changes)}"
 
 
 def gentler(args: CRISPConfig) -> dict[str, Any] | None:

@@ -79,6 +79,12 @@ class SavesFirst(TrainerCallback):
     trainer: Any
     _failed: Exception | None = None
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an error of an earlier training, whose checkpoint could not be saved."""
+        self._failed = None
+
     @contextmanager
     def saves_first(self, control: TrainerControl) -> Iterator[None]:
         """Keep an error of the block for [`on_save`], if all processes have it, and have a checkpoint saved."""
@@ -89,6 +95,18 @@ class SavesFirst(TrainerCallback):
             if self.trainer.accelerator.num_processes > 1 and not isinstance(error, MeasurementError):
                 raise
             self._failed, control.should_save = error, True
+
+    @contextmanager
+    def measures_late(self, state: TrainerState) -> Iterator[None]:
+        """Note at an error of the block that the run resumed to measure what failed before, and that nothing is lost."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(
+                f"Step {state.global_step} is due to be measured and was not, so a resumed run measures it first. The checkpoint is as it was: "
+                "resume again once the cause is gone."
+            )
+            raise
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raise the error that was kept."""
@@ -107,7 +125,7 @@ def _describe_way_on(args: TrainingArguments, step: int) -> str:
     output_dir = Path(args.output_dir or ".")
     checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if (fault := find_fault(checkpoint)) is None:
-        return "Its checkpoint was saved: once the cause is gone, go on with resume_from_checkpoint true; this one measurement is then missing."
+        return f"Its checkpoint was saved: once the cause is gone, go on with resume_from_checkpoint true; that first measures step {step}."
     last = last_own_checkpoint(output_dir)
     way_on = (
         f"Once the cause is gone, resume_from_checkpoint true goes on from {last}."

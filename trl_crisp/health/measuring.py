@@ -27,7 +27,7 @@ from trl_crisp.health.failures import SavesFirst, measure_on_first
 from trl_crisp.health.judge import choose_judge, has_labels
 from trl_crisp.health.run_engine import can_answer, check_lengths, engine_name
 from trl_crisp.health.student_answers import log_values, sample_student, tokenizer_of
-from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, find_best, offer_best
+from trl_crisp.health.sweet_spot import Measurement, check_sole_owner, find_best, offer_best, qualified
 from trl_crisp.run.resume_checks import ChecksResume
 
 _CAP = "eval_benchmark_max_new_tokens"
@@ -170,11 +170,17 @@ class BenchmarkCallback(SavesFirst, ChecksResume):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        find_best(self.trainer, args, state)
+        super().on_train_begin(args, state, control, **kwargs)
         if self.trainer.is_world_process_zero():
             self._put_base_in_place(args)
         if state.global_step == 0 and state.max_steps > 0:
             self._measure(args, state)
+        elif state.global_step > 0 and self._is_missing(state):
+            with self.measures_late(state):
+                self._measure(args, state)
+        # Otherwise what decides may be the monitor, and it finds the best by that
+        if not getattr(self.trainer, "is_watched", False):
+            find_best(self.trainer, args, state, self)
         if self.measured(state) and (why := self.why_not(state)) is not None:
             monitored, stops = self.trainer.args.is_monitored, self.trainer.args.stop_at_sweet_spot
             effect = " No step is the best." if not monitored else ""
@@ -199,8 +205,8 @@ class BenchmarkCallback(SavesFirst, ChecksResume):
                 f"{kept} (it was written where the run began), or start again in another output_dir."
             )
         settings = {**asdict(self.settings), "benchmark_revision": self.benchmark.revision}
+        settings |= {**describe_grading(self.settings, self.benchmark), "limit": len(self.benchmark.problems)}
         before = {**base["protocol"], "samples": base["samples"], "limit": base["protocol"]["problems"]}
-        settings["limit"] = len(self.benchmark.problems)
         names = (
             "benchmark_revision",
             "engine",
@@ -211,6 +217,11 @@ class BenchmarkCallback(SavesFirst, ChecksResume):
             "top_p",
             "top_k",
             "seed",
+            "chat_template_kwargs",
+            "prompt_template",
+            "system",
+            "kind",
+            "grader",
         )
         if differing := [name for name in names if before[name] != settings[name]]:
             listed = "".join(f"\n  {name}: {before[name]!r} before, {settings[name]!r} now" for name in differing)
@@ -238,10 +249,19 @@ class BenchmarkCallback(SavesFirst, ChecksResume):
                 shutil.rmtree(place)
             own.rename(place)
 
+    def is_due(self, step: int) -> bool:
+        """Return whether it measures after this step."""
+        return step % self.every_steps == 0
+
+    def _is_missing(self, state: TrainerState) -> bool:
+        """Whether the run resumes from a step that is due and was not measured."""
+        is_due = self.is_due(state.global_step) or state.global_step == state.max_steps
+        return is_due and all(point["step"] != state.global_step for point in self.measured(state))
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.every_steps and state.global_step != state.max_steps:
+        if not (self.is_due(state.global_step) or state.global_step == state.max_steps):
             return
         with self.saves_first(control):
             self._measure(args, state)
@@ -302,10 +322,13 @@ class BenchmarkCallback(SavesFirst, ChecksResume):
         was = f"the base had {base['accuracy']:.1%} with {base['mean_tokens']:,.0f} tokens"
         if (why := self.why_not(state)) is not None:
             return f"No measured step can be the best checkpoint by {self.subject}: {why}.{warning}"
-        if state.best_global_step is None:
+        if state.best_global_step is not None:
+            step, which = state.best_global_step, state.best_model_checkpoint
+        elif found := qualified(self.measurements(state), self.margin):
+            step, which = found[0].step, f"that of step {found[0].step}, which no longer exists"
+        else:
             return f"No measured step qualifies as the best checkpoint ({rule}; {was}).{warning}"
-        best = measured[state.best_global_step]
-        which = state.best_model_checkpoint or f"that of step {state.best_global_step}, which no longer exists"
+        best = measured[step]
         return (
             f"The best checkpoint is {which} ({rule}): {best['accuracy']:.1%} with "
             f"{best['mean_tokens']:,.0f} tokens; {was}.{warning}"

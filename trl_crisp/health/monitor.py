@@ -44,7 +44,7 @@ from trl_crisp.run.resume_checks import ChecksResume
 MIN_SHARE_WITH_REFERENCE = 0.5
 _PREFIX = "eval_agreement"
 _CAP = "monitor_max_new_tokens (max_completion_length if unset)"
-# Ours: in the lab, 9% of cut answers make the change of agreement look 7 points better than it is, and 54% 19 points
+# Ours: in the lab, 9% of cut answers make the change of agreement look 7 points better than it is, and 54% 20 points
 MAX_CUT_SHARE = 0.05
 _SUBJECTS: dict[Judge | None, str] = {
     "accuracy": "accuracy on the monitor prompts",
@@ -87,11 +87,11 @@ class AgreementMonitor(SavesFirst, ChecksResume):
     Attributes:
         references: By the number of the monitor prompt.
         is_on: Whether agreement is measured.
-        margin, subject, every_steps, saves_held: See [`~trl_crisp.health.sweet_spot.Source`].
+        margin, subject, every_steps, saves_held, is_due: See [`~trl_crisp.health.sweet_spot.Source`].
 
     Raises:
-        ValueError: If the rows are a stream or too few, a monitor prompt is trained on, the model is sharded by FSDP, or the rollouts call
-            tools.
+        ValueError: If the rows are a stream or too few, a monitor prompt is trained on, FSDP shards the model and vLLM does not answer, or
+            the rollouts call tools.
         FileNotFoundError: If there is no `monitor_file`.
         ImportError: If math-verify is needed and not installed.
     """
@@ -114,7 +114,7 @@ class AgreementMonitor(SavesFirst, ChecksResume):
         self.saves_held = True
         taken = take_prompts(args, trainer.train_dataset, monitor_dataset)
         prompts = taken.prompts
-        self._golds = self._usable(taken.golds)
+        self._golds = self._usable(taken.golds, taken.why_no_golds)
         self.subject = _SUBJECTS[None]
         self._tokenizer = tokenizer_of(trainer)
         self.settings = EvaluationSettings(
@@ -124,7 +124,8 @@ class AgreementMonitor(SavesFirst, ChecksResume):
             samples=args.monitor_samples,
             temperature=args.temperature,
             top_p=args.top_p,
-            top_k=args.top_k or 0,
+            # vLLM's -1 is off too
+            top_k=max(args.top_k or 0, 0),
             max_new_tokens=args.monitor_max_new_tokens,
             seed=args.seed,
             batch_size=answers_at_once(args),
@@ -145,10 +146,14 @@ class AgreementMonitor(SavesFirst, ChecksResume):
         if args.teacher_refresh_gate == "agreement":
             trainer.teacher.refresh_gate = self.allows_refresh
 
-    def _usable(self, found: list[str | list[str] | None]) -> dict[int, str | list[str]]:
+    def _usable(self, found: list[str | list[str] | None], why_no_golds: str | None) -> dict[int, str | list[str]]:
         """Return the right answers by the number of the prompt; none if they are too few or cannot be graded, and print why."""
         golds = {number: gold for number, gold in enumerate(found) if gold is not None}
         if not golds:
+            if why_no_golds is not None:
+                self.trainer.accelerator.print(
+                    f"Accuracy is not measured beside agreement: {why_no_golds}. Mend the column, or rename it if it has no right answers."
+                )
             return {}
         if not has_labels(len(found), len(golds)):
             self.trainer.accelerator.print(
@@ -204,6 +209,7 @@ class AgreementMonitor(SavesFirst, ChecksResume):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step == 0:
             if state.max_steps > 0:
                 if self._distance is not None:
@@ -215,6 +221,15 @@ class AgreementMonitor(SavesFirst, ChecksResume):
             self._tell_base(state)
             if self._distance is not None:
                 self._distance.resume_run(self._files)
+            if self._measures and self._is_missing(state):
+                with self.measures_late(state):
+                    self._measure(state)
+
+    def _is_missing(self, state: TrainerState) -> bool:
+        """Whether the run resumes from a step that is due and was not measured. The gate must not decide by an older one."""
+        step = state.global_step
+        measured = [log["step"] for log in state.log_history if f"{_PREFIX}_mean_tokens" in log]
+        return (self.is_due(step) or step == state.max_steps) and step not in measured
 
     def _ask_base(self) -> None:
         start_s = time.monotonic()
@@ -258,8 +273,8 @@ class AgreementMonitor(SavesFirst, ChecksResume):
         if share > MAX_CUT_SHARE:
             warnings.warn(
                 f"{share:.0%} of the base's answers to the monitor prompts were cut at monitor_max_new_tokens={cap} tokens. Prompts whose answers "
-                "are cut have no reference, and shorter answers are cut less, so agreement looks better than accuracy is. Raise "
-                "monitor_max_new_tokens, or do not trust a gate or a stop by agreement.",
+                "are cut have no reference or a wrong answer, and shorter answers are cut less, so agreement and accuracy rise as answers get "
+                "shorter. Raise monitor_max_new_tokens, or do not trust a gate or a stop.",
                 stacklevel=2,
             )
 
@@ -338,11 +353,14 @@ class AgreementMonitor(SavesFirst, ChecksResume):
     def _asked(self) -> list[int]:
         return sorted(self.references.keys() | self._golds.keys()) if self.is_on else list(range(len(self._problems)))
 
+    def is_due(self, step: int) -> bool:
+        """Return whether it measures after this step: just before a refresh that is due every `monitor_steps` steps."""
+        return (step + 1) % self.every_steps == 0
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        steps = self.trainer.args.monitor_steps
-        if self._measures and ((state.global_step + 1) % steps == 0 or state.global_step == state.max_steps):
+        if self._measures and (self.is_due(state.global_step) or state.global_step == state.max_steps):
             with self.saves_first(control):
                 self._measure(state)
 

@@ -1,5 +1,6 @@
 """The sweet spot: which measured step is the best checkpoint, when a run stops there, and what its result is."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
-from trl_crisp.run.checkpoints import has_weights
+from trl_crisp.run.checkpoints import has_weights, state_of
 from trl_crisp.run.identity import run_id_of
 
 # Ours: of healthy runs of 15 measurements (128 prompts x 5 answers, simulated), one would end 7%, two end 1%, and three miss more
@@ -49,13 +50,17 @@ class Source(Protocol):
         margin: How far the change may be below the base's own, as a share: 0.03 is three points.
         subject: What is measured, in words.
         every_steps: Optimizer steps between two measurements.
-        saves_held: Whether each measured step that holds is saved, to go back to if the run is lost.
+        saves_held: Whether it has each measured step that holds saved, to go back to if the run is lost.
     """
 
     margin: float
     subject: str
     every_steps: int
     saves_held: bool
+
+    def is_due(self, step: int) -> bool:
+        """Return whether it measures after this optimizer step. After the last step of a run it always measures."""
+        ...
 
     def measurements(self, state: TrainerState) -> list[Measurement]:
         """Return what was measured so far, without the base's own, from the log alone."""
@@ -107,45 +112,64 @@ def offer_best(
     """
     Make the current step the best checkpoint, and have it saved, if it is shorter than the base and the best so far, and holds.
 
-    Only this function sets `best_model_checkpoint`, which `save_total_limit` keeps.
+    Only this function and [`find_best`] set `best_model_checkpoint`, which `save_total_limit` keeps.
     """
-    # A best step whose checkpoint is gone cannot be the result, so any other may take its place
-    is_gone = state.best_model_checkpoint is None
-    shortest = math.inf if is_gone or state.best_metric is None else state.best_metric
-    if holds(measured, margin) and measured.reduction > 0 and measured.mean_tokens < shortest:
+    shortest = math.inf if state.best_metric is None else state.best_metric
+    if qualified([measured], margin) and measured.mean_tokens < shortest:
         state.best_metric, state.best_global_step = measured.mean_tokens, measured.step
         state.best_model_checkpoint = str(_checkpoint(args, measured.step))
         control.should_save = True
 
 
-def find_best(trainer: Any, args: TrainingArguments, state: TrainerState) -> None:
+def qualified(measured: Sequence[Measurement], margin: float) -> list[Measurement]:
+    """Return the measurements that may be the result, the best first: those that hold and are shorter than the base."""
+    found = [one for one in measured if holds(one, margin) and one.reduction > 0]
+    return sorted(found, key=lambda one: one.mean_tokens)
+
+
+def find_best(trainer: Any, args: TrainingArguments, state: TrainerState, source: Source) -> None:
     """
-    Set `best_model_checkpoint` to where the best step's checkpoint is now, or to `None` if it no longer exists. All processes call it.
+    Set the best checkpoint to the best of what was measured so far whose checkpoint exists now. All processes call it.
 
-    A state records the path as it was then. Since then `output_dir` may have moved, or may be written in another way.
+    A state records the path, and the choice by the margin, as they were then. Since then `output_dir` may have moved, and the margin may be
+    another.
     """
-    if state.best_global_step is None:
-        return
-    recorded = state.best_model_checkpoint
-    found = own_checkpoint(trainer, args, state.best_global_step)
-    if found is None and recorded is not None and _is_own(trainer, Path(recorded)):
-        found = Path(recorded)
-    is_there = [found is not None]
-    if trainer.accelerator.num_processes > 1:
-        # Each process loads it from its own disk, and all of them must decide alike
-        is_there = gather_object(is_there)
-    state.best_model_checkpoint = str(found) if all(is_there) else None
+    recorded = state.best_global_step, state.best_model_checkpoint
+    state.best_global_step = state.best_metric = state.best_model_checkpoint = None
+    measured = qualified(source.measurements(state), source.margin)
+    paths = [own_checkpoint(trainer, source, one, _checkpoint(args, one.step)) for one in measured]
+    for number, one in enumerate(measured):
+        if paths[number] is None and one.step == recorded[0] and recorded[1]:
+            paths[number] = own_checkpoint(trainer, source, one, Path(recorded[1]))
+    on_all = _on_all_processes(trainer, [path is not None for path in paths])
+    for one, path, is_there in zip(measured, paths, on_all, strict=True):
+        if is_there:
+            state.best_global_step, state.best_metric = one.step, one.mean_tokens
+            state.best_model_checkpoint = str(path)
+            return
 
 
-def own_checkpoint(trainer: Any, args: TrainingArguments, step: int) -> Path | None:
-    """Return the checkpoint of a step in `output_dir`, or `None` if there is none with weights, or it is of another run."""
-    path = _checkpoint(args, step)
-    return path if _is_own(trainer, path) else None
+def _on_all_processes(trainer: Any, flags: list[bool]) -> list[bool]:
+    """Return which flags are set on all processes, because each one loads a checkpoint from its own disk, and all must decide alike."""
+    if trainer.accelerator.num_processes == 1:
+        return flags
+    return [all(column) for column in zip(*gather_object([flags]), strict=True)]
 
 
-def _is_own(trainer: Any, path: Path) -> bool:
+def own_checkpoint(trainer: Any, source: Source, measured: Measurement, path: Path) -> Path | None:
+    """
+    Return the path if the checkpoint of a measured step is there.
+
+    `None` if it is not, has no weights, is of another run, or was measured otherwise: then the run has gone back behind that step since, and
+    trained anew.
+    """
     # One that TRL saved, or whose saving was cut off, may not say whose it is
-    return has_weights(path) and run_id_of(path) in (None, trainer.run_id)
+    if not has_weights(path) or run_id_of(path) not in (None, trainer.run_id):
+        return None
+    saved = state_of(path)
+    then = [one for one in source.measurements(saved) if one.step == measured.step] if saved is not None else []
+    # Two NaNs differ, and their texts do not. A measurement that failed is not in the checkpoint
+    return path if not then or repr(then) == repr([measured]) else None
 
 
 class SweetSpot(TrainerCallback):
@@ -180,16 +204,28 @@ class SweetSpot(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.loaded_step = None
-        find_best(self.trainer, args, state)
+        find_best(self.trainer, args, state, self.source(state))
         self.trainer.kept_checkpoint = self.last_held(args, state)
-        source, stops = self.source(state), self.trainer.args.stop_at_sweet_spot
-        needed_steps = MEASUREMENTS_IN_A_ROW * source.every_steps
-        if stops and 0 < state.max_steps < needed_steps and state.is_world_process_zero:
+        # What failed when the run was interrupted has been measured by now
+        if state.global_step > 0 and self.reason_to_stop(state) is not None:
+            control.should_training_stop = True
+        if state.is_world_process_zero and state.max_steps > 0:
+            self._warn_of_a_short_run(state)
+
+    def _warn_of_a_short_run(self, state: TrainerState) -> None:
+        source, args = self.source(state), self.trainer.args
+        needed = {
+            "stop_at_sweet_spot": MEASUREMENTS_IN_A_ROW if args.stop_at_sweet_spot else 0,
+            "target_reduction": 0 if args.target_reduction is None else 1,
+        }
+        due = (step for step in range(1, state.max_steps) if source.is_due(step))
+        before_last = len(list(itertools.islice(due, max(needed.values()))))
+        if late := {name: count for name, count in needed.items() if before_last < count}:
+            counts = " and ".join(f"{name} needs {count} before it" for name, count in late.items())
             warnings.warn(
-                f"stop_at_sweet_spot cannot end this run before its last step: it has {state.max_steps} steps, and the rule needs "
-                f"{MEASUREMENTS_IN_A_ROW} measurements, one every {source.every_steps} steps. Measure more often (monitor_steps, "
-                "eval_benchmark_steps).",
-                stacklevel=2,
+                f"{' and '.join(late)} cannot end this run before its last step, {state.max_steps}: {counts}, and with one measurement every "
+                f"{source.every_steps} steps there is {before_last or 'none'}. Measure more often (monitor_steps, eval_benchmark_steps).",
+                stacklevel=3,
             )
 
     def on_step_end(
@@ -200,10 +236,13 @@ class SweetSpot(TrainerCallback):
         if not measured or measured[-1].step != state.global_step:
             return
         offer_best(args, state, control, measured[-1], source.margin)
-        if source.saves_held and holds(measured[-1], source.margin):
+        if any(one.saves_held for one in self.sources) and holds(measured[-1], source.margin):
             # What to go back to if the run is lost later
             control.should_save = True
             self.trainer.kept_checkpoint = _checkpoint(args, state.global_step)
+        if self.trainer.args.stop_at_sweet_spot and state.global_step >= state.max_steps:
+            # The model may get the best checkpoint's weights, or not be saved as the result
+            control.should_save = True
         if (reason := self.reason_to_stop(state)) is not None:
             control.should_training_stop = control.should_save = True
             self.trainer.accelerator.print(f"Training ends after step {state.global_step}: {reason}")
@@ -228,12 +267,14 @@ class SweetSpot(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not (self.has_ended(state) and self.trainer.args.stop_at_sweet_spot) or state.best_global_step is None:
+        stops = self.trainer.args.stop_at_sweet_spot
+        if self.loaded_step is not None or not (stops and self.has_ended(state)) or state.best_global_step is None:
             return
         if state.best_global_step != state.global_step:
-            find_best(self.trainer, args, state)
-            if state.best_model_checkpoint is None:
+            find_best(self.trainer, args, state, self.source(state))
+            if state.best_global_step is None:
                 return
+        if state.best_global_step != state.global_step:
             self.trainer._load_best_model()
         self.loaded_step = state.best_global_step
 
@@ -252,15 +293,22 @@ class SweetSpot(TrainerCallback):
         return bool(measured) and is_sure_drop(measured[-1], source.margin)
 
     def is_lost(self, state: TrainerState) -> bool:
-        """Whether the run has ended, its last measurement is a sure drop ([`is_sure_drop`]), and no measured step qualifies as its result."""
+        """Whether the run has ended, its last measurement is a sure drop ([`is_sure_drop`]), and no checkpoint can be its result."""
         # An interrupted run goes on when it is resumed
         return self.has_ended(state) and self.loaded_step is None and self.is_worried(state)
+
+    def best_measured(self, state: TrainerState) -> Measurement | None:
+        """Return the best of what was measured, whether or not its checkpoint exists."""
+        source = self.source(state)
+        return next(iter(qualified(source.measurements(state), source.margin)), None)
 
     def last_held(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """Return the run's latest checkpoint on disk whose measurement holds."""
         source = self.source(state)
         held = [one for one in source.measurements(state) if holds(one, source.margin)]
-        checkpoints = (own_checkpoint(self.trainer, args, one.step) for one in reversed(held))
+        checkpoints = (
+            own_checkpoint(self.trainer, source, one, _checkpoint(args, one.step)) for one in reversed(held)
+        )
         return next((path for path in checkpoints if path is not None), None)
 
 

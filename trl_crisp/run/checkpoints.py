@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_crisp.run.files import write_json
@@ -58,6 +59,14 @@ def find_fault(checkpoint: str | Path) -> str | None:
 def has_weights(checkpoint: str | Path) -> bool:
     """Whether a checkpoint has the student's weights, or an adapter's: whole, in parts, or as DeepSpeed and FSDP write them."""
     return any(next(Path(checkpoint).glob(pattern), None) is not None for pattern in _WEIGHTS)
+
+
+def state_of(checkpoint: str | Path) -> TrainerState | None:
+    """Return the trainer's state in a checkpoint, `None` if there is none that can be read."""
+    try:
+        return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def is_model_alone(checkpoint: str | Path) -> bool:

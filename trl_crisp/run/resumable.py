@@ -57,12 +57,14 @@ class ResumableTrainer(DistillationTrainer):
         is_over: Receives the state of a checkpoint, and says whether the run had ended there before its last step. Then nothing more is
             trained from it. `None` if only the last step ends a run.
         kept_checkpoint: A checkpoint that `save_total_limit` keeps besides the latest and the best.
+        check_callbacks: Called before a training touches anything; raises `ValueError` if the callbacks do not fit each other. `None` if all do.
         may_upload: Says whether the checkpoint that was just saved may go to the Hub, if the config uploads checkpoints. `None` if each may.
     """
 
     run_description: dict[str, Any]
     is_over: Callable[[TrainerState], bool] | None = None
     kept_checkpoint: Path | None = None
+    check_callbacks: Callable[[], None] | None = None
     may_upload: Callable[[], bool] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -111,6 +113,8 @@ class ResumableTrainer(DistillationTrainer):
                 adapter or model.
             FileNotFoundError: If the path does not exist.
         """
+        if self.check_callbacks is not None:
+            self.check_callbacks()
         output_dir = self.args.output_dir or "."
         allowed = self.args.allow_changed_resume  # type: ignore[attr-defined]
         # The main process decides for all, because the directory may look different to the others
@@ -206,6 +210,11 @@ class ResumableTrainer(DistillationTrainer):
         # From the checkpoint of a run's end transformers would train one more step
         is_over = step == max_steps or (self.is_over is not None and self.is_over(self.state))
         return (num_train_epochs, 0) if is_over else (epochs, batches)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A callback may have ended the run before its first step
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def _take_over(self, output_dir: str, run_id: str | None) -> str:
         # Before the directory is written to, which may be another run's
