@@ -29,9 +29,11 @@ PAPER_TEACHER_SYNC_STEPS = 50
 PAPER_LEARNING_RATE = 1e-6
 # Ours: with fewer prompts the mean agreement says nothing
 MIN_MONITOR_PROMPTS = 8
+# Of fewer answers the base's own level is biased by more than a point (benchmarks/README, Accuracy without labels, Power)
+FEW_BASE_SAMPLES = 4
 # Fields of the monitor that count something, and what to give
 _MONITOR_COUNTS = {
-    "monitor_prompts": 64,
+    "monitor_prompts": 128,
     "monitor_samples": 5,
     "monitor_base_samples": 16,
     "monitor_max_new_tokens": 1024,
@@ -101,8 +103,8 @@ class CRISPConfig(DistillationConfig):
         monitor_prompts (`int`, *optional*):
             Number of training prompts that the base answers before the first step and that are left out of training. The majority
             of its answers to a prompt is the reference, and how often the student still gives it is measured during training
-            ([`~trl_crisp.health.monitor.AgreementMonitor`]). Nothing is measured if unset. Give 64 or more. The training script measures
-            by itself; in Python, call [`~trl_crisp.health.attach.attach_health`].
+            ([`~trl_crisp.health.monitor.AgreementMonitor`]). Nothing is measured if unset. We recommend 128: 64 prompts give 4% false
+            alarms instead of 1% with 16 answers of the base (benchmarks/README). The training script measures by itself; in Python, call [`~trl_crisp.health.attach.attach_health`].
         monitor_file (`str`, *optional*):
             A .jsonl, .json, .parquet or .csv file with prompts of its own to measure on, in the form of the training rows, instead of
             training prompts. With `monitor_prompts`, its first ones; else all.
@@ -110,22 +112,23 @@ class CRISPConfig(DistillationConfig):
             Answers per monitor prompt at each measurement.
         monitor_base_samples (`int`, *optional*):
             Answers of the base per monitor prompt, before the first step. If unset: `monitor_samples`. We recommend 16: the base is measured
-            once, and its noise is in all changes of the run (benchmarks/README).
+            once, and its noise is in all changes of the run (benchmarks/README). Fewer than 4 warn: the base's level is then biased.
         monitor_max_new_tokens (`int`, *optional*):
             The longest answer to a monitor prompt. If unset: `max_completion_length`. Give more if that cuts the base's answers: prompts
             whose answers are cut have no reference, and agreement then looks better than accuracy is.
         monitor_steps (`int`, *optional*):
-            Optimizer steps between two measurements. If unset: `teacher_sync_steps`, and 50 for a teacher without one. Step k is
+            Optimizer steps between two measurements. If unset: `teacher_sync_steps` of a `"periodic"` teacher, 50 with any other. Step k is
             measured if k + 1 is a multiple, just before a refresh is due; so is the last step.
         monitor_grader (`str`, defaults to `"math"`):
             How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line, and agree
             by all of its words.
-        monitor_margin (`float`, defaults to `0.03`; ours: 2.5% false alarms of a measurement with 128 prompts, benchmarks/README):
+        monitor_margin (`float`, defaults to `0.03`; ours: with 128 prompts, 1% false alarms of a measurement if the
+        base has 16 answers, 2.5% if it has 5; benchmarks/README):
             How far agreement may be below the base's own before it counts as fallen: 0.03 is three points.
         monitor_distance (`bool`, defaults to `False`; ours, because it costs two passes over the answers):
             Also measure how many nats an answer of the student is more likely than under the base told to be concise
             ([`~trl_crisp.health.distance.ConciseBaseDistance`]). With LoRA it costs no memory; in full fine-tuning the initial weights are
-            kept in the CPU's memory.
+            kept in the CPU's memory. Refused under FSDP and DeepSpeed ZeRO-3.
         teacher_refresh_gate (`str`, *optional*):
             `"agreement"` postpones a due refresh while agreement is below the base's own by more than `monitor_margin`. If unset, each
             due refresh happens, as in the paper.
@@ -152,7 +155,8 @@ class CRISPConfig(DistillationConfig):
             For the training script: a checkpoint's path, or `"true"` to resume from the run's last whole checkpoint in
             `output_dir`. If there is no such checkpoint, `"true"` starts afresh.
         allow_changed_resume (`bool`, defaults to `False`; ours, because a silent change trains toward another target):
-            Resume from a checkpoint of a run whose instruction, teacher schedule, adapter or model differs from this run's.
+            Resume from a checkpoint of a run whose instruction, teacher schedule, gate, adapter or model differs from this run's, or that
+            answers monitor prompts in another way, or that is another run than `output_dir`'s.
         collapse_guard (`bool`, defaults to `True`; ours, because training on a lost model costs time and saves it as the result):
             For the training script: stop a run that its signals call lost ([`~trl_crisp.health.guard.CollapseGuard`]), save no final
             model, do not push it, and exit with status 3. In Python, [`~trl_crisp.health.attach.attach_health`] attaches it.
@@ -237,7 +241,10 @@ class CRISPConfig(DistillationConfig):
         default=None, metadata={"help": "The longest answer to a monitor prompt: max_completion_length if unset."}
     )
     monitor_steps: int | None = field(
-        default=None, metadata={"help": "Steps between two measurements of agreement: teacher_sync_steps if unset."}
+        default=None,
+        metadata={
+            "help": "Steps between two measurements of agreement. If unset: teacher_sync_steps of a periodic teacher, else 50."
+        },
     )
     monitor_grader: str = field(
         default="math",
@@ -503,7 +510,7 @@ class CRISPConfig(DistillationConfig):
             if self.teacher_refresh_gate is not None:
                 raise ValueError(
                     f"teacher_refresh_gate={self.teacher_refresh_gate!r} decides by the answers to monitor prompts, and there are none. Set "
-                    "monitor_prompts, such as 64, or monitor_file."
+                    "monitor_prompts, such as 128, or monitor_file."
                 )
             defaults = CRISPConfig.__dataclass_fields__
             names = (
@@ -525,18 +532,25 @@ class CRISPConfig(DistillationConfig):
         if self.monitor_prompts is not None and self.monitor_prompts < MIN_MONITOR_PROMPTS:
             raise ValueError(
                 f"monitor_prompts={self.monitor_prompts}: the agreement on so few prompts says nothing. Give at least "
-                f"{MIN_MONITOR_PROMPTS}, better 64 or more, or leave it unset to measure nothing."
+                f"{MIN_MONITOR_PROMPTS}, better 128, or leave it unset to measure nothing."
             )
         if self.monitor_samples < 2:
             raise ValueError(
                 f"monitor_samples={self.monitor_samples}: a majority needs at least 2 answers to a prompt. Give 5, or more."
             )
+        is_set = self.monitor_base_samples is not None
         if self.monitor_base_samples is None:
             self.monitor_base_samples = self.monitor_samples
         if self.monitor_base_samples < 2:
             raise ValueError(
                 f"monitor_base_samples={self.monitor_base_samples}: a majority needs at least 2 answers to a prompt. Give 16, or leave it "
                 "unset for as many as monitor_samples."
+            )
+        if self.monitor_base_samples < FEW_BASE_SAMPLES:
+            self._warn(
+                f"{'monitor_base_samples' if is_set else 'monitor_samples'}={self.monitor_base_samples}: of so few answers of the base its own level "
+                "is wrong, so agreement says little. In the lab a healthy model seems to lose 7 points with 2, and to gain 3 with 3. Set "
+                f"monitor_base_samples to 16, or to at least {FEW_BASE_SAMPLES}."
             )
         if self.monitor_max_new_tokens is None:
             self.monitor_max_new_tokens = self.max_completion_length

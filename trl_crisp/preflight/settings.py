@@ -1,9 +1,10 @@
 """What a preflight measures. The rollouts' and the rows' fields are those of training, with training's defaults."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from trl_crisp.config import MIN_MONITOR_PROMPTS, CRISPConfig, InstructionRole
+from trl_crisp.config import FEW_BASE_SAMPLES, MIN_MONITOR_PROMPTS, CRISPConfig, InstructionRole
 from trl_crisp.evaluation.grading import KINDS, Kind
 from trl_crisp.evaluation.settings import EvaluationSettings
 from trl_crisp.health.reference import MIN_SAMPLES
@@ -83,6 +84,12 @@ class PreflightSettings:
         if self.samples < MIN_SAMPLES:
             raise ValueError(
                 f"samples={self.samples}: a majority needs at least {MIN_SAMPLES} answers to a prompt. Give {PreflightSettings.samples}, or more."
+            )
+        if self.samples < FEW_BASE_SAMPLES:
+            warnings.warn(
+                f"samples={self.samples}: of so few answers the plain prompt's own agreement is wrong, so where no labels judge, verdicts are too. "
+                f"Give {PreflightSettings.samples}, or more.",
+                stacklevel=3,
             )
         if not 0 <= self.margin < 1:
             raise ValueError(
