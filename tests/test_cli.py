@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import trl_crisp
 from tests.tiny_models import save_tiny
-from trl_crisp.cli import launch_config_names, main
+from trl_crisp.cli import COMMANDS, launch_config_names, main
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name", "owner/rows"]
@@ -29,7 +29,7 @@ def test_help_lists_the_commands_with_an_example(capsys):
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "train" in text
+    assert [line.split()[0] for line in text.split("commands:\n")[1].split("\n\n")[0].splitlines()] == list(COMMANDS)
     assert "example:\n  trl-crisp train --config" in text
 
 

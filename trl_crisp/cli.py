@@ -36,14 +36,29 @@ example:
 """
 
 
+COMMANDS_HELP = """\
+commands:
+  train      train a model
+  preflight  tell before training what an instruction does to a model
+  eval       measure accuracy and tokens
+  report     write a page about results
+  merge      make one model of an adapter and its base
+  push       put a model on the Hub, with its results
+
+example:
+  trl-crisp train --config config.yaml --accelerate_config zero3
+
+`trl-crisp COMMAND --help` lists a command's options.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="trl-crisp",
         usage="trl-crisp COMMAND [options]",
         description="CRISP for TRL: a model learns from itself, told to be concise, to reason in fewer tokens.",
-        epilog="example:\n  trl-crisp train --config config.yaml "
-        "--accelerate_config zero3\n\n`trl-crisp COMMAND --help` lists a command's options.",
+        epilog=COMMANDS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"trl-crisp {__version__}")
