@@ -29,7 +29,7 @@ DESIGNS = tuple(
     (prompts, samples, base_samples)
     for base_samples in (5, 16)
     for prompts, samples in ((64, 2), (64, 5), (128, 2), (128, 5), (256, 2), (256, 5))
-)
+) + tuple((128, 5, base_samples) for base_samples in (2, 3, 4, 8))
 
 
 def summarize(runs: Runs) -> dict[str, Any]:

@@ -118,7 +118,9 @@ def _hard(summary: dict[str, Any]) -> str:
                 _points(hard["base_level"], False),
                 _points(hard["base_accuracy"], False),
                 _points(hard["base_accuracy_of_further_answers"], False),
-                f"{_points(hard['healthy_change'])}, {_points(hard['healthy_accuracy_change'])}",
+                f"{_points(hard['healthy_change'])}, {_points(hard['healthy_accuracy_change'])}"
+                if hard["healthy_measurements"]
+                else "never healthy",
                 ", ".join(_points(wrong[key], False) for key in ("base_level", "agreement", "accuracy")),
                 _number(wrong["change_correlation"]),
             )
