@@ -1,6 +1,8 @@
 """Nothing shown in the three READMEs goes untested: Python runs on a tiny model, commands parse, numbers are the results'."""
 
+import ast
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -15,9 +17,11 @@ from datasets import Dataset
 from benchmarks import memory, speed, steps
 from benchmarks.health.answers import RIGHT
 from benchmarks.health.figure import PANELS, SEED
-from benchmarks.health.measured import codes_of
+from benchmarks.health.measured import codes_of, points_of
 from tests.helpers import load_example
 from tests.tiny_models import save_tiny
+from trl_crisp import CRISPConfig
+from trl_crisp.config import FEW_BASE_SAMPLES
 from trl_crisp.evaluation.results import load_results
 from trl_crisp.rollouts.engine_check import MEAN_GAP_LIMIT_NATS, OFF_SHARE_LIMIT
 
@@ -66,7 +70,8 @@ def result(name: str) -> dict:
 # What a block is run with instead of what it shows: a tiny model, few rows, and one short step on a CPU
 REPLACED = {
     "README.md": {
-        "use_vllm=True": "max_steps=1, {small}",
+        "max_steps=99, max_completion_length=2048": "max_steps=1, {small}",
+        "use_vllm=True, vllm_max_model_length=3072, vllm_gpu_memory_utilization=0.45, vllm_enable_sleep_mode=True": "",
         'model="Qwen/Qwen3-8B"': "model={model!r}",
     },
     "examples/README.md": {
@@ -88,7 +93,8 @@ def test_python_runs_as_it_is_shown(name, tmp_path, monkeypatch):
     Dataset.from_list(problems).to_json(tmp_path / "problems.jsonl")
     monkeypatch.chdir(tmp_path)
     small = "use_cpu=True, bf16=False, max_completion_length=4, save_strategy='no', report_to='none'"
-    [code] = blocks(TEXTS[name], "python")
+    # A later block goes on with the trainer of the first
+    code = "\n".join(blocks(TEXTS[name], "python"))
     load = 'load_dataset("trl-lib/DeepMath-103K", split="train")'
     replaced = {**REPLACED[name], load: "load_dataset('json', data_files='rows.jsonl', split='train')"}
     for shown, run in replaced.items():
@@ -105,6 +111,8 @@ def test_python_runs_as_it_is_shown(name, tmp_path, monkeypatch):
         shown = set(re.findall(r"`eval_math500_(\w+)`", EXAMPLES))
         assert {key.removeprefix("eval_problems_") for key in logged if key.startswith("eval_problems_")} == shown
         assert Path("qwen3-0.6b-crisp", "evaluation", "problems", "step-0", "results.json").is_file()
+        assert names["health"].signals in trainer.callback_handler.callbacks
+        assert Path("qwen3-0.6b-crisp", "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +144,8 @@ def test_command_is_one_that_its_program_takes(name, words, tmp_path, monkeypatc
             assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
+    elif words[0] == "python":
+        assert words[1:] == ["examples/get_smollm2.py", "smollm2"]
     elif words[:2] == ["trl-crisp", "eval"]:
         make_eval_parser().parse_args(words[2:])
     elif words[:2] == ["trl-crisp", "report"]:
@@ -164,6 +174,48 @@ def test_command_is_one_that_its_program_takes(name, words, tmp_path, monkeypatc
         args = launch_command_parser().parse_args(words[2:])
         assert args.training_script == "examples/train.py"
         assert args.training_script_args[0] == "--config"
+
+
+def test_the_first_python_trains_as_the_command_above_it():
+    """The same values, but for the rows and how the model's dtype is said."""
+    [code] = blocks(README, "python")
+    calls = {
+        node.func.id: node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    dicts = [
+        node.value
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Assign) and node.value.func.id == "dict"
+    ]
+    fields = {word.arg: ast.literal_eval(word.value) for one in dicts for word in one.keywords}
+    assert len(fields) == 8
+    assert fields.pop("model_init_kwargs") == {"dtype": "bfloat16"}
+    [command] = [words for words in commands(README) if words[:2] == ["trl-crisp", "train"]]
+    values = dict(itertools.pairwise(command))
+    assert {name: float(values[f"--{name}"].replace("true", "1")) for name in fields} == fields
+    assert values["--dtype"] == "bfloat16"
+    assert values["--output_dir"] == ast.literal_eval(calls["CRISPConfig"].args[0])
+    adapter = {word.arg: ast.literal_eval(word.value) for word in calls["LoraConfig"].keywords}
+    assert adapter == {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}
+    assert [values[f"--lora_{name}"] for name in ("r", "alpha", "target_modules")] == ["32", "64", "all-linear"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_that_are_compared_are_of_the_same_problems(name):
+    """Of a benchmark, as many of them; else the second command is refused."""
+    measured: dict[str, tuple[str, str | None]] = {}
+    for words in commands(TEXTS[name]):
+        values = dict(itertools.pairwise(words))
+        if words[:2] == ["trl-crisp", "eval"]:
+            problems = values["--benchmark"], values.get("--limit")
+            measured[values["--output"]] = problems
+            if "--baseline" in values:
+                assert measured[values["--baseline"]] == problems, shlex.join(words)
+        elif words[:2] == ["trl-crisp", "report"]:
+            results = list(itertools.takewhile(lambda word: not word.startswith("--"), words[2:]))
+            assert len({measured[one] for one in results}) == 1, shlex.join(words)
 
 
 def test_the_config_in_the_examples_has_fields_only(tmp_path):
@@ -281,12 +333,75 @@ def test_the_aim_of_the_gate_is_met_where_the_benchmarks_say_so():
     points = " and ".join(f"{-100 * one['accuracy'][0]:.1f}" for one in stopped)
     tokens = " and ".join(f"{-100 * one['tokens'][0]:.0f}%" for one in stopped)
     words = " ".join(BENCHMARKS.split())
+    found = json.loads((RESULTS / "health" / "summary.json").read_text(encoding="utf-8"))["gate"]
+    ends = [found[f"{form}-m10-ungated"]["accuracy"] for form in ("tradeoff", "stability")]
+    ruined = " and ".join(f"{100 * sum(one) / len(one):.0f}%" for one in ends)
+    assert f"at M = 10 the ungated runs end {ruined} right" in words
     assert f"at M = 20 it is {points} points below the frozen teacher, with {tokens} fewer tokens" in words
     gate = json.loads((RESULTS / "health" / "summary.json").read_text(encoding="utf-8"))["gate"]
     kept = [gate[f"{form}-m50-ungated"]["accuracy"] for form in ("tradeoff", "stability")]
     assert "the ungated runs keep " + " and ".join(f"{100 * sum(one) / len(one):.0f}%" for one in kept) in words
     # "By about a point"
     assert all(-4.5 < low[f"{form}-m20: gated and stopped - frozen"] < -3 for form in ("tradeoff", "stability"))
+
+
+def test_the_runs_of_the_health_experiment_are_as_its_protocol_says():
+    """How long they are, how often they are measured, and how many problems are held out."""
+    paths = sorted((RESULTS / "health").glob("*-seed*.json"))
+    assert len(paths) == 100
+    for path in paths:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        setting, config = run["setting"], run["protocol"]["config"]
+        sync = re.search(r"-m(\d+)", setting)
+        assert config["max_steps"] == {"5": 60, "1": 40}.get(sync and sync[1], 150)
+        assert run["measurements"][-1]["step"] == config["max_steps"]
+        odd = (setting, run["seed"]) in (("tradeoff-m20-gated", 0), ("tradeoff-m20-ungated", 0))
+        is_gated = config["teacher_refresh_gate"] is not None
+        every = 30 if sync is None else {"5": 5, "1": 5, "50": 50 if is_gated else 10}.get(sync[1], 10)
+        if (sync and sync[1] == "20" and is_gated and not odd) or re.search("-k8|-50-m20|-75-m20", setting):
+            every = 20
+        assert config["monitor_steps"] == every, path.name
+        assert run["protocol"]["held_out"]["problems_a_difficulty"] == (50 if odd else 20)
+    words = " ".join(section(BENCHMARKS, "## Accuracy without labels").split())
+    assert "Runs have 150 steps; with M = 5 they have 60, with M = 1 they have 40." in words
+    assert "M = 5, M = 50 and weak bases have three seeds, M = 1 and K = 8 one." in words
+    count = {name: len(seeds) for name, seeds in result("health/summary.json")["runs"].items()}
+    few = {name: number for name, number in count.items() if number != 5}
+    assert {number for name, number in few.items() if re.search("-m5-|-m50-|-50-m20|-75-m20", name)} == {3}
+    assert {name.split("-", 1)[1] for name, number in few.items() if number == 1} == {"m1-ungated", "m20-k8-ungated"}
+
+
+def test_what_is_said_of_weak_bases_and_of_every_step_is_measured():
+    words = " ".join(section(BENCHMARKS, "## Accuracy without labels").split())
+    errors = {}
+    for form in ("tradeoff", "stability"):
+        for base in ("50", "75"):
+            for path in (RESULTS / "health").glob(f"{form}-{base}-m20-*.json"):
+                _, points = points_of(json.loads(path.read_text(encoding="utf-8")))
+                for point in points:
+                    seen, true = 100 * point.change.mean(), 100 * point.accuracy_change.mean()
+                    errors[abs(seen - true)] = seen, true
+    seen, true = errors[max(errors)]
+    assert f"In the largest error accuracy had gained {true:.1f} points and agreement lost {-seen:.1f}." in words
+    # How much smaller losses look
+    assert 5.5 < max(seen - true for seen, true in errors.values() if true < 0) < 6
+    stop = result("health/summary.json")["stop"]
+    named = [stop[f"{form}-m1-ungated"][0]["named"]["accuracy_change"] for form in ("stability", "tradeoff")]
+    assert f"is {100 * named[0]:.1f} points above its base on the held-out problems in *stability*" in words
+    assert f"and {-100 * named[1]:.1f} below it in *tradeoff*" in words
+
+
+def test_what_few_answers_of_the_base_do_is_calculated():
+    """In the warning of the config too."""
+    power = result("health/summary.json")["power"]
+    bias = {one["base_samples"]: 100 * one["bias"] for one in power if (one["prompts"], one["samples"]) == (128, 5)}
+    lost, gained = f"{-bias[2]:.0f}", f"{bias[3]:.0f}"
+    told = f"seems to have lost {lost} points or gained {gained}, so `monitor_base_samples` warns below {FEW_BASE_SAMPLES}."
+    assert told in " ".join(BENCHMARKS.split())
+    assert f"new answers of the same model agree {lost} points less" in " ".join(BENCHMARKS.split())
+    with pytest.warns(UserWarning, match=f"seems to lose {lost} points with 2, and to gain {gained} with 3"):
+        CRISPConfig("x", use_cpu=True, bf16=False, monitor_prompts=8, monitor_base_samples=2)
+    assert all(abs(bias[samples]) < 1 for samples in bias if samples >= FEW_BASE_SAMPLES)
 
 
 def test_the_gaps_of_engines_are_the_measured_ones():
@@ -360,7 +475,7 @@ def test_the_line_on_what_is_lost_is_the_third_run():
     first, last = (row.count(RIGHT) / len(row) for row in codes)
     stated = f"stay at {math.floor(min(tokens))} to {math.ceil(max(tokens))} tokens from step 39 on"
     assert stated in README
-    assert f"falls from {first:.0%}\nto {last:.0%}" in README
+    assert f"falls from {first:.0%} to {last:.0%}" in " ".join(README.split())
     for step, share in ((39, first), (150, last)):
         assert measured[step]["agreement"] == pytest.approx(share, abs=0.01)
 
@@ -404,7 +519,7 @@ def test_the_quickstarts_table_is_that_of_the_committed_results():
     change = committed["arms"]["after"]["change"]
     assert change["tokens"]["high"] < -0.4
     assert all(change[flag]["low"] > -0.05 for flag in quickstart.FLAGS)
-    assert f"the answers are {-change['tokens']['estimate']:.0%} shorter" in README
+    assert f"the answers are {-change['tokens']['estimate']:.0%} shorter" in " ".join(README.split())
     assert f"as often anywhere, within {-100 * change['anywhere']['low']:.0f} points" in " ".join(README.split())
     assert -change["anywhere"]["low"] > change["anywhere"]["high"]
     assert change["first_sentence"]["low"] > 0
