@@ -93,7 +93,8 @@ class BenchmarkArguments:
 
 class BenchmarkCallback(SavesFirst, ChecksResume):
     """
-    Measures accuracy and tokens on a benchmark: of the base before the first step, every `every_steps` steps, and at the last step.
+    Measures accuracy and tokens on a benchmark: of the base before the first step, every `every_steps` steps, and at the last step. A run that
+    resumes from such a step without its measurement, because that failed, measures first.
 
     The log gets `eval_{name}_accuracy`, `eval_{name}_mean_tokens`, `eval_{name}_reduction` (the share of the base's tokens that is
     saved), `eval_{name}_truncated` and `eval_{name}_runtime` (seconds). `output_dir/evaluation/{name}/step-N` gets the files that

@@ -76,7 +76,8 @@ class AgreementMonitor(SavesFirst, ChecksResume):
     ([`~trl_crisp.health.judge.choose_judge`]). A line after the base's answers says so. The base's answers are also in
     `output_dir/agreement/base-RUN_ID.json`, for a resume.
 
-    The rule of the gate: a due refresh is postponed while the last `eval_agreement_change` is below `-monitor_margin`.
+    The rule of the gate: a due refresh is postponed while the last `eval_agreement_change` is below `-monitor_margin`. A run that resumes from
+    a due step without its measurement, because that failed, measures first.
 
     Args:
         trainer: A [`~trl_crisp.CRISPTrainer`]; use [`~trl_crisp.health.attach.attach_health`].
