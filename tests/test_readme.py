@@ -30,6 +30,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 NAMES = ("README.md", "examples/README.md", "benchmarks/README.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README, EXAMPLES, BENCHMARKS = TEXTS.values()
+# Of the lab's task
+FORMS = ("stability", "tradeoff")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -348,7 +350,7 @@ def test_the_aim_of_the_gate_is_met_where_the_benchmarks_say_so():
 def test_the_runs_of_the_health_experiment_are_as_its_protocol_says():
     """How long they are, how often they are measured, and how many problems are held out."""
     paths = sorted((RESULTS / "health").glob("*-seed*.json"))
-    assert len(paths) == 100
+    assert len(paths) == 116
     for path in paths:
         run = json.loads(path.read_text(encoding="utf-8"))
         setting, config = run["setting"], run["protocol"]["config"]
@@ -364,17 +366,17 @@ def test_the_runs_of_the_health_experiment_are_as_its_protocol_says():
         assert run["protocol"]["held_out"]["problems_a_difficulty"] == (50 if odd else 20)
     words = " ".join(section(BENCHMARKS, "## Accuracy without labels").split())
     assert "Runs have 150 steps; with M = 5 they have 60, with M = 1 they have 40." in words
-    assert "M = 5, M = 50 and weak bases have three seeds, M = 1 and K = 8 one." in words
+    assert "M = 5 and M = 50 have three seeds, K = 8 one." in words
     count = {name: len(seeds) for name, seeds in result("health/summary.json")["runs"].items()}
-    few = {name: number for name, number in count.items() if number != 5}
-    assert {number for name, number in few.items() if re.search("-m5-|-m50-|-50-m20|-75-m20", name)} == {3}
-    assert {name.split("-", 1)[1] for name, number in few.items() if number == 1} == {"m1-ungated", "m20-k8-ungated"}
+    expected = {"m5": 3, "m50": 3, "k8": 1}
+    for name, number in count.items():
+        assert number == next((few for part, few in expected.items() if part in name.split("-")), 5), name
 
 
 def test_what_is_said_of_weak_bases_and_of_every_step_is_measured():
     words = " ".join(section(BENCHMARKS, "## Accuracy without labels").split())
     errors = {}
-    for form in ("tradeoff", "stability"):
+    for form in FORMS:
         for base in ("50", "75"):
             for path in (RESULTS / "health").glob(f"{form}-{base}-m20-*.json"):
                 _, points = points_of(json.loads(path.read_text(encoding="utf-8")))
@@ -384,11 +386,14 @@ def test_what_is_said_of_weak_bases_and_of_every_step_is_measured():
     seen, true = errors[max(errors)]
     assert f"In the largest error accuracy had gained {true:.1f} points and agreement lost {-seen:.1f}." in words
     # How much smaller losses look
-    assert 5.5 < max(seen - true for seen, true in errors.values() if true < 0) < 6
+    assert 6.5 < max(seen - true for seen, true in errors.values() if true < 0) < 7
     stop = result("health/summary.json")["stop"]
-    named = [stop[f"{form}-m1-ungated"][0]["named"]["accuracy_change"] for form in ("stability", "tradeoff")]
-    assert f"is {100 * named[0]:.1f} points above its base on the held-out problems in *stability*" in words
-    assert f"and {-100 * named[1]:.1f} below it in *tradeoff*" in words
+    named = [[100 * one["named"]["accuracy_change"] for one in stop[f"{form}-m1-ungated"]] for form in FORMS]
+    means = [sum(one) / len(one) for one in named]
+    assert f"on the mean of five seeds {means[0]:.1f} points above its base on the held-out problems" in words
+    assert f"and {-means[1]:.1f} below it in *tradeoff*" in words
+    below = [change for one in named for change in one if change < -3]
+    assert f"In {len(below)} of the 10 runs it is further below, by up to {-min(below):.1f} points" in words
 
 
 def test_what_few_answers_of_the_base_do_is_calculated():
