@@ -390,7 +390,7 @@ def test_what_is_said_of_weak_bases_and_of_every_step_is_measured():
     stop = result("health/summary.json")["stop"]
     named = [[100 * one["named"]["accuracy_change"] for one in stop[f"{form}-m1-ungated"]] for form in FORMS]
     means = [sum(one) / len(one) for one in named]
-    assert f"on the mean of five seeds {means[0]:.1f} points above its base on the held-out problems" in words
+    assert f"as a mean over five seeds, {means[0]:.1f} points above its base on the held-out problems" in words
     assert f"and {-means[1]:.1f} below it in *tradeoff*" in words
     below = [change for one in named for change in one if change < -3]
     assert f"In {len(below)} of the 10 runs it is further below, by up to {-min(below):.1f} points" in words
