@@ -152,6 +152,18 @@ def test_a_value_that_is_missing_is_left_out_of_the_mean():
     assert running.first == {"entropy": 3.0}
 
 
+def test_entries_without_signals_change_no_verdict():
+    """Not even as many as fill the window."""
+    running = RunningSignals()
+    for step in range(1, 13):
+        running.add(step, {"entropy": 0.1 if step <= 5 else 1.0})
+    assert (running.verdict.status, running.unhealthy_steps) == ("unhealthy", 7)
+    before = running.verdict
+    for step in range(13, 23):
+        assert running.add(step, {"loss": 0.1}) is None
+        assert (running.verdict, running.unhealthy_steps, running.unhealthy_entries) == (before, 7, 7)
+
+
 def test_events_are_changes_of_the_status_and_new_reasons():
     """And the steps on end are those of the entries that were unhealthy."""
     running, events, lost = RunningSignals(), [], []

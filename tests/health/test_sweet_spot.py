@@ -255,7 +255,7 @@ def test_a_better_checkpoint_that_is_gone_is_told(tmp_path):
     fields = {"resume": str(tmp_path / "checkpoint-2"), "stop_at_sweet_spot": False, "max_steps": 5}
     trainer, spot = run(tmp_path, given, **fields)
     assert (
-        "The result is the model of step 5; the best measured is that of step 1: its checkpoint no longer exists; the best measured that exists is "
+        "The result is the model of step 5; the best measured is that of step 1: its checkpoint no longer exists; the best that exists is "
         f"that of step 3: {tmp_path}/checkpoint-3."
     ) in describe_end(trainer, health_of(spot))
 

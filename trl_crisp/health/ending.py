@@ -156,10 +156,12 @@ def _advice(trainer: Any, health: Health) -> str:
     last, best = f"The result is the model of step {state.global_step}", sweet_spot.best_measured(state)
     if best is None:
         return f"No measured step is shorter than the base and holds, so there is none to recommend; step {state.global_step} was the last.{dropped}"
-    if best.step != state.best_global_step:
+    is_there = best.step == state.best_global_step
+    if not is_there:
         last += f"; the best measured is that of step {best.step}: its checkpoint no longer exists"
     if state.best_global_step not in (None, state.global_step):
-        last += f"; the best measured{' that exists' if best.step != state.best_global_step else ''} is that of step {state.best_global_step}: {state.best_model_checkpoint}"
+        which = "the best measured" if is_there else "the best that exists"
+        last += f"; {which} is that of step {state.best_global_step}: {state.best_model_checkpoint}"
     elif best.step == state.global_step:
         last += ", which is the best measured"
     return f"{last}.{dropped}"

@@ -257,6 +257,9 @@ class RunningSignals:
             `reasons`, and `values` and `first`, the means that were compared. `None` otherwise.
         """
         values = {name: logs[name] for name in (*AVERAGED, *LATEST) if isinstance(logs.get(name), int | float)}
+        if not values:
+            # It says nothing, so a run that was unhealthy still is
+            return None
         entry = _Entry(step - self.step, values)
         is_first = self.step < WINDOW_STEPS
         if is_first:
