@@ -110,6 +110,6 @@ def planned_runs() -> list[tuple[str, int]]:
     m1 = [f"{form}-m1-ungated" for form in forms]
     blocks = [(m20, 0), (frozen, 0), (m20, 1), (weak, 0), (m1, 0), (m10, 0), (m20, 2), (m10, 1), (m10, 2)]
     blocks += [(frozen, 1), (frozen, 2), (m20, 3), (m20, 4), (frozen, 3), (frozen, 4), (m10, 3), (m10, 4)]
-    blocks += [*((strict, seed) for seed in range(5)), (many, 0), *((m5_m50, seed) for seed in range(3))]
+    blocks += [*((strict, seed) for seed in range(5)), (many, 0), *((m5_m50, seed) for seed in range(5))]
     blocks += [(names, seed) for names in (m1, weak) for seed in range(1, 5)]
     return [(name, seed) for names, seed in blocks for name in names]
