@@ -408,6 +408,16 @@ def test_what_few_answers_of_the_base_do_is_calculated():
     with pytest.warns(UserWarning, match=f"seems to lose {lost} points with 2, and to gain {gained} with 3"):
         CRISPConfig("x", use_cpu=True, bf16=False, monitor_prompts=8, monitor_base_samples=2)
     assert all(abs(bias[samples]) < 1 for samples in bias if samples >= FEW_BASE_SAMPLES)
+    alarms = {
+        (one["prompts"], one["base_samples"]): one["by_margin"]["0.03"]["false_alarm"]
+        for one in power
+        if one["samples"] == 5
+    }
+    told = " ".join(CRISPConfig.__doc__.split())
+    few, many = (f"{alarms[prompts, 16]:.0%}" for prompts in (64, 128))
+    assert f"64 prompts give {few} false alarms instead of {many} with 16 answers of the base" in told
+    assert f"{many} false alarms of a measurement with 128 prompts and 16 answers of the base" in told
+    assert f"{alarms[128, 5]:.1%} with 5; benchmarks/README" in told
 
 
 def test_the_gaps_of_engines_are_the_measured_ones():

@@ -104,7 +104,8 @@ class CRISPConfig(DistillationConfig):
             Number of training prompts that the base answers before the first step and that are left out of training. The majority
             of its answers to a prompt is the reference, and how often the student still gives it is measured during training
             ([`~trl_crisp.health.monitor.AgreementMonitor`]). Nothing is measured if unset. We recommend 128: 64 prompts give 4% false
-            alarms instead of 1% with 16 answers of the base (benchmarks/README). The training script measures by itself; in Python, call [`~trl_crisp.health.attach.attach_health`].
+            alarms instead of 1% with 16 answers of the base (benchmarks/README). The training script measures by itself; in Python,
+            call [`~trl_crisp.health.attach.attach_health`].
         monitor_file (`str`, *optional*):
             A .jsonl, .json, .parquet or .csv file with prompts of its own to measure on, in the form of the training rows, instead of
             training prompts. With `monitor_prompts`, its first ones; else all.
@@ -122,8 +123,8 @@ class CRISPConfig(DistillationConfig):
         monitor_grader (`str`, defaults to `"math"`):
             How two final answers are compared: `"math"`, `"choice"` or `"text"`, as in `trl-crisp eval`. Texts need an answer line, and agree
             by all of its words.
-        monitor_margin (`float`, defaults to `0.03`; ours: with 128 prompts, 1% false alarms of a measurement if the
-        base has 16 answers, 2.5% if it has 5; benchmarks/README):
+        monitor_margin (`float`, defaults to `0.03`; ours: 1% false alarms of a measurement with 128 prompts and 16
+        answers of the base, 2.5% with 5; benchmarks/README):
             How far agreement may be below the base's own before it counts as fallen: 0.03 is three points.
         monitor_distance (`bool`, defaults to `False`; ours, because it costs two passes over the answers):
             Also measure how many nats an answer of the student is more likely than under the base told to be concise

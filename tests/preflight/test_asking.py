@@ -142,6 +142,13 @@ def test_wrong_instructions_are_named(instructions, error, words):
         resolve_all(instructions)
 
 
+@pytest.mark.parametrize(("samples", "warns"), [(2, True), (3, True), (4, False)])
+def test_few_answers_warn(recwarn, samples, warns):
+    settings = PreflightSettings("m", "d", samples=samples)
+    told = [one for one in recwarn if "the plain prompt's own agreement is wrong" in str(one.message)]
+    assert (settings.samples, len(told)) == (samples, int(warns))
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
